@@ -1,0 +1,380 @@
+"""Where things live in the lake, and the rule that makes them trustworthy: `manifest.json` is written last.
+
+    <lake>/runs/<ds>/<stage>/<run_key>/…             one immutable output a (config, inputs)
+    <lake>/runs/<ds>/<stage>/<run_key>/manifest.json written last: without it the output does not exist
+    <lake>/runs/<ds>/<stage>/current.json            the run of this stage that later stages of the night read
+
+The only file that knows the file system: every path goes through fsspec, so a lake is a folder or any URL fsspec opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from ncf_dist import __version__
+from ncf_dist.contracts import Contract
+from ncf_dist.errors import BusyRun, ContractError, InputError
+
+MANIFEST = "manifest.json"
+CURRENT = "current.json"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One Parquet file of a table; `path` is relative to the table."""
+
+    path: str
+    rows: int
+    row_groups: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TableInfo:
+    """A stored table: `path` relative to the run, its files in order, and the fingerprint of its schema."""
+
+    path: str
+    schema: str
+    files: tuple[FileInfo, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished run is: its key, what it was made from, and what it holds."""
+
+    stage: str
+    ds: str
+    run_key: str
+    root: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+    tables: Mapping[str, TableInfo] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    version: str = __version__
+
+    def table_path(self, name: str) -> str:
+        return posixpath.join(self.root, self._table(name).path)
+
+    def files(self, name: str) -> list[str]:
+        """Full paths of the files of table `name`, in the manifest's order."""
+        return [posixpath.join(self.table_path(name), file.path) for file in self._table(name).files]
+
+    def table(self, contract: Contract) -> TableInfo:
+        """The stored table, after checking that it was written to this contract. Raises ContractError."""
+        info = self._table(contract.name)
+        if info.schema != contract.fingerprint:
+            files = self.files(contract.name)
+            if files:
+                contract.check(read_schema(files[0]))
+        return info
+
+    def outputs(self) -> dict[str, str]:
+        return {name: self.table_path(name) for name in self.tables}
+
+    def _table(self, name: str) -> TableInfo:
+        if name not in self.tables:
+            raise ContractError(f"{self.stage} run {self.run_key} has no table {name} (it has {', '.join(self.tables)}); rerun {self.stage}")
+        return self.tables[name]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job tells the scheduler in its last line."""
+
+    status: str
+    run_key: str | None = None
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, manifest: Manifest, status: str = "done", **extra: Any) -> Outcome:
+        return cls(status, manifest.run_key, manifest.outputs(), manifest.metrics, extra)
+
+
+class Lake:
+    """The root of everything the line stores."""
+
+    def __init__(self, root: str) -> None:
+        self.root = resolve(root)
+
+    def path(self, *parts: str) -> str:
+        return posixpath.join(self.root, *parts)
+
+    def stage(self, ds: str, stage: str) -> StageRuns:
+        return StageRuns(self, ds, stage)
+
+    def check_writable(self) -> None:
+        """Raise InputError unless a file can be made and removed at the root."""
+        probe = self.path(f".probe-{os.getpid()}")
+        try:
+            make_dirs(self.root)
+            write_bytes(probe, b"")
+            remove(probe)
+        except OSError as error:
+            raise InputError(
+                f"the lake {self.root} cannot be written ({error.strerror or error}); needed a place this user may write: "
+                "mend its permissions or set paths.lake"
+            ) from None
+
+    def nights(self, stage: str) -> list[str]:
+        """Every ds that has a finished run of `stage`, ascending."""
+        found = list_names(self.path("runs"))
+        return sorted(ds for ds in found if exists(self.path("runs", ds, stage, CURRENT)))
+
+    @contextlib.contextmanager
+    def hold(self, ds: str) -> Iterator[None]:
+        """Keep every other run away from this ds while inside; the lock dies with its process.
+
+        Raises BusyRun. On lakes that are not a local or mounted folder there is no lock: schedule one run a ds.
+        """
+        if not is_local(self.root):
+            yield
+            return
+        self.check_writable()
+        make_dirs(self.path("runs", ds))
+        lock = FileLock(self.path("runs", ds, ".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BusyRun(f"another run holds ds {ds} of {self.root}; wait for it, or stop it, and run this again") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class StageRuns:
+    """The runs of one stage of one night."""
+
+    def __init__(self, lake: Lake, ds: str, stage: str) -> None:
+        self.ds, self.stage = ds, stage
+        self.root = lake.path("runs", ds, stage)
+
+    def run_path(self, run_key: str) -> str:
+        return posixpath.join(self.root, run_key)
+
+    def find(self, run_key: str) -> Manifest | None:
+        """The finished run of this key, or None. It becomes the current one."""
+        manifest = self._load(run_key)
+        if manifest is not None and self._current_key() != run_key:
+            self._point_to(run_key)
+        return manifest
+
+    def current(self) -> Manifest:
+        """The run that later stages read. Raises ContractError where this stage has not finished for this ds."""
+        key = self._current_key()
+        manifest = self._load(key) if key else None
+        if manifest is None:
+            raise ContractError(f"{self.root} has no finished run; needed the output of {self.stage} for ds {self.ds}: run the job {self.stage} first")
+        return manifest
+
+    def begin(self, run_key: str) -> str:
+        """An empty folder for this run; what an attempt that died left there is removed."""
+        path = self.run_path(run_key)
+        remove(path)
+        make_dirs(path)
+        return path
+
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Make the run exist: its manifest, then the pointer."""
+        body = {k: v for k, v in dataclasses.asdict(manifest).items() if k != "root"}
+        write_atomic(posixpath.join(manifest.root, MANIFEST), json.dumps(body, indent=1, sort_keys=True).encode())
+        self._point_to(manifest.run_key)
+        return manifest
+
+    def _point_to(self, run_key: str) -> None:
+        write_atomic(posixpath.join(self.root, CURRENT), json.dumps({"run_key": run_key}).encode())
+
+    def _current_key(self) -> str | None:
+        path = posixpath.join(self.root, CURRENT)
+        return str(json.loads(read_bytes(path))["run_key"]) if exists(path) else None
+
+    def _load(self, run_key: str) -> Manifest | None:
+        path = posixpath.join(self.run_path(run_key), MANIFEST)
+        if not exists(path):
+            return None
+        body = json.loads(read_bytes(path))
+        tables = {
+            name: TableInfo(t["path"], t["schema"], tuple(FileInfo(**f) for f in t["files"])) for name, t in body.pop("tables").items()
+        }
+        return Manifest(root=self.run_path(run_key), tables=tables, **body)
+
+
+def run_key(stage: str, ds: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
+    """Names a run by what decides its bytes: the stage, the night, the config it uses, its inputs and our version."""
+    text = json.dumps([stage, ds, config, inputs, __version__], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def resolve(path: str) -> str:
+    """An absolute path for a local `path` (relative ones start at the working directory), any other URL as it is."""
+    if "://" not in path:
+        return os.path.abspath(os.path.expanduser(path))
+    return path[len("file://") :] if path.startswith("file://") else path.rstrip("/")
+
+
+def is_local(path: str) -> bool:
+    return "://" not in path
+
+
+def file_url(path: str) -> str:
+    """`path` as a URL, for readers that insist on one."""
+    return f"file://{path}" if is_local(path) else path
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of `path`, and `path` in that file system's own form."""
+    fs, inner = fsspec.core.url_to_fs(path)
+    return fs, inner
+
+
+def exists(path: str) -> bool:
+    fs, inner = filesystem(path)
+    return bool(fs.exists(inner))
+
+
+def make_dirs(path: str) -> None:
+    fs, inner = filesystem(path)
+    fs.makedirs(inner, exist_ok=True)
+
+
+def remove(path: str) -> None:
+    """Delete a file or a folder with all it holds; nothing happens where there is none."""
+    fs, inner = filesystem(path)
+    if fs.exists(inner):
+        fs.rm(inner, recursive=True)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy within the lake; `target` appears whole or not at all."""
+    fs, inner = filesystem(source)
+    _, to = filesystem(target)
+    fs.makedirs(posixpath.dirname(to), exist_ok=True)
+    if is_local(target):
+        fs.cp_file(inner, to + ".tmp")
+        _sync(to + ".tmp")
+        os.replace(to + ".tmp", to)
+    else:
+        fs.cp_file(inner, to)
+
+
+def list_names(path: str) -> list[str]:
+    """Names in a folder, sorted; empty where there is no such folder."""
+    fs, inner = filesystem(path)
+    if not fs.exists(inner):
+        return []
+    return sorted(posixpath.basename(str(p).rstrip("/")) for p in fs.ls(inner, detail=False))
+
+
+def read_bytes(path: str) -> bytes:
+    fs, inner = filesystem(path)
+    return bytes(fs.cat_file(inner))
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    fs, inner = filesystem(path)
+    with fs.open(inner, "wb") as out:
+        out.write(data)
+
+
+def write_atomic(path: str, data: bytes) -> None:
+    """Readers see the old file or the new one. Object stores give that for a plain write; a folder needs a rename."""
+    if not is_local(path):
+        write_bytes(path, data)
+        return
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    with open(temporary, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
+    _sync(os.path.dirname(path))
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def input_files(path: str) -> list[str]:
+    """The files behind a file, a folder or a glob, sorted; hidden files and `_SUCCESS`-like markers are left out.
+
+    Raises InputError where there is none.
+    """
+    root = resolve(path)
+    fs, inner = filesystem(root)
+    if fs.isdir(inner):
+        found = fs.find(inner)
+    elif any(c in inner for c in "*?["):
+        found = [p for match in fs.glob(inner) for p in ([match] if fs.isfile(match) else fs.find(match))]
+    else:
+        found = [inner] if fs.exists(inner) else []
+    files = sorted(p for p in found if not posixpath.basename(p).startswith((".", "_")))
+    if not files:
+        what = "is an empty folder" if fs.isdir(inner) else "matches no file" if not fs.exists(inner) else "holds nothing"
+        raise InputError(f"input {root} {what}; needed a file, a folder or a glob with the interaction log: set input.path (or run the job fetch)")
+    return files if is_local(root) else [str(fs.unstrip_protocol(p)) for p in files]
+
+
+def fingerprint(files: list[str]) -> str:
+    """Changes when a file is added, removed or rewritten: hash of names, sizes and modification times (or entity tags)."""
+    facts = []
+    for path in files:
+        fs, inner = filesystem(path)
+        info = fs.info(inner)
+        facts.append([path, info.get("size"), str(info.get("ETag") or info.get("mtime") or info.get("LastModified"))])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def read_schema(path: str) -> pa.Schema:
+    fs, inner = filesystem(path)
+    with fs.open(inner, "rb") as source:
+        return pq.read_schema(source)
+
+
+def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
+    """One Parquet file as an Arrow table."""
+    fs, inner = filesystem(path)
+    with fs.open(inner, "rb") as source:
+        return pq.ParquetFile(source).read(columns=columns)
+
+
+def write_parquet(table: pa.Table, folder: str, name: str) -> FileInfo:
+    """Write `table` as one file with one row group, zstd, and say what was written.
+
+    The same table gives the same bytes, so a task that is retried, or runs twice, replaces a file by its equal.
+    """
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=max(1, table.num_rows), compression="zstd", write_statistics=True)
+    data = sink.getvalue().to_pybytes()
+    make_dirs(folder)
+    write_atomic(posixpath.join(folder, name), data)
+    return FileInfo(name, table.num_rows, 1, len(data), hashlib.sha256(data).hexdigest())

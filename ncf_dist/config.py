@@ -1,0 +1,292 @@
+"""The one configuration tree: typed, frozen, read from YAML, each field documented where it is declared.
+
+`load_config` reads a file, applies `--set section.key=value` overrides and validates the result. A mistake raises
+`ConfigError` that names the key, the value found, the values allowed and, for an unknown key, the nearest known one.
+Relative paths are taken from the working directory of the command, as spark-submit takes its own.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ncf_dist.errors import ConfigError
+
+InputFormat = Literal["movielens-dat", "movielens-tsv", "movielens-csv"]
+Dataset = Literal["synthetic", "ml-100k", "ml-1m", "ml-20m"]
+PositiveInt = Annotated[int, Field(ge=1)]
+MEMORY_PATTERN = r"^[1-9][0-9]*[kmgt]$"
+
+
+class Section(BaseModel):
+    """A frozen section that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Paths(Section):
+    lake: str
+    """Root of everything the line writes: `runs/` and the published table. A folder or an fsspec URL."""
+    work: str = "work"
+    """Local scratch of this machine: rank logs, downloads in progress. Safe to delete between runs."""
+
+
+class Fetch(Section):
+    dataset: Dataset = "synthetic"
+    """`synthetic` makes a MovieLens-shaped log with Spark; the others are GroupLens' archives."""
+    to: str | None = None
+    """Folder that receives the files; default `<paths.lake>/raw/<dataset>`."""
+    source: str | None = Field(None, alias="from")
+    """A zip or an unpacked folder to take a GroupLens dataset from, instead of downloading it."""
+    users: PositiveInt = 2_000
+    """Synthetic: number of users."""
+    items: PositiveInt = 1_000
+    """Synthetic: size of the catalogue."""
+    clusters: PositiveInt = 12
+    """Synthetic: number of planted taste clusters."""
+    mean_ratings_per_user: Annotated[int, Field(ge=5)] = 60
+    """Synthetic: mean ratings a user; the spread around it is heavy-tailed."""
+
+    @property
+    def most_ratings_per_user(self) -> int:
+        """Synthetic: nobody rates more than 60 % of the catalogue."""
+        return self.items * 3 // 5
+
+    @model_validator(mode="after")
+    def _can_be_made(self) -> Fetch:
+        if self.dataset != "synthetic":
+            return self
+        if self.source is not None:
+            raise ValueError(f"fetch.from is {self.source!r} but fetch.dataset is synthetic, which is made, not taken: set fetch.dataset to what it holds")
+        if self.clusters > self.items:
+            raise ValueError(f"fetch.clusters is {self.clusters} with {self.items} items; needed at least one item a cluster: lower it or raise fetch.items")
+        if self.mean_ratings_per_user > self.most_ratings_per_user:
+            raise ValueError(
+                f"fetch.mean_ratings_per_user is {self.mean_ratings_per_user} with {self.items} items; needed at most 60 % of fetch.items, "
+                f"{self.most_ratings_per_user}: lower it or raise fetch.items"
+            )
+        return self
+
+
+class Input(Section):
+    path: str
+    """The interaction log: a file, a folder of them or a glob."""
+    format: InputFormat = "movielens-dat"
+    """`movielens-dat`: user::item::rating::seconds · `movielens-tsv`: the same with tabs (u.data) ·
+    `movielens-csv`: ratings.csv with its header."""
+    items: str | None = None
+    """Optional item side table in the same family of formats (movies.dat, u.item, movies.csv): titles for people to read."""
+    feedback: Literal["implicit"] = "implicit"
+    """`implicit`: a row is a positive."""
+    min_rating: float | None = None
+    """Implicit only: rows with a lower rating are not positives. None keeps every row."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Above this share of quarantined rows the job exits 3: the file is not what the config says it is."""
+
+
+class Split(Section):
+    strategy: Literal["leave-one-out"] = "leave-one-out"
+    """`leave-one-out`: each user's latest item is the test row, the one before it the validation row (He et al. 2017, section 4.1)."""
+    min_interactions: Annotated[int, Field(ge=3)] = 3
+    """Users with fewer items keep all of them in train: there is nothing to judge them by."""
+
+
+class Negatives(Section):
+    per_positive: PositiveInt = 4
+    """Negatives drawn for each positive (N)."""
+    draws: PositiveInt = 4
+    """Independent draws kept in the train table; epoch e reads draw `e mod draws`."""
+    candidates: PositiveInt = 99
+    """Unseen items that a held-out positive is ranked among (the NCF protocol)."""
+
+
+class Layout(Section):
+    """How the train table is cut into files."""
+
+    rows_per_file: PositiveInt = 250_000
+    """Upper bound of rows a file (one row group each): what a reader holds in memory at a time."""
+    min_files: PositiveInt = 16
+    """At least this many files where there are rows for them, so that re-dealing files mixes them."""
+
+
+class Model(Section):
+    name: Literal["gmf", "mlp", "neumf"] = "neumf"
+    """GMF, MLP or NeuMF of He et al. 2017."""
+    factors: PositiveInt = 8
+    """Embedding size of the GMF part (D)."""
+    layers: tuple[PositiveInt, ...] = (64, 32, 16, 8)
+    """MLP tower: the first entry is the width of the concatenated user and item embeddings, so it must be even."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before each MLP layer."""
+
+    @model_validator(mode="after")
+    def _tower_starts_even(self) -> Model:
+        if not self.layers or self.layers[0] % 2:
+            raise ValueError(f"model.layers starts with {self.layers[:1]}: its first entry is split evenly between user and item, give an even width")
+        return self
+
+
+class Train(Section):
+    launcher: Literal["torchrun", "none"] = "torchrun"
+    """`torchrun`: `ranks` processes under DistributedDataParallel · `none`: one process, no process group."""
+    ranks: PositiveInt = 1
+    """Processes on this machine; one a GPU, or a share of the cores each without GPUs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA (NCCL) where there is a GPU for every rank, else CPU (gloo)."""
+    epochs: PositiveInt = 20
+    """Upper bound of epochs; the validation rows choose which one is kept."""
+    batch_size: PositiveInt = 1_024
+    """Positives a step on each rank (B); a step sees B x (1 + negatives.per_positive) examples."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Adam's learning rate (decayed to zero along a half cosine)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """L2 term of Adam."""
+    patience: PositiveInt = 5
+    """Stop after this many epochs without a better validation NDCG@10."""
+    timeout_s: PositiveInt = 300
+    """A collective that waits longer than this fails the run instead of hanging it."""
+    reader_workers: PositiveInt = 2
+    """Petastorm threads a rank."""
+    shuffle_files: PositiveInt = 8
+    """Files a rank holds in memory at once to mix their rows."""
+    max_model_bytes: PositiveInt | None = None
+    """Refuse models that need more than this, weights, gradients and optimiser state of all ranks together; default: 80 % of
+    the machine's memory (or of the GPU's)."""
+
+
+class Evaluate(Section):
+    ks: tuple[PositiveInt, ...] = (5, 10, 20)
+    """List lengths (K) of HR@K and NDCG@K."""
+
+
+class Score(Section):
+    k: PositiveInt = 10
+    """Recommendations a user (K)."""
+    seen: Literal["all", "train"] = "all"
+    """What is masked: `all` the user did before ds, or `train` and validation only (to compare with evaluate)."""
+    users_per_block: PositiveInt = 512
+    """Users scored at once by a worker; bounds its memory together with the catalogue."""
+    tasks: PositiveInt | None = None
+    """Spark tasks of the scoring job; default: enough for even work on every slot."""
+
+
+class Publish(Section):
+    table: str = "recommendations"
+    """Folder of the published Delta table inside the lake."""
+
+
+class Spark(Section):
+    master: str | None = None
+    """Given to spark-submit as --master; None leaves the cluster's default."""
+    driver_memory: Annotated[str, Field(pattern=MEMORY_PATTERN)] = "1g"
+    """Heap of the driver; in local mode it is also the executors'."""
+    executor_memory: Annotated[str, Field(pattern=MEMORY_PATTERN)] = "2g"
+    """Heap of each executor on a cluster."""
+    shuffle_partitions: PositiveInt = 8
+    """Partitions of a shuffle. Changes the speed, never a byte of the tables."""
+
+
+class Config(Section):
+    """The whole tree; only `pipeline.py` of a stage sees it."""
+
+    paths: Paths
+    fetch: Fetch = Fetch()
+    input: Input
+    split: Split = Split()
+    negatives: Negatives = Negatives()
+    layout: Layout = Layout()
+    model: Model = Model()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    score: Score = Score()
+    publish: Publish = Publish()
+    spark: Spark = Spark()
+    seed: Annotated[int, Field(ge=1)] = 1
+    """The one seed; every stream is derived from it by name, epoch and rank."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path` (YAML), apply `section.key=value` overrides, validate.
+
+    Raises ConfigError: no such file, not YAML, an override that is not `section.key=value`, an unknown key, a bad value.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def parse_ds(text: str | None) -> str:
+    """`--ds` as an ISO date; default: today in UTC. Raises ConfigError."""
+    if text is None:
+        return dt.datetime.now(dt.timezone.utc).date().isoformat()
+    try:
+        if dt.date.fromisoformat(text).isoformat() == text:
+            return text
+    except ValueError:
+        pass
+    raise ConfigError(f"--ds is {text!r}; needed a date that exists, written YYYY-MM-DD, for example 2026-01-31")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read ({error.strerror}); give --config a YAML file such as conf/demo.yaml") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path} holds {type(tree).__name__}; needed sections such as `paths:` and `input:`, see conf/demo.yaml")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override!r}; needed section.key=value, for example --set train.epochs=5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    for part in parts[:-1]:
+        child = tree.setdefault(part, {})
+        if child is None:
+            child = tree[part] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {part} is not a section; known sections: {', '.join(Config.model_fields)}")
+        tree = child
+    tree[parts[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    """One validation error as: key, what we got, what was needed."""
+    where = [str(part) for part in error["loc"]]
+    name = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        known = _keys(where[:-1])
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {name} ({hint})"
+    if error["type"] == "missing":
+        return f"{name} is missing; add it, conf/demo.yaml shows how"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    return f"{name} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _keys(where: Iterable[str]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in where:
+        annotation = model.model_fields[part].annotation
+        model = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
+    return [field.alias or name for name, field in model.model_fields.items()]

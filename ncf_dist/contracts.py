@@ -1,0 +1,171 @@
+"""Every table that one stage hands to another: columns, types, key and meaning. The only home of table and column names.
+
+`user_id`/`item_id` are the customer's, kept as they came (int64 or string); `user_idx`/`item_idx` are dense 0..n-1 int32.
+No column is nullable. Lists hold indexes in ascending order unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from ncf_dist.errors import ContractError
+
+ID_TYPES = (pa.int64(), pa.string())
+INDEX = pa.int32()
+INDEX_LIST = pa.list_(pa.field("element", INDEX, nullable=False))
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One table: its name, schema, key columns, meaning, and the job to rerun when a stored table does not match."""
+
+    name: str
+    schema: pa.Schema
+    key: tuple[str, ...]
+    meaning: str
+    made_by: str
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.schema.names)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of names and types, kept in the manifest."""
+        return schema_fingerprint(self.schema)
+
+    def check(self, found: pa.Schema) -> None:
+        """Raise ContractError unless `found` has these columns, in this order, with these types."""
+        for name in self.columns:
+            if name not in found.names:
+                self._fail(f"column {name} is missing (found {', '.join(found.names) or 'none'})")
+            wanted, got = self.schema.field(name).type, found.field(name).type
+            if not _same_type(wanted, got):
+                self._fail(f"column {name} is {got}, needed {wanted}")
+        if found.names != self.columns:
+            self._fail(f"columns are {', '.join(found.names)}; needed exactly {', '.join(self.columns)}")
+
+    def _fail(self, what: str) -> None:
+        raise ContractError(f"table {self.name}: {what}; rerun the job {self.made_by}")
+
+
+def schema_fingerprint(schema: pa.Schema) -> str:
+    text = ";".join(f"{field.name}:{field.type}" for field in schema)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _same_type(wanted: pa.DataType, got: pa.DataType) -> bool:
+    if pa.types.is_list(wanted) and pa.types.is_list(got):
+        return bool(wanted.value_type == got.value_type)
+    return bool(wanted == got)
+
+
+def _contract(name: str, columns: dict[str, pa.DataType], key: tuple[str, ...], made_by: str, meaning: str) -> Contract:
+    schema = pa.schema([pa.field(column, kind, nullable=False) for column, kind in columns.items()])
+    return Contract(name, schema, key, meaning, made_by)
+
+
+def user_index(id_type: pa.DataType) -> Contract:
+    """Customer's user id to dense index; append-only from night to night."""
+    return _contract(
+        "user_index", {"user_id": id_type, "user_idx": INDEX}, ("user_id",), "prepare", "every user ever seen"
+    )
+
+
+def item_index(id_type: pa.DataType) -> Contract:
+    """Customer's item id to dense index; append-only from night to night."""
+    return _contract(
+        "item_index", {"item_id": id_type, "item_idx": INDEX}, ("item_id",), "prepare", "every item ever seen"
+    )
+
+
+def items(id_type: pa.DataType) -> Contract:
+    """Titles of the items that have an index; empty where the config names no side table."""
+    return _contract(
+        "items",
+        {"item_idx": INDEX, "item_id": id_type, "title": pa.string()},
+        ("item_idx",),
+        "prepare",
+        "what people call an item",
+    )
+
+
+INTERACTIONS = _contract(
+    "interactions",
+    {"user_idx": INDEX, "item_idx": INDEX, "rating": pa.float32(), "timestamp": pa.int64(), "split": pa.int8()},
+    ("user_idx", "item_idx"),
+    "prepare",
+    "every accepted interaction after deduplication; split is 0 train, 1 validation, 2 test; timestamp in seconds since 1970",
+)
+TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = 0, 1, 2
+
+HISTORY = _contract(
+    "history",
+    {"user_idx": INDEX, "item_idx": INDEX_LIST, "test_item_idx": INDEX_LIST},
+    ("user_idx",),
+    "prepare",
+    "what each user has seen: train and validation items, and apart from them the held-out test items",
+)
+
+ITEM_STATS = _contract(
+    "item_stats",
+    {"item_idx": INDEX, "train_count": pa.int64()},
+    ("item_idx",),
+    "prepare",
+    "train and validation interactions of every item; the popularity baseline; ordered by item_idx, 0 for items with none",
+)
+
+
+def held_out(name: str) -> Contract:
+    """`validation` or `test`: a held-out positive and the unseen items it is ranked among (unordered, without repeats)."""
+    return _contract(
+        name,
+        {"user_idx": INDEX, "item_idx": INDEX, "candidates": INDEX_LIST},
+        ("user_idx", "item_idx"),
+        "prepare",
+        "one held-out positive a row with its candidates",
+    )
+
+
+VALIDATION = held_out("validation")
+TEST = held_out("test")
+
+QUARANTINE = _contract(
+    "quarantine",
+    {"file": pa.string(), "reason": pa.string(), "raw": pa.string()},
+    (),
+    "prepare",
+    "every rejected row: its file, why, and the line itself (cut at 1,000 characters)",
+)
+
+
+def negative_column(draw: int, slot: int) -> str:
+    """Name of the train column that holds negative `slot` of draw `draw`."""
+    return f"neg_{draw}_{slot}"
+
+
+def train(per_positive: int, draws: int) -> Contract:
+    """Trainer-ready rows. Negatives are scalar columns, one a (draw, slot): Petastorm turns a list column into a matrix row by
+    row in Python, about thirty times slower than it hands over a scalar column, and an epoch reads only its own draw."""
+    negatives = {negative_column(d, s): INDEX for d in range(draws) for s in range(per_positive)}
+    return _contract(
+        "train",
+        {"user_idx": INDEX, "item_idx": INDEX, **negatives},
+        ("user_idx", "item_idx"),
+        "prepare",
+        "one train positive a row with its negatives, in hashed order, equal rows and one row group a file",
+    )
+
+
+def recommendations(user_id: pa.DataType, item_id: pa.DataType) -> Contract:
+    """The product: K rows a user, rank 1 is best, scores finite and not increasing with rank."""
+    return _contract(
+        "recommendations",
+        {"user_id": user_id, "rank": pa.int32(), "item_id": item_id, "score": pa.float32(), "model_version": pa.string()},
+        ("user_id", "rank"),
+        "score",
+        "top K unseen items of every user",
+    )

@@ -1,0 +1,75 @@
+"""Cut the train rows into files of equal size, in hashed order, with one shuffle.
+
+A row's place in the table is the rank of its order hash. Bucket counts from the user pass give each bucket's first rank, so a bucket
+lies in one file or, at a boundary, in two. Rows of a boundary bucket are sent to both; each file's writer sorts its rows, knows the
+rank of the first one, and keeps its own share. File f of F holds ranks [f * n // F, (f + 1) * n // F): sizes differ by one at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from ncf_dist.artifacts import FileInfo, TableInfo
+from ncf_dist.config import Layout
+from ncf_dist.contracts import Contract
+from ncf_dist.prepare.users import ORDER_BUCKETS
+from ncf_dist.sampling import IntArray
+from ncf_dist.spark_io import FileSink, runs_of, table_info, written_batch
+
+_WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
+
+
+def file_count(rows: int, layout: Layout) -> int:
+    """Files for `rows`: enough to respect rows_per_file, at least min_files, never an empty one."""
+    return max(1, min(rows, max(layout.min_files, -(-rows // layout.rows_per_file))))
+
+
+def boundaries(rows: int, files: int) -> IntArray:
+    """(F+1,) first rank of each file, and the end."""
+    return np.arange(files + 1, dtype=np.int64) * rows // files
+
+
+def write_train(spark: SparkSession, staged: DataFrame, buckets: IntArray, run: str, contract: Contract, layout: Layout) -> TableInfo:
+    """Write the train table from the staged rows; `buckets`: (ORDER_BUCKETS,) rows in each."""
+    rows = int(buckets.sum())
+    files = file_count(rows, layout)
+    ends = boundaries(rows, files)
+    ranks = np.concatenate([[0], np.cumsum(buckets)])
+    first = np.searchsorted(ends, ranks[:-1], side="right") - 1
+    last = np.searchsorted(ends, np.maximum(ranks[1:] - 1, ranks[:-1]), side="right") - 1
+    places = [(b, int(first[b]), int(last[b])) for b in range(ORDER_BUCKETS) if buckets[b]]
+    where = spark.createDataFrame(places or [(-1, 0, 0)], "_bucket int, _first int, _last int")
+    bucket = (F.shiftright("order_hash", 52) + ORDER_BUCKETS // 2).cast("int")
+    placed = staged.withColumn("_bucket", bucket).join(F.broadcast(where), "_bucket")
+    placed = placed.withColumn("_file", F.explode(F.sequence("_first", "_last"))).select("_file", "order_hash", *contract.columns)
+    placed = placed.repartition("_file").sortWithinPartitions("_file", "order_hash", "user_idx", "item_idx")
+    starts = ranks[np.minimum(np.searchsorted(last, np.arange(files)), ORDER_BUCKETS - 1)]
+    writer = _writer(f"{run}/{contract.name}", contract.schema, starts, ends)
+    written = placed.mapInArrow(writer, _WRITTEN).collect()
+    return table_info(contract, [FileInfo(**row.asDict()) for row in written], run)
+
+
+def _writer(folder: str, schema: pa.Schema, starts: IntArray, ends: IntArray) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """starts: (F,) rank of the first row that each file is sent; ends: (F+1,) ranks it keeps."""
+
+    def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        sink = FileSink(folder, schema, rows_per_file=int(np.diff(ends).max()) + 1)
+        file, rank = -1, 0
+        for batch in batches:
+            table = pa.Table.from_batches([batch])
+            for number, start, end in runs_of(table.column("_file").to_numpy()):
+                if number != file:
+                    file, rank = number, int(starts[number])
+                low = max(0, int(ends[file]) - rank)
+                high = min(end - start, int(ends[file + 1]) - rank)
+                if high > low:
+                    sink.add(file, table.slice(start + low, high - low).select(schema.names))
+                rank += end - start
+        yield written_batch(sink.close())
+
+    return write

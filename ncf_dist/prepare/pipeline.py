@@ -1,0 +1,205 @@
+"""The job prepare: clean → index → split → negatives → trainer-ready Parquet.
+
+Every input line ends in exactly one place: accepted, a duplicate of an accepted row, filtered by the config, or the quarantine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import posixpath
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from ncf_dist import contracts
+from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, file_url, fingerprint, input_files, remove, run_key
+from ncf_dist.config import Config
+from ncf_dist.errors import InputError
+from ncf_dist.prepare.index import extend_index
+from ncf_dist.prepare.layout import write_train
+from ncf_dist.prepare.parse import FORMATS, positives, quarantine, read_interactions, read_titles, select_files
+from ncf_dist.prepare.users import UserPass, staging_schema, user_pass
+from ncf_dist.spark_io import ROWS_PER_FILE, read_files, read_table, spark_session, table_info, write_table
+
+log = logging.getLogger(__name__)
+
+STAGE = "prepare"
+SECTIONS = ("input", "split", "negatives", "layout", "seed")
+"""What of the config decides the bytes of this stage's tables."""
+ROWS_PER_USER_FILE = 500_000
+MIN_USER_FILES = 8
+
+
+def prepare(config: Config, ds: str) -> Outcome:
+    """Make the tables of night `ds`, or find them made. Raises InputError, ContractError."""
+    start = time.monotonic()
+    lake = Lake(config.paths.lake)
+    files = select_files(input_files(config.input.path), config.input.format)
+    titles = input_files(config.input.items) if config.input.items else []
+    before = _night_before(lake, ds)
+    used = config.model_dump(mode="json", include=set(SECTIONS))
+    inputs = {"interactions": fingerprint(files), "items": fingerprint(titles), "index": before.run_key if before else None}
+    key = run_key(STAGE, ds, used, inputs)
+    runs = lake.stage(ds, STAGE)
+    if done := runs.find(key):
+        log.info("already prepared: %s", done.root)
+        return Outcome.of(done, "already-done", rows=done.facts["rows"])
+
+    run = runs.begin(key)
+    with spark_session("ncf-prepare", config.spark) as spark:
+        tables, facts = _make_tables(spark, config, files, titles, before, run)
+    remove(_staging(run))
+    seconds = round(time.monotonic() - start, 3)
+    manifest = runs.finish(Manifest(STAGE, ds, key, run, used, inputs, tables, facts, {}, seconds))
+    log.info("prepared %s in %.1f s: %s", run, seconds, json.dumps(facts["rows"]))
+    return Outcome.of(manifest, rows=facts["rows"])
+
+
+def _make_tables(
+    spark: SparkSession, config: Config, files: list[str], titles: list[str], before: Manifest | None, run: str
+) -> tuple[dict[str, TableInfo], dict[str, Any]]:
+    id_type = FORMATS[config.input.format].id_type
+    staged = _stage_rows(spark, config, files, run)
+    tables, rejected, total = _reject(staged, config, run, files)
+    accepted = positives(staged, config.input)
+
+    user_contract, item_contract = contracts.user_index(id_type), contracts.item_index(id_type)
+    indexes = {}
+    for contract in (user_contract, item_contract):
+        old = read_table(spark, before, contract) if before else None
+        indexed = extend_index(spark, accepted, old, *contract.columns)
+        file = F.floor(F.col(contract.columns[1]) / F.lit(ROWS_PER_FILE))
+        tables[contract.name] = write_table(indexed, run, contract, file)
+        indexes[contract.name] = read_files(spark, _paths(run, tables[contract.name]), contract.schema)
+    n_users, n_items = tables["user_index"].rows, tables["item_index"].rows
+    if not n_users:
+        raise InputError(f"input {config.input.path} has no positive row ({total:,} rows read); needed at least one: check input.min_rating")
+
+    joined = accepted.join(indexes["item_index"], "item_id").join(indexes["user_index"], "user_id")
+    stats = _pass_over_users(joined, config, run, n_users, n_items, total)
+    for contract in (contracts.INTERACTIONS, contracts.HISTORY, contracts.VALIDATION, contracts.TEST):
+        tables[contract.name] = table_info(contract, _collected(stats, contract.name), run)
+
+    counts: Counter[str] = Counter()
+    for task in stats:
+        counts.update(task["counts"])
+    train = contracts.train(config.negatives.per_positive, config.negatives.draws)
+    buckets = np.sum([task["buckets"] for task in stats], axis=0)
+    staged_train = read_files(spark, [posixpath.join(_staging(run), "train", f.path) for f in _collected(stats, "staging")], staging_schema(config.negatives))
+    tables["train"] = write_train(spark, staged_train, buckets, run, train, config.layout)
+    tables |= _item_tables(spark, config, tables, indexes["item_index"], titles, id_type, run)
+
+    duplicates = counts["duplicates"]
+    quarantined = dict(sorted(rejected.items()))
+    filtered = total - sum(rejected.values()) - counts["rows"]
+    rows: dict[str, Any] = {"input": total, "accepted": counts["accepted"], "duplicates": duplicates, "quarantined": quarantined}
+    if filtered:
+        rows["filtered"] = {"below min_rating": filtered}
+    facts = {
+        "rows": rows,
+        "users": n_users,
+        "items": n_items,
+        "active_users": counts["users"],
+        "tied_users": counts["tied_users"],
+        "train": counts["train"],
+        "validation": counts["validation"],
+        "test": counts["test"],
+        "users_without_negatives": counts["users_without_negatives"],
+        "validation_short_candidates": counts["validation_short_candidates"],
+        "test_short_candidates": counts["test_short_candidates"],
+    }
+    return tables, facts
+
+
+def _stage_rows(spark: SparkSession, config: Config, files: list[str], run: str) -> DataFrame:
+    """Parse the text once; later passes read columns."""
+    rows = read_interactions(spark, [file_url(f) for f in files], config.input)
+    path = posixpath.join(_staging(run), "rows")
+    rows.withColumn("raw", F.when(F.col("reason").isNotNull(), F.col("raw"))).write.parquet(path)
+    return spark.read.schema(rows.schema).parquet(path)
+
+
+def _reject(staged: DataFrame, config: Config, run: str, files: list[str]) -> tuple[dict[str, TableInfo], dict[str, int], int]:
+    """Write the quarantine; (its table, rejected rows by reason, rows in all). Raises InputError when too many are bad."""
+    by_reason = {row["reason"]: int(row["count"]) for row in staged.groupBy("reason").count().collect()}
+    total = sum(by_reason.values())
+    if not total:
+        raise InputError(f"input {', '.join(files[:3])} is empty (0 rows); needed an interaction log of format {config.input.format}")
+    rejected = {str(k): n for k, n in by_reason.items() if k is not None}
+    file = F.pmod(F.xxhash64("raw"), F.lit(1 + sum(rejected.values()) // ROWS_PER_FILE))
+    table = write_table(quarantine(staged), run, contracts.QUARANTINE, file)
+    bad = sum(rejected.values())
+    if bad:
+        log.warning("%s of %s rows quarantined: %s (%s/quarantine)", f"{bad:,}", f"{total:,}", rejected, run)
+    if bad > config.input.max_bad_fraction * total:
+        example = quarantine(staged).orderBy("reason", "raw").first()
+        raw = example["raw"][:80] if example else ""
+        raise InputError(
+            f"{bad:,} of {total:,} rows ({bad / total:.1%}) of {config.input.path} do not fit format {config.input.format}: {rejected}, for example "
+            f"{raw!r}; needed lines like {FORMATS[config.input.format].example!r} and at most {config.input.max_bad_fraction:.1%} bad: set input.format "
+            f"to what the file is, or mend it; every rejected row and its reason is in {run}/quarantine"
+        )
+    return {"quarantine": table}, rejected, total
+
+
+def _pass_over_users(joined: DataFrame, config: Config, run: str, n_users: int, n_items: int, rows: int) -> list[dict[str, Any]]:
+    """Run `users.user_pass` and return its statistics, one a task."""
+    user_files = max(MIN_USER_FILES, -(-rows // ROWS_PER_USER_FILE))
+    spec = UserPass(
+        run=run,
+        staging=posixpath.join(_staging(run), "train"),
+        n_items=n_items,
+        users_per_file=-(-n_users // user_files),
+        min_interactions=config.split.min_interactions,
+        negatives=config.negatives,
+        seed=config.seed,
+    )
+    file = F.floor(F.col("user_idx") / F.lit(spec.users_per_file))
+    grouped = (
+        joined.select("user_idx", "item_idx", "rating", "timestamp", file.alias("_file"))
+        .repartition(config.spark.shuffle_partitions, "_file")
+        .drop("_file")
+        .sortWithinPartitions("user_idx")
+    )
+    return [json.loads(row["stats"]) for row in grouped.mapInArrow(user_pass(spec), "stats string").collect()]
+
+
+def _item_tables(
+    spark: SparkSession, config: Config, tables: dict[str, TableInfo], index: DataFrame, titles: list[str], id_type: pa.DataType, run: str
+) -> dict[str, TableInfo]:
+    """item_stats, and the items' titles where there are any."""
+    file = F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE))
+    interactions = read_files(spark, _paths(run, tables["interactions"]), contracts.INTERACTIONS.schema)
+    counted = interactions.where(F.col("split") != contracts.TEST_SPLIT).groupBy("item_idx").agg(F.count("*").alias("train_count"))
+    stats = index.join(counted, "item_idx", "left").select("item_idx", F.coalesce("train_count", F.lit(0)).cast("bigint").alias("train_count"))
+    made = {"item_stats": write_table(stats, run, contracts.ITEM_STATS, file)}
+    if titles:
+        contract = contracts.items(id_type)
+        named = index.join(read_titles(spark, [file_url(f) for f in titles], config.input.format), "item_id", "left")
+        named = named.withColumn("title", F.coalesce("title", F.col("item_id").cast("string")))
+        made["items"] = write_table(named, run, contract, file)
+    return made
+
+
+def _night_before(lake: Lake, ds: str) -> Manifest | None:
+    """The latest finished prepare before `ds`: the indexes that this night extends."""
+    earlier = [night for night in lake.nights(STAGE) if night < ds]
+    return lake.stage(earlier[-1], STAGE).current() if earlier else None
+
+
+def _staging(run: str) -> str:
+    return posixpath.join(run, "_staging")
+
+
+def _paths(run: str, table: TableInfo) -> list[str]:
+    return [posixpath.join(run, table.path, file.path) for file in table.files]
+
+
+def _collected(stats: list[dict[str, Any]], name: str) -> list[FileInfo]:
+    return [FileInfo(**info) for task in stats for info in task["files"][name]]

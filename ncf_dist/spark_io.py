@@ -1,0 +1,161 @@
+"""The shared pyspark module: session, reading and writing tables of the contracts.
+
+DataFrame API and mapInArrow only, so it also runs on Spark Connect. Tables are written by our own Arrow writer, because the layout is
+part of what a table promises: a row's file is a function of the row, each file is sorted and has one row group, and the same
+rows give the same bytes with any number of partitions and after any retry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from ncf_dist import config as settings
+from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, write_parquet
+from ncf_dist.contracts import Contract
+
+ROWS_PER_FILE = 1_000_000
+"""Upper bound of what a writer holds in memory."""
+BATCH_ROWS = 65_536
+"""Rows of an Arrow batch between the JVM and Python."""
+
+_FILE = "_file"
+_WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
+
+
+@contextlib.contextmanager
+def spark_session(app: str, config: settings.Spark) -> Iterator[SparkSession]:
+    """A session with our settings; stopped at the end, so that a cluster gets its executors back.
+
+    Under spark-submit the master and the memory are the launcher's. Started from plain Python, they are the config's.
+    """
+    builder = SparkSession.builder.appName(app)
+    options = {
+        "spark.sql.shuffle.partitions": config.shuffle_partitions,
+        "spark.sql.execution.arrow.maxRecordsPerBatch": BATCH_ROWS,
+        "spark.sql.session.timeZone": "UTC",
+        "spark.sql.ansi.enabled": "true",
+    }
+    if "PYSPARK_GATEWAY_PORT" not in os.environ and "SPARK_REMOTE" not in os.environ:
+        master = config.master or "local[*]"
+        options |= {"spark.master": master, "spark.driver.memory": config.driver_memory, "spark.ui.enabled": "false"}
+        if master.startswith("local"):
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+            options |= {"spark.driver.host": "localhost", "spark.driver.bindAddress": "127.0.0.1"}
+    for key, value in options.items():
+        builder = builder.config(key, str(value))
+    spark = builder.getOrCreate()
+    try:
+        yield spark
+    finally:
+        spark.stop()
+
+
+def read_table(spark: SparkSession, manifest: Manifest, contract: Contract) -> DataFrame:
+    """Table `contract.name` of a finished run, exactly the files of its manifest. Raises ContractError on a mismatch."""
+    manifest.table(contract)
+    return read_files(spark, manifest.files(contract.name), contract.schema)
+
+
+def read_files(spark: SparkSession, files: list[str], schema: pa.Schema) -> DataFrame:
+    return spark.read.schema(from_arrow_schema(schema)).parquet(*files)
+
+
+def write_table(frame: DataFrame, run: str, contract: Contract, file: Column) -> TableInfo:
+    """Write `frame` as table `contract.name` under `run`.
+
+    `file`: the number of the file that a row belongs to, a function of the row alone. Rows of a file are sorted by the contract's key
+    (all columns where it has none). At most ROWS_PER_FILE rows a file: a longer one goes on in a further part.
+    """
+    order = contract.key or tuple(contract.columns)
+    rows = frame.select(*contract.columns, file.cast("int").alias(_FILE))
+    rows = rows.repartition(_FILE).sortWithinPartitions(_FILE, *order)
+    written = rows.mapInArrow(_writer(f"{run}/{contract.name}", contract.schema), _WRITTEN).collect()
+    return table_info(contract, [FileInfo(**row.asDict()) for row in written], run)
+
+
+def table_info(contract: Contract, files: Iterable[FileInfo], run: str) -> TableInfo:
+    """A table's entry in the manifest; a table without rows still gets one (empty) file, so that readers find its schema."""
+    found = sorted(files, key=lambda info: info.path)
+    if not found:
+        found = [write_parquet(contract.schema.empty_table(), f"{run}/{contract.name}", part_name(0, 0))]
+    return TableInfo(contract.name, contract.fingerprint, tuple(found))
+
+
+def part_name(file: int, part: int) -> str:
+    return f"part-{file:05d}-{part:03d}.parquet"
+
+
+def batch_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist(rows, schema=schema)
+
+
+class FileSink:
+    """Collects tables a file number at a time and writes each file when the next one begins."""
+
+    def __init__(self, folder: str, schema: pa.Schema, rows_per_file: int = ROWS_PER_FILE) -> None:
+        self.folder, self.schema, self.rows_per_file = folder, schema, rows_per_file
+        self.files: list[FileInfo] = []
+        self._tables: list[pa.Table] = []
+        self._rows = self._part = 0
+        self._file = -1
+
+    def add(self, file: int, table: pa.Table) -> None:
+        """Append `table` to file number `file`. Numbers must not decrease."""
+        if file != self._file:
+            self.close()
+            self._file, self._part = file, 0
+        self._tables.append(table)
+        self._rows += table.num_rows
+        while self._rows >= self.rows_per_file:
+            merged = pa.concat_tables(self._tables)
+            self._write(merged.slice(0, self.rows_per_file))
+            self._tables = [merged.slice(self.rows_per_file)]
+            self._rows = self._tables[0].num_rows
+
+    def close(self) -> list[FileInfo]:
+        """Write what is left; returns every file written so far."""
+        if self._rows:
+            self._write(pa.concat_tables(self._tables))
+        self._tables, self._rows = [], 0
+        return self.files
+
+    def _write(self, table: pa.Table) -> None:
+        # One chunk a column: the bytes must not depend on how the rows arrived.
+        whole = table.cast(self.schema).combine_chunks()
+        self.files.append(write_parquet(whole, self.folder, part_name(self._file, self._part)))
+        self._part += 1
+
+
+def runs_of(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(value, start, end) of each run of equal neighbours."""
+    edges = np.flatnonzero(np.diff(values)) + 1
+    for start, end in zip([0, *edges], [*edges, len(values)], strict=True):
+        if end > start:
+            yield int(values[start]), int(start), int(end)
+
+
+def written_batch(files: list[FileInfo]) -> pa.RecordBatch:
+    schema = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("row_groups", pa.int32()), ("bytes", pa.int64()), ("sha256", pa.string())])
+    return batch_of([vars(info) for info in files], schema)
+
+
+def _writer(folder: str, schema: pa.Schema) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        sink = FileSink(folder, schema)
+        for batch in batches:
+            table = pa.Table.from_batches([batch])
+            for file, start, end in runs_of(table.column(_FILE).to_numpy()):
+                sink.add(file, table.slice(start, end - start).select(schema.names))
+        yield written_batch(sink.close())
+
+    return write
