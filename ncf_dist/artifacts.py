@@ -212,14 +212,20 @@ class StageRuns:
         return str(json.loads(read_bytes(path))["run_key"]) if exists(path) else None
 
     def _load(self, run_key: str) -> Manifest | None:
-        path = posixpath.join(self.run_path(run_key), MANIFEST)
-        if not exists(path):
-            return None
-        body = json.loads(read_bytes(path))
+        path = self.run_path(run_key)
+        return read_manifest(path) if exists(posixpath.join(path, MANIFEST)) else None
+
+
+def read_manifest(run: str) -> Manifest:
+    """The manifest of the finished run at `run`. Raises ContractError where it cannot be read."""
+    try:
+        body = json.loads(read_bytes(posixpath.join(run, MANIFEST)))
         tables = {
             name: TableInfo(t["path"], t["schema"], tuple(FileInfo(**f) for f in t["files"])) for name, t in body.pop("tables").items()
         }
-        return Manifest(root=self.run_path(run_key), tables=tables, **body)
+        return Manifest(root=run, tables=tables, **body)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ContractError(f"{run}/{MANIFEST} cannot be read ({error}); needed a finished run: delete the folder and rerun the job") from None
 
 
 def run_key(stage: str, ds: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ class Fetch(Section):
     """`synthetic` makes a MovieLens-shaped log with Spark; the others are GroupLens' archives."""
     to: str | None = None
     """Folder that receives the files; default `<paths.lake>/raw/<dataset>`."""
-    source: str | None = Field(None, alias="from")
+    source: str | None = Field(default=None, alias="from")
     """A zip or an unpacked folder to take a GroupLens dataset from, instead of downloading it."""
     users: PositiveInt = 2_000
     """Synthetic: number of users."""
@@ -63,13 +63,19 @@ class Fetch(Section):
         if self.dataset != "synthetic":
             return self
         if self.source is not None:
-            raise ValueError(f"fetch.from is {self.source!r} but fetch.dataset is synthetic, which is made, not taken: set fetch.dataset to what it holds")
+            raise ValueError(
+                f"fetch.from is {self.source!r} but fetch.dataset is synthetic, which is made, not taken: "
+                "set fetch.dataset to what it holds"
+            )
         if self.clusters > self.items:
-            raise ValueError(f"fetch.clusters is {self.clusters} with {self.items} items; needed at least one item a cluster: lower it or raise fetch.items")
+            raise ValueError(
+                f"fetch.clusters is {self.clusters} with {self.items} items; needed at least one item a cluster: "
+                "lower it or raise fetch.items"
+            )
         if self.mean_ratings_per_user > self.most_ratings_per_user:
             raise ValueError(
-                f"fetch.mean_ratings_per_user is {self.mean_ratings_per_user} with {self.items} items; needed at most 60 % of fetch.items, "
-                f"{self.most_ratings_per_user}: lower it or raise fetch.items"
+                f"fetch.mean_ratings_per_user is {self.mean_ratings_per_user} with {self.items} items; "
+                f"needed at most 60 % of fetch.items, {self.most_ratings_per_user}: lower it or raise fetch.items"
             )
         return self
 
@@ -151,6 +157,8 @@ class Train(Section):
     """Stop after this many epochs without a better validation NDCG@10."""
     timeout_s: PositiveInt = 300
     """A collective that waits longer than this fails the run instead of hanging it."""
+    reader: Literal["petastorm", "arrow"] = "petastorm"
+    """What reads the Parquet files: Petastorm, or its plain pyarrow twin with the same batches."""
     reader_workers: PositiveInt = 2
     """Petastorm threads a rank."""
     shuffle_files: PositiveInt = 8

@@ -27,21 +27,25 @@ ROWS_PER_FILE = 1_000_000
 """Upper bound of what a writer holds in memory."""
 BATCH_ROWS = 65_536
 """Rows of an Arrow batch between the JVM and Python."""
+LIST_BATCH_ROWS = 4_096
+"""The same where a row holds a user's whole history."""
 
 _FILE = "_file"
 _WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
 
 
 @contextlib.contextmanager
-def spark_session(app: str, config: settings.Spark) -> Iterator[SparkSession]:
+def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS) -> Iterator[SparkSession]:
     """A session with our settings; stopped at the end, so that a cluster gets its executors back.
+
+    `batch_rows`: rows of an Arrow batch; small where rows hold long lists.
 
     Under spark-submit the master and the memory are the launcher's. Started from plain Python, they are the config's.
     """
     builder = SparkSession.builder.appName(app)
     options = {
         "spark.sql.shuffle.partitions": config.shuffle_partitions,
-        "spark.sql.execution.arrow.maxRecordsPerBatch": BATCH_ROWS,
+        "spark.sql.execution.arrow.maxRecordsPerBatch": batch_rows,
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.ansi.enabled": "true",
     }

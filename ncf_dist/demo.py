@@ -1,0 +1,83 @@
+"""Show a published table to a person: ten users, what they liked, and what they get, with titles.
+
+    python -m ncf_dist.demo --config conf/demo.yaml
+
+Reads what any consumer can read (latest.json and the Parquet files it names) and, for titles and past likes, this night's prepare run.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import sys
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ncf_dist.artifacts import Lake, Manifest, exists, read_bytes, read_table
+from ncf_dist.cli import parser
+from ncf_dist.config import Config, load_config
+from ncf_dist.errors import ContractError, ExitCode, NcfError
+
+USERS = 10
+LIKED = 4
+
+
+def show(config: Config) -> str:
+    """The text: a block a user, then the table's path. Raises ContractError where nothing is published."""
+    lake = Lake(config.paths.lake)
+    root = lake.path(config.publish.table)
+    if not exists(posixpath.join(root, "latest.json")):
+        raise ContractError(f"{root} has no latest.json: nothing is published yet; run the job nightly first")
+    latest = json.loads(read_bytes(posixpath.join(root, "latest.json")))
+    prepare = lake.stage(latest["ds"], "prepare").current()
+    table = read_table(posixpath.join(root, latest["files"][0]))
+    users = pc.unique(table["user_id"]).slice(0, USERS)
+    table = table.filter(pc.is_in(table["user_id"], value_set=users))
+    titles = _titles(prepare)
+    liked = _liked(prepare, users)
+    lines = []
+    for user in users.to_pylist():
+        rows = table.filter(pc.equal(table["user_id"], user)).sort_by("rank").to_pylist()
+        lines.append(f"user {user}   liked: {'; '.join(titles.get(i, str(i)) for i in liked[user])}")
+        lines += [f"   {row['rank']:>2}. {titles.get(row['item_id'], row['item_id'])}   {row['score']:.2f}" for row in rows]
+    lines.append("")
+    lines.append(f"published: {root}  (ds {latest['ds']}, version {latest['version']}, {latest['rows']:,} rows, model {latest['model_version']})")
+    return "\n".join(lines)
+
+
+def _titles(prepare: Manifest) -> dict[object, str]:
+    if "items" not in prepare.tables:
+        return {}
+    table = pa.concat_tables([read_table(path) for path in prepare.files("items")])
+    return dict(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
+
+
+def _liked(prepare: Manifest, users: pa.Array) -> dict[object, list[object]]:
+    """For each user the latest of the items they rated best."""
+    index = pa.concat_tables([read_table(path) for path in prepare.files("user_index")])
+    index = index.filter(pc.is_in(index["user_id"], value_set=users))
+    items = pa.concat_tables([read_table(path) for path in prepare.files("item_index")])
+    found: dict[object, list[object]] = {}
+    for path in prepare.files("interactions"):
+        rows = read_table(path, ["user_idx", "item_idx", "rating", "timestamp"])
+        rows = rows.filter(pc.is_in(rows["user_idx"], value_set=index["user_idx"].combine_chunks())).join(index, "user_idx").join(items, "item_idx")
+        rows = rows.sort_by([("rating", "descending"), ("timestamp", "descending"), ("item_idx", "ascending")])
+        for row in rows.to_pylist():
+            found.setdefault(row["user_id"], []).append(row["item_id"])
+    return {user: best[:LIKED] for user, best in found.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args = parser("demo").parse_args(argv)
+        print(show(load_config(args.config, args.overrides)))
+    except NcfError as error:
+        print(error, file=sys.stderr)
+        return int(error.exit_code)
+    return int(ExitCode.DONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Model selection: rank each validation positive among its candidates. Test rows are never read here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ncf_dist import metrics
+from ncf_dist.artifacts import Manifest, read_table
+from ncf_dist.contracts import VALIDATION
+from ncf_dist.models import Recommender
+from ncf_dist.train.world import World
+
+ROWS_A_BLOCK = 4_096
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """V validation rows of one file. user, item: (V,); candidates: (V, C) padded with the positive; real: (V, C) bool."""
+
+    user: Tensor
+    item: Tensor
+    candidates: Tensor
+    real: Tensor
+
+
+def read_held_out(path: str) -> HeldOut:
+    """One file of a held-out table as tensors; lists shorter than the longest are padded."""
+    table = read_table(path)
+    user, item = (torch.from_numpy(table.column(name).to_numpy().astype(np.int64)) for name in ("user_idx", "item_idx"))
+    lists = table.column("candidates").combine_chunks()
+    sizes = torch.from_numpy(lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64))
+    width = int(sizes.max()) if len(sizes) else 0
+    real = torch.arange(width)[None] < sizes[:, None]
+    candidates = item[:, None].expand(-1, width).clone()
+    candidates[real] = torch.from_numpy(lists.flatten().to_numpy().astype(np.int64))
+    return HeldOut(user, item, candidates, real)
+
+
+@torch.inference_mode()
+def candidate_ranks(model: Recommender, held_out: HeldOut, device: str) -> Tensor:
+    """(V,) rank of each positive among its candidates, ties averaged."""
+    ranks = []
+    for block in _blocks(held_out):
+        items = torch.cat([block.item[:, None], block.candidates], dim=1).to(device)
+        scores = model(block.user.to(device)[:, None], items).cpu()
+        positive, others = scores[:, :1], scores[:, 1:]
+        greater = ((others > positive) & block.real).sum(1).numpy()
+        equal = ((others == positive) & block.real).sum(1).numpy()
+        ranks.append(torch.from_numpy(metrics.mean_rank(greater, equal)))
+    return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.float64)
+
+
+def _blocks(held_out: HeldOut) -> Iterator[HeldOut]:
+    for start in range(0, len(held_out.user), ROWS_A_BLOCK):
+        part = slice(start, start + ROWS_A_BLOCK)
+        yield HeldOut(held_out.user[part], held_out.item[part], held_out.candidates[part], held_out.real[part])
+
+
+class Validator:
+    """Validation metrics over all ranks; each rank reads its share of the files once and keeps it."""
+
+    def __init__(self, manifest: Manifest, k: int, world: World) -> None:
+        manifest.table(VALIDATION)
+        self.parts = [read_held_out(path) for path in manifest.files(VALIDATION.name)[world.rank :: world.size]]
+        self.k, self.world = k, world
+
+    def __call__(self, model: Recommender) -> dict[str, float]:
+        """{"hr@k", "ndcg@k", "mrr"} over all validation rows; empty when nothing is held out. The same on every rank."""
+        model.eval()
+        ranks = [candidate_ranks(model, part, self.world.device).numpy() for part in self.parts]
+        total = metrics.sums(np.concatenate(ranks) if ranks else np.empty(0), (self.k,))
+        summed = self.world.sum(torch.tensor(list(total.values()), dtype=torch.float64)).tolist()
+        total = dict(zip(total, summed, strict=True))
+        return metrics.means(total) if total["n"] else {}

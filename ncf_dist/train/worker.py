@@ -1,0 +1,88 @@
+"""One training rank. torchrun (or plain Python, for one rank) runs `python -m ncf_dist.train.worker --spec FILE`.
+
+Everything it needs is in the spec; everything it makes is under the run's folder. A failure that a person can mend is written to
+`error-<rank>.json` beside the spec, so that the job reports it as its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import posixpath
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ncf_dist import contracts
+from ncf_dist.artifacts import read_manifest, write_atomic
+from ncf_dist.bundle import save_bundle
+from ncf_dist.config import Config
+from ncf_dist.errors import NcfError
+from ncf_dist.models import build_model
+from ncf_dist.train.loaders import TrainLoader, verify_files
+from ncf_dist.train.trainer import Trainer
+from ncf_dist.train.validation import Validator
+from ncf_dist.train.world import World
+
+VALIDATE_K = 10
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the job tells its ranks. prepare, run: folders; config: the resolved tree as JSON."""
+
+    config: str
+    prepare: str
+    run: str
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+
+def train_rank(spec: Spec, world: World) -> None:
+    """Train this rank's share; rank 0 writes the bundle and history.json."""
+    config = Config.model_validate_json(spec.config)
+    prepare = read_manifest(spec.prepare)
+    negatives = config.negatives
+    contract = contracts.train(negatives.per_positive, negatives.draws)
+    verify_files(prepare, contract, world)
+    loader = TrainLoader(prepare, contract, negatives.per_positive, negatives.draws, config.train, config.seed, world)
+    torch.manual_seed(config.seed)
+    n_users, n_items = int(prepare.facts["users"]), int(prepare.facts["items"])
+    model = build_model(config.model, n_users, n_items)
+    trainer = Trainer(model, loader, Validator(prepare, VALIDATE_K, world), config.train, world)
+    history = trainer.fit()
+    if world.is_main:
+        kept = history.epochs[history.best_epoch]
+        facts = {"prepare_run": prepare.run_key, "seed": config.seed, "epoch": history.best_epoch, "validation": kept}
+        save_bundle(posixpath.join(spec.run, "bundle"), model, config.model, n_users, n_items, {"prepare_run": prepare.run_key, "seed": config.seed})
+        write_atomic(posixpath.join(spec.run, "history.json"), json.dumps({**facts, "epochs": history.epochs}, indent=1).encode())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--spec", type=Path, required=True)
+    path: Path = parser.parse_args().spec
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s %(levelname)s rank {rank}: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("petastorm").setLevel(logging.WARNING)
+    spec = Spec(**json.loads(path.read_text()))
+    config = Config.model_validate_json(spec.config)
+    world = World.from_environment(config.train.device)
+    world.join(config.train.timeout_s)
+    try:
+        train_rank(spec, world)
+    except NcfError as error:
+        (path.parent / f"error-{rank}.json").write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}))
+        # No clean-up of the process group: it would wait for ranks that are waiting for us.
+        os._exit(int(error.exit_code))
+    world.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

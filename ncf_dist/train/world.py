@@ -1,0 +1,53 @@
+"""Who this process is among the ranks: a frozen value, read once from what torchrun sets."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """rank: 0..size-1 over all machines; local_rank: on this one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: str = "cpu"
+
+    @classmethod
+    def from_environment(cls, device: str) -> World:
+        """`device`: auto, cpu or cuda. `auto` takes CUDA where this machine has a GPU for each of its ranks."""
+        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_size else "cpu"
+        return cls(rank, size, local, f"cuda:{local}" if device == "cuda" else "cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def join(self, timeout_s: int) -> None:
+        """Enter the process group: NCCL with GPUs, gloo without. A single process needs none."""
+        if self.device.startswith("cuda"):
+            torch.cuda.set_device(self.device)
+        if self.size > 1:
+            backend = "nccl" if self.device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, timeout=dt.timedelta(seconds=timeout_s))
+
+    def leave(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, on all of them."""
+        if self.size > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values.cpu()
