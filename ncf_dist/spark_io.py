@@ -36,7 +36,7 @@ _WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
 
 @contextlib.contextmanager
 def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS) -> Iterator[SparkSession]:
-    """A session with our settings; stopped at the end, so that a cluster gets its executors back.
+    """A session with our settings; stopped at the end, so that a cluster gets its executors back. One that was already there stays.
 
     `batch_rows`: rows of an Arrow batch; small where rows hold long lists.
 
@@ -57,11 +57,13 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
             options |= {"spark.driver.host": "localhost", "spark.driver.bindAddress": "127.0.0.1"}
     for key, value in options.items():
         builder = builder.config(key, str(value))
+    ours = SparkSession.getActiveSession() is None
     spark = builder.getOrCreate()
     try:
         yield spark
     finally:
-        spark.stop()
+        if ours:
+            spark.stop()
 
 
 def read_table(spark: SparkSession, manifest: Manifest, contract: Contract) -> DataFrame:

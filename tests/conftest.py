@@ -1,0 +1,53 @@
+"""Fixtures that every test may use: one Spark session for the whole run, MovieLens where it is at hand, and a small line's config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyspark.sql import SparkSession
+
+from ncf_dist import config as settings
+from ncf_dist.config import Config
+from ncf_dist.spark_io import spark_session
+
+ROOT = Path(__file__).parent.parent
+SPARK = {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 2}
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[SparkSession]:
+    """A real session; jobs called in this process use it and leave it running."""
+    with spark_session("tests", settings.Spark(**SPARK)) as session:
+        session.sparkContext.setLogLevel("ERROR")
+        yield session
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real MovieLens data; skips where there is none."""
+    path = (ROOT / os.environ.get("NCF_DATA_DIR", "../shared/data")).resolve()
+    if not path.is_dir():
+        pytest.skip(f"no MovieLens data at {path}; set NCF_DATA_DIR to a folder with ml-100k/, ml-1m/ …")
+    return path
+
+
+@pytest.fixture
+def make_config(tmp_path: Path) -> Callable[..., Config]:
+    """make_config(log, section={…}) → a Config of a small line whose lake is under tmp_path."""
+
+    def make(log: Path, **sections: Any) -> Config:
+        tree: dict[str, Any] = {
+            "paths": {"lake": str(tmp_path / "lake"), "work": str(tmp_path / "work")},
+            "input": {"path": str(log)},
+            "layout": {"min_files": 4, "rows_per_file": 1000},
+            "spark": SPARK,
+        }
+        for name, values in sections.items():
+            tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) else values
+        return Config.model_validate(tree)
+
+    return make
