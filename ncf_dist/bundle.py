@@ -1,6 +1,7 @@
 """The inference bundle: weights.safetensors and bundle.json. Tensors and JSON only, no code is ever loaded from data.
 
-`model_version` names the weights: the model's name and the start of their SHA-256. The same training gives the same version.
+Reading the card needs no torch: a Spark driver does that. `model_version` names the weights:
+the model's name and the start of their SHA-256. The same training gives the same version.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ import json
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import safetensors.torch
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ncf_dist import config as settings
 from ncf_dist.artifacts import is_local, make_dirs, read_bytes, write_atomic
-from ncf_dist.errors import ContractError
-from ncf_dist.models import Recommender, build_model
+from ncf_dist.errors import ContractError, TrainingFailed
+
+if TYPE_CHECKING:
+    from ncf_dist.models import Recommender
 
 WEIGHTS, CARD = "weights.safetensors", "bundle.json"
 
@@ -37,15 +37,33 @@ class Bundle:
     facts: Mapping[str, Any]
 
 
-def save_bundle(path: str, model: Recommender, config: settings.Model, n_users: int, n_items: int, facts: Mapping[str, Any]) -> Bundle:
-    """Write weights first and the card last; returns the bundle."""
+def save_bundle(
+    path: str,
+    model: Recommender,
+    config: settings.Model,
+    n_users: int,
+    n_items: int,
+    facts: Mapping[str, Any],
+) -> Bundle:
+    """Write weights first and the card last; returns the bundle.
+    Raises TrainingFailed for weights that are not finite."""
+    import safetensors.torch
+
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise TrainingFailed(
+            f"the trained weights {', '.join(broken)} are not all finite; needed finite ones: lower train.lr"
+        )
     data = safetensors.torch.save(tensors)
     digest = hashlib.sha256(data).hexdigest()
     bundle = Bundle(path, config, f"{config.name}-{digest[:12]}", n_users, n_items, digest, facts)
     make_dirs(path)
     write_atomic(posixpath.join(path, WEIGHTS), data)
-    card = {**{f.name: getattr(bundle, f.name) for f in dataclasses.fields(bundle) if f.name != "path"}, "model": config.model_dump(mode="json")}
+    card = {
+        **{f.name: getattr(bundle, f.name) for f in dataclasses.fields(bundle) if f.name != "path"},
+        "model": config.model_dump(mode="json"),
+    }
     write_atomic(posixpath.join(path, CARD), json.dumps(card, indent=1, sort_keys=True).encode())
     return bundle
 
@@ -56,19 +74,36 @@ def read_bundle(path: str) -> Bundle:
         card = json.loads(read_bytes(posixpath.join(path, CARD)))
         return Bundle(**{**card, "model": settings.Model.model_validate(card["model"]), "path": path})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ContractError(f"bundle {path} cannot be read ({error}); needed {WEIGHTS} and {CARD}: rerun the job train") from None
+        raise ContractError(
+            f"bundle {path} cannot be read ({error}); needed {WEIGHTS} and {CARD}: rerun the job train"
+        ) from None
 
 
-def load_model(bundle: Bundle, verify: bool = True) -> Recommender:
-    """The trained model in evaluation mode on the CPU; weights of a local bundle are memory-mapped while they are copied in.
-
-    Raises ContractError when the weights are not the ones that the card names.
-    """
+def verify_weights(bundle: Bundle) -> None:
+    """Raise ContractError when the weights are not the ones that the card names."""
     weights = posixpath.join(bundle.path, WEIGHTS)
-    if verify:
+    try:
         found = hashlib.sha256(read_bytes(weights)).hexdigest()
-        if found != bundle.sha256:
-            raise ContractError(f"{weights} has SHA-256 {found[:12]}…, its card says {bundle.sha256[:12]}…: the file is damaged, rerun the job train")
+    except OSError as error:
+        raise ContractError(f"{weights} cannot be read ({error}); its card names it: rerun the job train") from None
+    if found != bundle.sha256:
+        raise ContractError(
+            f"{weights} has SHA-256 {found[:12]}…, its card says {bundle.sha256[:12]}…: "
+            "the file is damaged, rerun the job train"
+        )
+
+
+def load_model(bundle: Bundle) -> Recommender:
+    """The trained model in evaluation mode on the CPU; weights of a local bundle are memory-mapped.
+
+    Trusts the file: `verify_weights` once a job, not once a worker.
+    """
+    import safetensors.torch
+    import torch
+
+    from ncf_dist.models import build_model
+
+    weights = posixpath.join(bundle.path, WEIGHTS)
     tensors = safetensors.torch.load_file(weights) if is_local(weights) else safetensors.torch.load(read_bytes(weights))
     with torch.device("meta"):
         model = build_model(bundle.model, bundle.n_users, bundle.n_items)

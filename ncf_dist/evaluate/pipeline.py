@@ -13,10 +13,10 @@ from pyspark.sql import DataFrame, SparkSession
 
 from ncf_dist import contracts, metrics
 from ncf_dist.artifacts import Lake, Manifest, Outcome, run_key, write_atomic
-from ncf_dist.bundle import read_bundle
+from ncf_dist.bundle import read_bundle, verify_weights
 from ncf_dist.config import Config
 from ncf_dist.errors import ContractError
-from ncf_dist.evaluate.users import EvaluationPass, evaluation_pass
+from ncf_dist.evaluate.spec import EvaluationPass, on_executors
 from ncf_dist.spark_io import LIST_BATCH_ROWS, read_table, spark_session
 
 log = logging.getLogger(__name__)
@@ -25,12 +25,16 @@ STAGE = "evaluate"
 
 
 def evaluate(config: Config, ds: str) -> Outcome:
-    """Judge the current model of night `ds`. Raises ContractError where train or prepare have not finished or do not fit together."""
+    """Judge the current model of night `ds`.
+    Raises ContractError where train or prepare have not finished or do not fit together."""
     start = time.monotonic()
     lake = Lake(config.paths.lake)
     prepare, train = lake.stage(ds, "prepare").current(), lake.stage(ds, "train").current()
     if train.inputs["prepare"] != prepare.run_key:
-        raise ContractError(f"the current model was trained on prepare run {train.inputs['prepare']}, the current one is {prepare.run_key}: rerun the job train")
+        raise ContractError(
+            f"the current model was trained on prepare run {train.inputs['prepare']}, "
+            f"the current one is {prepare.run_key}: rerun the job train"
+        )
     used = config.model_dump(mode="json", include={"evaluate"})
     runs = lake.stage(ds, STAGE)
     key = run_key(STAGE, ds, used, {"prepare": prepare.run_key, "train": train.run_key})
@@ -38,29 +42,54 @@ def evaluate(config: Config, ds: str) -> Outcome:
         log.info("already evaluated: %s", done.root)
         return Outcome.of(done, "already-done")
     if not prepare.table(contracts.TEST).rows:
-        raise ContractError("the test table is empty: no user has enough items to hold one out; give more data or lower split.min_interactions")
+        raise ContractError(
+            "the test table is empty: no user has enough items to hold one out; "
+            "give more data or lower split.min_interactions"
+        )
 
     run = runs.begin(key)
     bundle = read_bundle(posixpath.join(train.root, "bundle"))
+    verify_weights(bundle)
     with spark_session("ncf-evaluate", config.spark, LIST_BATCH_ROWS) as spark:
         spec = EvaluationPass(bundle, tuple(prepare.files("item_stats")), config.evaluate.ks)
         rows = held_out_users(spark, prepare).repartition(config.spark.shuffle_partitions, "user_idx")
-        stats = [json.loads(row["stats"]) for row in rows.mapInArrow(evaluation_pass(spec), "stats string").collect()]
+        stats = [json.loads(row["stats"]) for row in rows.mapInArrow(on_executors(spec), "stats string").collect()]
     report = summarise(stats)
     write_atomic(posixpath.join(run, "metrics.json"), json.dumps(report, indent=1).encode())
     _log_comparison(report)
     flat = {f"{p}.{name}": value for p in ("full", "candidates") for name, value in report[p].items()}
-    flat |= {f"popularity.{p}.{name}": value for p, values in report["baselines"]["popularity"].items() for name, value in values.items()}
+    flat |= {
+        f"popularity.{p}.{name}": value
+        for p, values in report["baselines"]["popularity"].items()
+        for name, value in values.items()
+    }
     seconds = round(time.monotonic() - start, 3)
     facts = {"model_version": bundle.model_version, "n_users": report["n_users"]}
-    runs.finish(Manifest(STAGE, ds, key, run, used, {"prepare": prepare.run_key, "train": train.run_key}, {}, facts, flat, seconds))
+    runs.finish(
+        Manifest(
+            STAGE,
+            ds,
+            key,
+            run,
+            used,
+            {"prepare": prepare.run_key, "train": train.run_key},
+            {},
+            facts,
+            flat,
+            seconds,
+        )
+    )
     return Outcome("done", key, {"metrics": posixpath.join(run, "metrics.json")}, flat)
 
 
 def held_out_users(spark: SparkSession, prepare: Manifest) -> DataFrame:
     """One row a test positive: user_idx, seen (train and validation items), item_idx, candidates."""
     history = read_table(spark, prepare, contracts.HISTORY).selectExpr("user_idx", "item_idx as seen")
-    return read_table(spark, prepare, contracts.TEST).join(history, "user_idx").select("user_idx", "seen", "item_idx", "candidates")
+    return (
+        read_table(spark, prepare, contracts.TEST)
+        .join(history, "user_idx")
+        .select("user_idx", "seen", "item_idx", "candidates")
+    )
 
 
 def summarise(stats: list[dict[str, float]]) -> dict[str, Any]:
@@ -71,7 +100,9 @@ def summarise(stats: list[dict[str, float]]) -> dict[str, Any]:
 
     def of(scorer: str, protocol: str) -> dict[str, float]:
         prefix = f"{scorer}/{protocol}/"
-        return metrics.means({name.removeprefix(prefix): value for name, value in total.items() if name.startswith(prefix)})
+        return metrics.means(
+            {name.removeprefix(prefix): value for name, value in total.items() if name.startswith(prefix)}
+        )
 
     popularity = {protocol: of("popularity", protocol) for protocol in ("full", "candidates")}
     return {

@@ -1,7 +1,7 @@
 """Metrics of a block of users, on an executor: one task's sums for the model and the popularity baseline.
 
-Full catalogue: the held-out item is ranked among all items but those the user has in train and validation. Candidates: among its own 1 + N
-(the NCF protocol), ties averaged.
+Full catalogue: the held-out item is ranked among all items but those the user has in train and validation. Candidates:
+among its own 1 + N (the NCF protocol), ties averaged.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -17,23 +16,16 @@ import torch
 
 from ncf_dist import metrics
 from ncf_dist.artifacts import read_table
-from ncf_dist.bundle import Bundle, load_model
+from ncf_dist.bundle import load_model
+from ncf_dist.evaluate.spec import EvaluationPass
 from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, Scorer, catalogue_rank, mask
 
 USERS_A_BLOCK = 512
 
 
-@dataclass(frozen=True)
-class EvaluationPass:
-    """Travels to the workers. stats_files: the item_stats table."""
-
-    bundle: Bundle
-    stats_files: tuple[str, ...]
-    ks: tuple[int, ...]
-
-
 def evaluation_pass(spec: EvaluationPass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """For mapInArrow: rows (user_idx, seen list, item_idx, candidates list) in, one row `stats` (JSON sums) a task out."""
+    """For mapInArrow: rows (user_idx, seen list, item_idx, candidates list) in,
+    one row `stats` (JSON sums) a task out."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         torch.set_num_threads(1)
@@ -52,7 +44,10 @@ def evaluation_pass(spec: EvaluationPass) -> Callable[[Iterable[pa.RecordBatch]]
 
 def _scorers(spec: EvaluationPass) -> dict[str, Scorer]:
     counts = pa.concat_tables([read_table(path) for path in spec.stats_files]).column("train_count").to_numpy()
-    return {"model": ModelScorer(load_model(spec.bundle, verify=False), spec.bundle.n_items), "popularity": PopularityScorer(counts)}
+    return {
+        "model": ModelScorer(load_model(spec.bundle), spec.bundle.n_items),
+        "popularity": PopularityScorer(counts),
+    }
 
 
 def lists(column: pa.Array) -> Lists:
@@ -72,5 +67,8 @@ def block_sums(scorer: Scorer, batch: pa.RecordBatch, ks: tuple[int, ...]) -> di
     greater = np.bincount(among.row, weights=theirs > own[among.row], minlength=len(users))
     equal = np.bincount(among.row, weights=theirs == own[among.row], minlength=len(users))
     full = catalogue_rank(mask(scores, lists(batch.column("seen"))), item).numpy()
-    by_protocol = {"full": metrics.sums(full, ks), "candidates": metrics.sums(metrics.mean_rank(greater, equal), ks)}
+    by_protocol = {
+        "full": metrics.sums(full, ks),
+        "candidates": metrics.sums(metrics.mean_rank(greater, equal), ks),
+    }
     return {f"{protocol}/{name}": value for protocol, sums in by_protocol.items() for name, value in sums.items()}

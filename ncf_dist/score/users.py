@@ -1,7 +1,7 @@
 """Score a block of users on an executor and write their top K.
 
-A task holds the item side of the model, the catalogue's ids, one block of users' scores and one output file's rows; none of it grows with
-the number of users.
+A task holds the item side of the model, the catalogue's ids, one block of users' scores and one output file's rows;
+none of it grows with the number of users.
 """
 
 from __future__ import annotations
@@ -9,34 +9,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from ncf_dist.artifacts import read_table
-from ncf_dist.bundle import Bundle, load_model
-from ncf_dist.contracts import Contract
+from ncf_dist.bundle import load_model
+from ncf_dist.score.spec import ScorePass
 from ncf_dist.scoring import Lists, ModelScorer, mask, top_k
 from ncf_dist.spark_io import FileSink, runs_of
 
 
-@dataclass(frozen=True)
-class ScorePass:
-    """Travels to the workers. item_files: the item_index table."""
-
-    bundle: Bundle
-    item_files: tuple[str, ...]
-    contract: Contract
-    folder: str
-    k: int
-    users_per_block: int
-    mask_test: bool
-
-
 def score_pass(spec: ScorePass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """For mapInArrow: rows (_file, user_id, user_idx, item_idx list, test_item_idx list), ascending in _file; one row `stats` a task out."""
+    """For mapInArrow: rows (_file, user_id, user_idx, item_idx list, test_item_idx list), ascending in _file;
+    one row `stats` a task out."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         torch.set_num_threads(1)
@@ -46,14 +33,23 @@ def score_pass(spec: ScorePass) -> Callable[[Iterable[pa.RecordBatch]], Iterator
         scorer: ModelScorer | None = None
         for batch in batches:
             if scorer is None:
-                scorer, item_ids = ModelScorer(load_model(spec.bundle, verify=False), spec.bundle.n_items), read_item_ids(spec.item_files)
+                scorer, item_ids = (
+                    ModelScorer(load_model(spec.bundle), spec.bundle.n_items),
+                    read_item_ids(spec.item_files),
+                )
             for file, start, end in runs_of(batch.column("_file").to_numpy()):
                 for first in range(start, end, spec.users_per_block):
                     block = batch.slice(first, min(spec.users_per_block, end - first))
                     table = recommend(scorer, block, item_ids, spec)
-                    counts.update(users=block.num_rows, short_users=_short(table, block.num_rows, spec.k), rows=table.num_rows)
+                    counts.update(
+                        users=block.num_rows,
+                        short_users=_short(table, block.num_rows, spec.k),
+                        rows=table.num_rows,
+                    )
                     sink.add(file, table)
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps({"counts": counts, "files": [vars(f) for f in sink.close()]})]})
+        yield pa.RecordBatch.from_pydict(
+            {"stats": [json.dumps({"counts": counts, "files": [vars(f) for f in sink.close()]})]}
+        )
 
     return run
 
@@ -76,7 +72,10 @@ def seen_lists(batch: pa.RecordBatch, mask_test: bool) -> Lists:
         values.append(column.flatten().to_numpy().astype(np.int64))
     row, value = np.concatenate(rows), np.concatenate(values)
     order = np.argsort(row, kind="stable")
-    return Lists(value[order], np.concatenate([[0], np.cumsum(np.bincount(row, minlength=batch.num_rows))]).astype(np.int64))
+    return Lists(
+        value[order],
+        np.concatenate([[0], np.cumsum(np.bincount(row, minlength=batch.num_rows))]).astype(np.int64),
+    )
 
 
 def recommend(scorer: ModelScorer, batch: pa.RecordBatch, item_ids: pa.Array, spec: ScorePass) -> pa.Table:

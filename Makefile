@@ -1,0 +1,86 @@
+# `make` lists the targets. Each one first completes .venv; when that is complete already, it costs nothing.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install check format test demo ml-1m bench lock clean
+
+# Choose another with `make PYTHON=/path/to/python3.11 install`.
+PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) python3.11)
+# The folder with ml-1m/, ml-100k/ and so on; tests that need it are skipped, and `make ml-1m` downloads, where it does not exist.
+NCF_DATA_DIR ?= $(CURDIR)/../shared/data
+export NCF_DATA_DIR
+
+python := .venv/bin/python
+log := .venv/install.log
+pip = $(python) -m pip --disable-pip-version-check --no-input
+failed = { tail -n 5 $(log); echo "ncf-dist: $(1) failed; the whole story is in $(log). Mend the cause and run make install again."; exit 2; } >&2
+# Recipes that start a JVM use the one that spark-submit.sh would use.
+java = JAVA_HOME="$$(./spark-submit.sh --java-home)"
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/.installed ## build .venv: Python packages and this project (needs Python 3.11 or 3.10 and Java 17 to 21)
+
+python_version = $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
+wrong_python = $(if $(filter 3.10.% 3.11.%,$(python_version)),,Python 3.11 or 3.10 is needed, \
+  found $(or $(python_version),none) at $(PYTHON); run apt-get install python3.11 python3.11-venv, or make PYTHON=/path/to/python3.11 install)
+wrong_java = $(shell ./spark-submit.sh --java-home 2>&1 >/dev/null)
+
+# The stamp is written last. Without it .venv is half made, so it is built afresh; with an old one it is brought up to date in place.
+.venv/.installed: requirements-torch.txt requirements.lock pyproject.toml $(python)
+	$(if $(wrong_python),$(error $(wrong_python)))
+	$(if $(wrong_java),$(error $(wrong_java)))
+	@if [ ! -e $@ ] || ! $(pip) --version >/dev/null 2>&1; then \
+	  echo "[1/4] .venv with Python $(python_version)"; \
+	  rm -rf .venv; mkdir .venv; \
+	  { $(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $(python) install pip; }; } \
+	    >$(log) 2>&1 || $(call failed,making .venv); \
+	fi; rm -f $@
+	@echo "[2/4] torch, the largest download"
+	@$(pip) install -r requirements-torch.txt -c requirements.lock >>$(log) 2>&1 || $(call failed,installing torch)
+	@echo "[3/4] the packages of requirements.lock"
+	@$(pip) install --no-deps -r requirements.lock >>$(log) 2>&1 || $(call failed,installing requirements.lock)
+	@echo "[4/4] ncf-dist itself"
+	@$(pip) install --no-deps --no-build-isolation -e . >>$(log) 2>&1 || $(call failed,installing ncf-dist)
+	@touch $@
+
+# No recipe: a .venv whose Python is gone counts as changed.
+$(python): ;
+
+check: install ## lint, format, types, import rules
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+	.venv/bin/lint-imports
+
+format: install ## rewrite the code in the house format and mend what the linter can
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+test: install ## run the tests; PYTEST_ARGS="-k negatives -x" chooses
+	$(java) $(python) -m pytest $(PYTEST_ARGS)
+
+demo: install ## made-up data to published recommendations, in minutes
+	./spark-submit.sh fetch --config conf/demo.yaml
+	./spark-submit.sh nightly --config conf/demo.yaml
+	$(python) -m ncf_dist.demo --config conf/demo.yaml
+
+ml-1m: install ## the same on MovieLens 1M, from NCF_DATA_DIR or downloaded
+	source=(); if [ -d "$$NCF_DATA_DIR/ml-1m" ]; then source=(--set "fetch.from=$$NCF_DATA_DIR/ml-1m"); fi; \
+	./spark-submit.sh fetch --config conf/ml-1m.yaml "$${source[@]}"
+	./spark-submit.sh nightly --config conf/ml-1m.yaml
+	$(python) -m ncf_dist.demo --config conf/ml-1m.yaml
+
+bench: install ## run every script in benchmarks/
+	export $(java); for script in benchmarks/[!_]*.py; do echo "== $$script"; $(python) "$$script"; done
+
+lock: install ## resolve requirements.in again into requirements.lock
+	$(pip) install --quiet uv
+	$(python) -m uv pip compile requirements.in --override requirements-override.txt --universal --python-version 3.10 \
+	  --upgrade --no-emit-index-url --custom-compile-command "make lock" --quiet -o requirements.lock
+
+clean: ## remove caches and scratch; .venv and the lake stay
+	rm -rf work build spark-warehouse metastore_db derby.log .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""The boundaries of the architecture, proved in a fresh interpreter;
+import-linter proves the static half in `make check`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# packages that importing these modules must not load; one interpreter a row
+FORBIDDEN = {
+    ("pyspark", "py4j"): ("train.worker", "train.pipeline", "train.loaders"),
+    ("torch", "petastorm"): ("prepare.pipeline", "fetch.pipeline", "score.pipeline", "evaluate.pipeline"),
+    ("torch", "petastorm", "pyspark"): ("cli", "publish.pipeline", "doctor.pipeline"),
+}
+
+
+def _loaded(statement: str, packages: tuple[str, ...]) -> str:
+    program = f"{statement}\nimport sys; print(*[p for p in {packages!r} if p in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(("packages", "modules"), FORBIDDEN.items())
+def test_importing_a_stage_does_not_load_another_stages_engine(
+    packages: tuple[str, ...], modules: tuple[str, ...]
+) -> None:
+    assert _loaded("import " + ", ".join(f"ncf_dist.{m}" for m in modules), packages) == ""
+
+
+def test_the_check_itself_sees_an_engine_that_was_loaded() -> None:
+    assert _loaded("import torch", ("torch",)) == "torch"
+
+
+def test_every_call_of_petastorm_is_in_one_file() -> None:
+    users = [
+        p.relative_to(ROOT)
+        for p in (ROOT / "ncf_dist").rglob("*.py")
+        if "import petastorm" in p.read_text() or "from petastorm" in p.read_text()
+    ]
+    assert users == [Path("ncf_dist/train/loaders.py")]
+
+
+def test_only_artifacts_knows_the_file_system() -> None:
+    users = [p.name for p in (ROOT / "ncf_dist").rglob("*.py") if "import fsspec" in p.read_text()]
+    assert users == ["artifacts.py"]
