@@ -4,7 +4,7 @@
 
 Each seed runs `./spark-submit.sh fetch` and every stage as its own job in a lake of its own, as a scheduler would.
 Prints one table (mean and standard deviation over seeds; time is the job's wall clock, launcher and JVM included) and
-writes benchmarks/results/line.json. Takes MovieLens from NCF_DATA_DIR/ml-1m where that folder exists, else downloads it.
+writes benchmarks/results/line.json. MovieLens comes from NCF_DATA_DIR/ml-1m where that folder exists, else by download.
 """
 
 from __future__ import annotations

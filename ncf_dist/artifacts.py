@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -94,7 +95,10 @@ class Manifest:
 
     def _table(self, name: str) -> TableInfo:
         if name not in self.tables:
-            raise ContractError(f"{self.stage} run {self.run_key} has no table {name} (it has {', '.join(self.tables)}); rerun {self.stage}")
+            raise ContractError(
+                f"{self.stage} run {self.run_key} has no table {name} (it has {', '.join(self.tables)}); "
+                f"rerun {self.stage}"
+            )
         return self.tables[name]
 
 
@@ -134,8 +138,8 @@ class Lake:
             remove(probe)
         except OSError as error:
             raise InputError(
-                f"the lake {self.root} cannot be written ({error.strerror or error}); needed a place this user may write: "
-                "mend its permissions or set paths.lake"
+                f"the lake {self.root} cannot be written ({error.strerror or error}); "
+                "needed a place this user may write: mend its permissions or set paths.lake"
             ) from None
 
     def nights(self, stage: str) -> list[str]:
@@ -158,7 +162,9 @@ class Lake:
         try:
             lock.acquire()
         except Timeout:
-            raise BusyRun(f"another run holds ds {ds} of {self.root}; wait for it, or stop it, and run this again") from None
+            raise BusyRun(
+                f"another run holds ds {ds} of {self.root}; wait for it, or stop it, and run this again"
+            ) from None
         try:
             yield
         finally:
@@ -187,7 +193,10 @@ class StageRuns:
         key = self._current_key()
         manifest = self._load(key) if key else None
         if manifest is None:
-            raise ContractError(f"{self.root} has no finished run; needed the output of {self.stage} for ds {self.ds}: run the job {self.stage} first")
+            raise ContractError(
+                f"{self.root} has no finished run; needed the output of {self.stage} for ds {self.ds}: "
+                f"run the job {self.stage} first"
+            )
         return manifest
 
     def begin(self, run_key: str) -> str:
@@ -209,7 +218,10 @@ class StageRuns:
 
     def _current_key(self) -> str | None:
         path = posixpath.join(self.root, CURRENT)
-        return str(json.loads(read_bytes(path))["run_key"]) if exists(path) else None
+        try:
+            return str(json.loads(read_bytes(path))["run_key"]) if exists(path) else None
+        except (ValueError, TypeError, KeyError):
+            return None  # Damaged: as if it were not there, so that the next `find` writes it anew.
 
     def _load(self, run_key: str) -> Manifest | None:
         path = self.run_path(run_key)
@@ -221,11 +233,14 @@ def read_manifest(run: str) -> Manifest:
     try:
         body = json.loads(read_bytes(posixpath.join(run, MANIFEST)))
         tables = {
-            name: TableInfo(t["path"], t["schema"], tuple(FileInfo(**f) for f in t["files"])) for name, t in body.pop("tables").items()
+            name: TableInfo(t["path"], t["schema"], tuple(FileInfo(**f) for f in t["files"]))
+            for name, t in body.pop("tables").items()
         }
         return Manifest(root=run, tables=tables, **body)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ContractError(f"{run}/{MANIFEST} cannot be read ({error}); needed a finished run: delete the folder and rerun the job") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ContractError(
+            f"{run}/{MANIFEST} cannot be read ({error}); needed a finished run: delete the folder and rerun the job"
+        ) from None
 
 
 def run_key(stage: str, ds: str, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
@@ -276,19 +291,6 @@ def remove(path: str) -> None:
         fs.rm(inner, recursive=True)
 
 
-def copy_file(source: str, target: str) -> None:
-    """Copy within the lake; `target` appears whole or not at all."""
-    fs, inner = filesystem(source)
-    _, to = filesystem(target)
-    fs.makedirs(posixpath.dirname(to), exist_ok=True)
-    if is_local(target):
-        fs.cp_file(inner, to + ".tmp")
-        _sync(to + ".tmp")
-        os.replace(to + ".tmp", to)
-    else:
-        fs.cp_file(inner, to)
-
-
 def list_names(path: str) -> list[str]:
     """Names in a folder, sorted; empty where there is no such folder."""
     fs, inner = filesystem(path)
@@ -319,10 +321,11 @@ def write_atomic(path: str, data: bytes) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(temporary, path)
-    _sync(os.path.dirname(path))
+    sync(os.path.dirname(path))
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Make a local file, or a local folder's list of names, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -331,9 +334,10 @@ def _sync(path: str) -> None:
 
 
 def input_files(path: str) -> list[str]:
-    """The files behind a file, a folder or a glob, sorted; hidden files and `_SUCCESS`-like markers are left out.
+    """The files behind a file, a folder or a glob, sorted, each once.
 
-    Raises InputError where there is none.
+    Hidden files and folders, `_SUCCESS` and `_temporary` among them, are left out. Raises InputError
+    where there is none.
     """
     root = resolve(path)
     fs, inner = filesystem(root)
@@ -343,15 +347,22 @@ def input_files(path: str) -> list[str]:
         found = [p for match in fs.glob(inner) for p in ([match] if fs.isfile(match) else fs.find(match))]
     else:
         found = [inner] if fs.exists(inner) else []
-    files = sorted(p for p in found if not posixpath.basename(p).startswith((".", "_")))
+    above = inner if fs.isdir(inner) else posixpath.dirname(re.split(r"[*?\[]", inner, maxsplit=1)[0])
+    files = sorted(p for p in set(found) if not re.search(r"(^|/)[._]", posixpath.relpath(p, above)))
     if not files:
-        what = "is an empty folder" if fs.isdir(inner) else "matches no file" if not fs.exists(inner) else "holds nothing"
-        raise InputError(f"input {root} {what}; needed a file, a folder or a glob with the interaction log: set input.path (or run the job fetch)")
+        what = (
+            "is an empty folder" if fs.isdir(inner) else "matches no file" if not fs.exists(inner) else "holds nothing"
+        )
+        raise InputError(
+            f"input {root} {what}; needed a file, a folder or a glob with the interaction log: "
+            "set input.path (or run the job fetch)"
+        )
     return files if is_local(root) else [str(fs.unstrip_protocol(p)) for p in files]
 
 
 def fingerprint(files: list[str]) -> str:
-    """Changes when a file is added, removed or rewritten: hash of names, sizes and modification times (or entity tags)."""
+    """Changes when a file is added, removed or rewritten:
+    hash of names, sizes and modification times (or entity tags)."""
     facts = []
     for path in files:
         fs, inner = filesystem(path)

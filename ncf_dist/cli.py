@@ -36,15 +36,34 @@ def parser(job: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=job, description=f"ncf-dist job {job}")
     parser.add_argument("--config", required=True, metavar="FILE.yaml", help="the configuration of this line")
     parser.add_argument("--ds", metavar="YYYY-MM-DD", help="the night; default today (UTC)")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides", help="overrides one value of the config")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="overrides one value of the config",
+    )
     return parser
 
 
 def run_job(job: str, function: JobFunction, argv: Sequence[str] | None = None) -> int:
     """Run one job to its end and return its exit code; everything a person or a scheduler needs has been printed."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
     start = time.monotonic()
-    report: dict[str, Any] = {"job": job, "ds": None, "run_key": None, "status": "failed", "outputs": {}, "metrics": {}}
+    report: dict[str, Any] = {
+        "job": job,
+        "ds": None,
+        "run_key": None,
+        "status": "failed",
+        "outputs": {},
+        "metrics": {},
+    }
     exit_code = ExitCode.DONE
     try:
         args = parser(job).parse_args(argv)
@@ -52,11 +71,16 @@ def run_job(job: str, function: JobFunction, argv: Sequence[str] | None = None) 
         config = load_config(args.config, args.overrides)
         with contextlib.nullcontext() if job in UNLOCKED else Lake(config.paths.lake).hold(ds):
             outcome = function(config, ds)
-        report.update(run_key=outcome.run_key, status=outcome.status, outputs=dict(outcome.outputs), metrics=dict(outcome.metrics))
+        report.update(
+            run_key=outcome.run_key,
+            status=outcome.status,
+            outputs=dict(outcome.outputs),
+            metrics=dict(outcome.metrics),
+        )
         report.update(outcome.extra)
     except NcfError as error:
         exit_code = error.exit_code
-        report.update(status=error.status, error=str(error))
+        report.update(error.extra, status=error.status, error=str(error))
         log.error("%s", error)
     except Exception as error:
         exit_code = ExitCode.UNEXPECTED
@@ -70,7 +94,12 @@ def run_job(job: str, function: JobFunction, argv: Sequence[str] | None = None) 
 
 def spark_options(config: Config) -> list[str]:
     """What only the launcher can tell Spark: it must be known before the driver's JVM starts."""
-    options = ["--driver-memory", config.spark.driver_memory, "--executor-memory", config.spark.executor_memory]
+    options = [
+        "--driver-memory",
+        config.spark.driver_memory,
+        "--executor-memory",
+        config.spark.executor_memory,
+    ]
     return ["--master", config.spark.master, *options] if config.spark.master else options
 
 
@@ -80,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[:1] == ["spark-options"]:
         return _launcher(args[1:])
     if not args or args[0] not in JOBS:
-        print(f"usage: ncf-dist {{{'|'.join(JOBS)}}} --config FILE.yaml [--ds YYYY-MM-DD] [--set section.key=value]…", file=sys.stderr)
+        print(
+            f"usage: ncf-dist {{{'|'.join(JOBS)}}} --config FILE.yaml [--ds YYYY-MM-DD] [--set section.key=value]…",
+            file=sys.stderr,
+        )
         return int(ExitCode.CONFIG)
     job = args[0]
     function: JobFunction = getattr(importlib.import_module(f"ncf_dist.{job}.pipeline"), job)
@@ -88,7 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _launcher(args: list[str]) -> int:
-    """Options on success; on a bad config exactly what the job itself would have printed, so that it need not be started."""
+    """Options on success; on a bad config exactly what the job itself would have printed,
+    so that it need not be started."""
     job = args[0] if args else "spark-options"
     try:
         parsed = parser(job).parse_args(args[1:])

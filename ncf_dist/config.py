@@ -87,7 +87,8 @@ class Input(Section):
     """`movielens-dat`: user::item::rating::seconds · `movielens-tsv`: the same with tabs (u.data) ·
     `movielens-csv`: ratings.csv with its header."""
     items: str | None = None
-    """Optional item side table in the same family of formats (movies.dat, u.item, movies.csv): titles for people to read."""
+    """Optional item side table in the same family of formats (movies.dat, u.item, movies.csv):
+    titles for people to read."""
     feedback: Literal["implicit"] = "implicit"
     """`implicit`: a row is a positive."""
     min_rating: float | None = None
@@ -98,7 +99,8 @@ class Input(Section):
 
 class Split(Section):
     strategy: Literal["leave-one-out"] = "leave-one-out"
-    """`leave-one-out`: each user's latest item is the test row, the one before it the validation row (He et al. 2017, section 4.1)."""
+    """`leave-one-out`: each user's latest item is the test row, the one before it the validation row
+    (He et al. 2017, section 4.1)."""
     min_interactions: Annotated[int, Field(ge=3)] = 3
     """Users with fewer items keep all of them in train: there is nothing to judge them by."""
 
@@ -134,7 +136,10 @@ class Model(Section):
     @model_validator(mode="after")
     def _tower_starts_even(self) -> Model:
         if not self.layers or self.layers[0] % 2:
-            raise ValueError(f"model.layers starts with {self.layers[:1]}: its first entry is split evenly between user and item, give an even width")
+            raise ValueError(
+                f"model.layers starts with {self.layers[:1]}: its first entry is split evenly between user and item, "
+                "give an even width"
+            )
         return self
 
 
@@ -164,8 +169,8 @@ class Train(Section):
     shuffle_files: PositiveInt = 8
     """Files a rank holds in memory at once to mix their rows."""
     max_model_bytes: PositiveInt | None = None
-    """Refuse models that need more than this, weights, gradients and optimiser state of all ranks together; default: 80 % of
-    the machine's memory (or of the GPU's)."""
+    """Refuse models that need more than this, weights, gradients and optimiser state of all ranks together;
+    default: 80 % of the machine's memory (or of the GPU's)."""
 
 
 class Evaluate(Section):
@@ -222,7 +227,8 @@ class Config(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path` (YAML), apply `section.key=value` overrides, validate.
 
-    Raises ConfigError: no such file, not YAML, an override that is not `section.key=value`, an unknown key, a bad value.
+    Raises ConfigError: no such file, not YAML, an override that is not `section.key=value`,
+    an unknown key, a bad value.
     """
     tree = _read_yaml(Path(path))
     for override in overrides:
@@ -249,11 +255,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"config {path} cannot be read ({error.strerror}); give --config a YAML file such as conf/demo.yaml") from None
+        raise ConfigError(
+            f"config {path} cannot be read ({error.strerror}); give --config a YAML file such as conf/demo.yaml"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config {path} holds {type(tree).__name__}; needed sections such as `paths:` and `input:`, see conf/demo.yaml")
+        raise ConfigError(
+            f"config {path} holds {type(tree).__name__}; needed sections such as `paths:` and `input:`, "
+            "see conf/demo.yaml"
+        )
     return tree
 
 
@@ -271,7 +282,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = tree[part] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: {part} is not a section; known sections: {', '.join(Config.model_fields)}")
+            raise ConfigError(
+                f"--set {override!r}: {part} is not a section; known sections: {', '.join(Config.model_fields)}"
+            )
         tree = child
     tree[parts[-1]] = value
 

@@ -1,7 +1,8 @@
-"""Every table that one stage hands to another: columns, types, key and meaning. The only home of table and column names.
+"""Every table that one stage hands to another: columns, types, key and meaning.
+The only home of table and column names.
 
-`user_id`/`item_id` are the customer's, kept as they came (int64 or string); `user_idx`/`item_idx` are dense 0..n-1 int32.
-No column is nullable. Lists hold indexes in ascending order unless said otherwise.
+`user_id`/`item_id` are the customer's, kept as they came (int64 or string); `user_idx`/`item_idx` are dense 0..n-1
+int32. No column is nullable. Lists hold indexes in ascending order unless said otherwise.
 """
 
 from __future__ import annotations
@@ -95,10 +96,17 @@ def items(id_type: pa.DataType) -> Contract:
 
 INTERACTIONS = _contract(
     "interactions",
-    {"user_idx": INDEX, "item_idx": INDEX, "rating": pa.float32(), "timestamp": pa.int64(), "split": pa.int8()},
+    {
+        "user_idx": INDEX,
+        "item_idx": INDEX,
+        "rating": pa.float32(),
+        "timestamp": pa.int64(),
+        "split": pa.int8(),
+    },
     ("user_idx", "item_idx"),
     "prepare",
-    "every accepted interaction after deduplication; split is 0 train, 1 validation, 2 test; timestamp in seconds since 1970",
+    "every accepted interaction after deduplication; split is 0 train, 1 validation, 2 test; "
+    "timestamp in seconds since 1970",
 )
 TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = 0, 1, 2
 
@@ -115,12 +123,14 @@ ITEM_STATS = _contract(
     {"item_idx": INDEX, "train_count": pa.int64()},
     ("item_idx",),
     "prepare",
-    "train and validation interactions of every item; the popularity baseline; ordered by item_idx, 0 for items with none",
+    "train and validation interactions of every item; the popularity baseline; "
+    "ordered by item_idx, 0 for items with none",
 )
 
 
 def held_out(name: str) -> Contract:
-    """`validation` or `test`: a held-out positive and the unseen items it is ranked among (unordered, without repeats)."""
+    """`validation` or `test`: a held-out positive and the unseen items it is ranked among
+    (unordered, without repeats)."""
     return _contract(
         name,
         {"user_idx": INDEX, "item_idx": INDEX, "candidates": INDEX_LIST},
@@ -148,8 +158,9 @@ def negative_column(draw: int, slot: int) -> str:
 
 
 def train(per_positive: int, draws: int) -> Contract:
-    """Trainer-ready rows. Negatives are scalar columns, one a (draw, slot): Petastorm turns a list column into a matrix row by
-    row in Python, about thirty times slower than it hands over a scalar column, and an epoch reads only its own draw."""
+    """Trainer-ready rows. Negatives are scalar columns, one a (draw, slot): Petastorm turns a list column
+    into a matrix row by row in Python, about thirty times slower than it hands over a scalar column, and an
+    epoch reads only its own draw."""
     negatives = {negative_column(d, s): INDEX for d in range(draws) for s in range(per_positive)}
     return _contract(
         "train",
@@ -164,7 +175,13 @@ def recommendations(user_id: pa.DataType, item_id: pa.DataType) -> Contract:
     """The product: K rows a user, rank 1 is best, scores finite and not increasing with rank."""
     return _contract(
         "recommendations",
-        {"user_id": user_id, "rank": pa.int32(), "item_id": item_id, "score": pa.float32(), "model_version": pa.string()},
+        {
+            "user_id": user_id,
+            "rank": pa.int32(),
+            "item_id": item_id,
+            "score": pa.float32(),
+            "model_version": pa.string(),
+        },
         ("user_id", "rank"),
         "score",
         "top K unseen items of every user",

@@ -2,7 +2,8 @@
 
     python -m ncf_dist.demo --config conf/demo.yaml
 
-Reads what any consumer can read (latest.json and the Parquet files it names) and, for titles and past likes, this night's prepare run.
+Reads what any consumer can read (latest.json and the Parquet files it names) and, for titles and past likes,
+this night's prepare run.
 """
 
 from __future__ import annotations
@@ -41,9 +42,14 @@ def show(config: Config) -> str:
     for user in users.to_pylist():
         rows = table.filter(pc.equal(table["user_id"], user)).sort_by("rank").to_pylist()
         lines.append(f"user {user}   liked: {'; '.join(titles.get(i, str(i)) for i in liked[user])}")
-        lines += [f"   {row['rank']:>2}. {titles.get(row['item_id'], row['item_id'])}   {row['score']:.2f}" for row in rows]
+        lines += [
+            f"   {row['rank']:>2}. {titles.get(row['item_id'], row['item_id'])}   {row['score']:.2f}" for row in rows
+        ]
     lines.append("")
-    lines.append(f"published: {root}  (ds {latest['ds']}, version {latest['version']}, {latest['rows']:,} rows, model {latest['model_version']})")
+    lines.append(
+        f"published: {root}  (ds {latest['ds']}, version {latest['version']}, {latest['rows']:,} rows, "
+        f"model {latest['model_version']})"
+    )
     return "\n".join(lines)
 
 
@@ -62,7 +68,11 @@ def _liked(prepare: Manifest, users: pa.Array) -> dict[object, list[object]]:
     found: dict[object, list[object]] = {}
     for path in prepare.files("interactions"):
         rows = read_table(path, ["user_idx", "item_idx", "rating", "timestamp"])
-        rows = rows.filter(pc.is_in(rows["user_idx"], value_set=index["user_idx"].combine_chunks())).join(index, "user_idx").join(items, "item_idx")
+        rows = (
+            rows.filter(pc.is_in(rows["user_idx"], value_set=index["user_idx"].combine_chunks()))
+            .join(index, "user_idx")
+            .join(items, "item_idx")
+        )
         rows = rows.sort_by([("rating", "descending"), ("timestamp", "descending"), ("item_idx", "ascending")])
         for row in rows.to_pylist():
             found.setdefault(row["user_id"], []).append(row["item_id"])

@@ -22,10 +22,14 @@ class ExitCode(IntEnum):
 
 
 class NcfError(Exception):
-    """Base of every error that a person can mend."""
+    """Base of every error that a person can mend. `extra` goes into the job's last line as it is."""
 
     exit_code = ExitCode.UNEXPECTED
     status = "failed"
+
+    def __init__(self, message: str, **extra: object) -> None:
+        super().__init__(message)
+        self.extra = extra
 
 
 class ConfigError(NcfError):

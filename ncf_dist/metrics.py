@@ -1,7 +1,7 @@
 """Ranking metrics, each defined once.
 
-`rank` counts from 1. Among candidates equal scores share the mean of the places they take (a constant scorer gets chance, not luck);
-in the full catalogue they are ordered by item_idx, as the published table is.
+`rank` counts from 1. Among candidates equal scores share the mean of the places they take (a constant scorer gets
+chance, not luck); in the full catalogue they are ordered by item_idx, as the published table is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def hit(rank: FloatArray, k: int) -> FloatArray:
 
 
 def ndcg(rank: FloatArray, k: int) -> FloatArray:
-    """NDCG@K of one held-out item a user: 1 / log2(rank + 1) within the first K, else 0 (the ideal DCG is 1). (U,) → (U,)"""
+    """NDCG@K of one held-out item a user: 1 / log2(rank + 1) within the first K, else 0
+    (the ideal DCG is 1). (U,) → (U,)"""
     rank = np.asarray(rank, dtype=np.float64)
     return np.where(rank <= k, 1.0 / np.log2(rank + 1.0), 0.0)
 
@@ -29,7 +30,8 @@ def reciprocal_rank(rank: FloatArray) -> FloatArray:
 
 
 def mean_rank(greater: npt.NDArray[np.int64], equal: npt.NDArray[np.int64]) -> FloatArray:
-    """Rank of a positive that `greater` candidates beat and `equal` candidates tie with: the mean of the tied places."""
+    """Rank of a positive that `greater` candidates beat and `equal` candidates tie with:
+    the mean of the tied places."""
     return 1.0 + np.asarray(greater, dtype=np.float64) + np.asarray(equal, dtype=np.float64) / 2.0
 
 

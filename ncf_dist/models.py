@@ -2,9 +2,10 @@
 
     score(u, i) = join(user_side(u), item_side(i))
 
-Training joins (B, 1, ·) with (B, 1 + N, ·): a user's part is computed once for its positive and N negatives. Scoring joins every user of a
-block with the whole catalogue through `score_block`: the part that depends on one side only is computed once a user and once an item.
-Both use the same weights and the same mathematics (equal within float rounding, by test).
+Training joins (B, 1, ·) with (B, 1 + N, ·): a user's part is computed once for its positive and N negatives.
+Scoring joins every user of a block with the whole catalogue through `score_block`: the part that depends on one
+side only is computed once a user and once an item. Both use the same weights and the same mathematics (equal
+within float rounding, by test).
 
 - GMF: h · (p_u ⊙ q_i)                                       He et al. 2017, eq. 9
 - MLP: h · ReLU(W_L … ReLU(W_1 [p_u; q_i] + b_1) … + b_L)     eq. 10
@@ -16,6 +17,8 @@ Scores are logits. Letters: B batch, N negatives, U users, I items, D embedding,
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +48,8 @@ class Recommender(nn.Module):
         return self.join(tuple(t[:, None] for t in user), tuple(t[None] for t in item))
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
-        """user, item: int64 index tensors that broadcast, e.g. (B, 1) and (B, 1 + N). Returns logits of the broadcast shape."""
+        """user, item: int64 index tensors that broadcast, e.g. (B, 1) and (B, 1 + N).
+        Returns logits of the broadcast shape."""
         return self.join(self.user_side(user), self.item_side(item))
 
 
@@ -82,30 +86,32 @@ class Tower(nn.Module):
 
     def __init__(self, n_users: int, n_items: int, layers: tuple[int, ...], dropout: float) -> None:
         super().__init__()
-        half = layers[0] // 2
-        self.user = _embedding(n_users, half)
-        self.item = _embedding(n_items, half)
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(layers, layers[1:], strict=False))
-        for layer in self.hidden:
+        # Not `half`: that is a method of nn.Module.
+        self.dim, self.width = layers[0] // 2, layers[-1]
+        self.user = _embedding(n_users, self.dim)
+        self.item = _embedding(n_items, self.dim)
+        hidden = [nn.Linear(a, b) for a, b in pairwise(layers)]
+        for layer in hidden:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.hidden = nn.ModuleList(hidden)
         self.dropout = nn.Dropout(dropout)
-        self.half, self.width = half, layers[-1]
 
     def user_side(self, user: Tensor) -> Tensor:
         """W_1's user half applied to p_u, and the bias: (…, H). Without hidden layers p_u, zero in the item's place."""
         p = self.dropout(self.user(user))
         if not self.hidden:
-            return nn.functional.pad(p, (0, self.half))
-        first = self.hidden[0]
-        return nn.functional.linear(p, first.weight[:, : self.half], first.bias)
+            return nn.functional.pad(p, (0, self.dim))
+        first = cast(nn.Linear, self.hidden[0])
+        return nn.functional.linear(p, first.weight[:, : self.dim], first.bias)
 
     def item_side(self, item: Tensor) -> Tensor:
         """W_1's item half applied to q_i: (…, H)."""
         q = self.dropout(self.item(item))
         if not self.hidden:
-            return nn.functional.pad(q, (self.half, 0))
-        return nn.functional.linear(q, self.hidden[0].weight[:, self.half :])
+            return nn.functional.pad(q, (self.dim, 0))
+        first = cast(nn.Linear, self.hidden[0])
+        return nn.functional.linear(q, first.weight[:, self.dim :])
 
     def join(self, user: Tensor, item: Tensor) -> Tensor:
         """(…, H) and (…, H) that broadcast → (…, last width)."""
@@ -133,7 +139,8 @@ class MLP(Recommender):
         return (self.tower.item_side(item),)
 
     def join(self, user: Side, item: Side) -> Tensor:
-        return self.output(self.tower.join(user[0], item[0]))[..., 0]
+        logits: Tensor = self.output(self.tower.join(user[0], item[0]))
+        return logits[..., 0]
 
 
 class NeuMF(Recommender):
@@ -152,11 +159,12 @@ class NeuMF(Recommender):
         return (*self.gmf.item_side(item), self.tower.item_side(item))
 
     def join(self, user: Side, item: Side) -> Tensor:
-        return self.gmf.join(user[:1], item[:1]) + self.output(self.tower.join(user[1], item[1]))[..., 0]
+        logits: Tensor = self.output(self.tower.join(user[1], item[1]))
+        return self.gmf.join(user[:1], item[:1]) + logits[..., 0]
 
     def score_block(self, user: Side, item: Side) -> Tensor:
-        tower = self.tower.join(user[1][:, None], item[1][None])
-        return self.gmf.score_block(user[:1], item[:1]) + self.output(tower)[..., 0]
+        logits: Tensor = self.output(self.tower.join(user[1][:, None], item[1][None]))
+        return self.gmf.score_block(user[:1], item[:1]) + logits[..., 0]
 
 
 MODELS: dict[str, Callable[[settings.Model, int, int], Recommender]] = {

@@ -1,15 +1,16 @@
 """The stateless hash sampler: one definition, the same draw in Spark SQL, NumPy and torch.
 
-Every random choice of the line is a function of (seed, purpose, user, item, code), so it does not depend on partitions, order,
-retries or the engine that draws it.
+Every random choice of the line is a function of (seed, purpose, user, item, code), so it does not depend on partitions,
+order, retries or the engine that draws it.
 
-- `hash64` is XXH64 of 8-byte integers, chained as Spark's built-in `xxhash64(col, …)` chains them (each hash seeds the next, the first
-  seed is 42; Yann Collet's xxHash specification, section XXH64). It works on Python ints, NumPy int64 arrays and torch int64 tensors:
-  all three wrap (Python ints are wrapped here), and shifts are made logical by masks.
+- `hash64` is XXH64 of 8-byte integers, chained as Spark's built-in `xxhash64(col, …)` chains them (each hash seeds the
+  next, the first seed is 42; Yann Collet's xxHash specification, section XXH64). It works on Python ints, NumPy int64
+  arrays and torch int64 tensors: all three wrap (Python ints are wrapped here), and shifts are made logical by masks.
 - A draw below n is `hash mod n` (floor modulus of the signed hash); its bias is below n / 2^64.
-- A negative is uniform over the items a user has not interacted with: rank r = hash mod (I - |seen|), then the r-th unseen item, found in
-  the user's sorted seen items. No rejection, so heavy users cost what light ones do.
-- Candidates are drawn without replacement by Floyd's algorithm (Bentley & Floyd, "A sample of brilliance", CACM 30(9), 1987).
+- A negative is uniform over the items a user has not interacted with: rank r = hash mod (I - |seen|), then the r-th
+  unseen item, found in the user's sorted seen items. No rejection, so heavy users cost what light ones do.
+- Candidates are drawn without replacement by Floyd's algorithm
+  (Bentley & Floyd, "A sample of brilliance", CACM 30(9), 1987).
 
 Letters: U users, M draws, I items, S seen items of all users together.
 """
@@ -73,7 +74,8 @@ def _mix(value: Any, seed: Any) -> Any:
 
 
 def hash64(*parts: Any, seed: Any = _FIRST_SEED) -> Any:
-    """Signed 64-bit hash of integers, int64 arrays or int64 tensors (broadcast together), equal to Spark's `xxhash64` of BIGINTs.
+    """Signed 64-bit hash of integers, int64 arrays or int64 tensors (broadcast together),
+    equal to Spark's `xxhash64` of BIGINTs.
 
     `hash64(a, b)` is `hash64(b, seed=hash64(a))`: a common prefix can be hashed once.
     """
@@ -97,11 +99,12 @@ def code(draw: int, slot: int) -> int:
 def unseen_items(rank: Any, row: Any, gaps: Any, offsets: Any, stride: int, searchsorted: Any = np.searchsorted) -> Any:
     """The item at position `rank` among the items that user `row` has not seen.
 
-    rank, row: (M,) int64, 0 <= rank < I - |seen of row|. gaps: (S,) from `seen_gaps`. offsets: (U+1,) where each user's seen items
-    start. stride: I + 1. Returns (M,) int64 item indexes. NumPy arrays, or torch tensors with torch.searchsorted.
+    rank, row: (M,) int64, 0 <= rank < I - |seen of row|. gaps: (S,) from `seen_gaps`. offsets: (U+1,) where
+    each user's seen items start. stride: I + 1. Returns (M,) int64 item indexes. NumPy arrays, or torch
+    tensors with torch.searchsorted.
 
-    The j-th seen item (from 0) of a user, s_j, has s_j - j unseen items below it. So the unseen item of rank r has as many seen
-    items below it as there are j with s_j - j <= r.
+    The j-th seen item (from 0) of a user, s_j, has s_j - j unseen items below it. So the unseen item of rank r has as
+    many seen items below it as there are j with s_j - j <= r.
     """
     below = searchsorted(gaps, rank + row * stride, side="right") - offsets[row]
     return rank + below
@@ -115,17 +118,30 @@ def seen_gaps(seen: IntArray, offsets: IntArray, stride: int) -> IntArray:
     counts = np.diff(offsets)
     within = np.arange(len(seen), dtype=np.int64) - np.repeat(offsets[:-1], counts)
     row = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-    return seen - within + row * stride
+    gaps: IntArray = seen - within + row * stride
+    return gaps
 
 
 def negatives(
-    seed: int, draw: int, slot: int, user: IntArray, item: IntArray, row: IntArray, seen: IntArray, offsets: IntArray, n_items: int
+    seed: int,
+    draw: int,
+    slot: int,
+    user: IntArray,
+    item: IntArray,
+    row: IntArray,
+    seen: IntArray,
+    offsets: IntArray,
+    n_items: int,
 ) -> IntArray:
-    """(M,) one negative for each positive (user, item): uniform over the items its user, `row` in `offsets`, has not seen.
+    """(M,) one negative for each positive (user, item):
+    uniform over the items its user, `row` in `offsets`, has not seen.
 
     Raises ValueError when a user has seen the whole catalogue: there is no negative to draw.
     """
-    return negatives_of(prefix(seed, user, item), draw, slot, row, seen_gaps(seen, offsets, n_items + 1), offsets, n_items)
+    drawn: IntArray = negatives_of(
+        prefix(seed, user, item), draw, slot, row, seen_gaps(seen, offsets, n_items + 1), offsets, n_items
+    )
+    return drawn
 
 
 def prefix(seed: int, user: Any, item: Any) -> Any:
@@ -133,28 +149,48 @@ def prefix(seed: int, user: Any, item: Any) -> Any:
     return hash64(seed, int(Purpose.NEGATIVE), user, item)
 
 
-def negatives_of(key: Any, draw: int, slot: int, row: Any, gaps: Any, offsets: Any, n_items: int, searchsorted: Any = np.searchsorted) -> Any:
+def negatives_of(
+    key: Any,
+    draw: int,
+    slot: int,
+    row: Any,
+    gaps: Any,
+    offsets: Any,
+    n_items: int,
+    searchsorted: Any = np.searchsorted,
+) -> Any:
     """`negatives` from its prepared parts, for NumPy or torch; what a loop over draws and slots calls."""
     unseen = n_items - (offsets[1:] - offsets[:-1])[row]
     if len(unseen) and int(unseen.min()) <= 0:
-        raise ValueError("a user who has seen the whole catalogue has no negatives; leave such users out of the train rows")
+        raise ValueError(
+            "a user who has seen the whole catalogue has no negatives; leave such users out of the train rows"
+        )
     rank = hash64(code(draw, slot), seed=key) % unseen
     return unseen_items(rank, row, gaps, offsets, n_items + 1, searchsorted)
 
 
 def candidates(
-    seed: int, k: int, user: IntArray, item: IntArray, row: IntArray, seen: IntArray, offsets: IntArray, n_items: int
+    seed: int,
+    k: int,
+    user: IntArray,
+    item: IntArray,
+    row: IntArray,
+    seen: IntArray,
+    offsets: IntArray,
+    n_items: int,
 ) -> tuple[IntArray, IntArray]:
     """For each held-out positive (user, item), k distinct items its user has never interacted with.
 
-    `seen` must hold the positive too. Returns (values, offsets (M+1,)): a user with fewer than k unseen items gets all of them.
+    `seen` must hold the positive too. Returns (values, offsets (M+1,)):
+    a user with fewer than k unseen items gets all of them.
     """
     unseen = n_items - np.diff(offsets)[row]
     size = np.minimum(unseen, k)
     key = hash64(seed, int(Purpose.CANDIDATE), user, item)
     chosen = np.full((len(row), k), -1, dtype=np.int64)
     for slot in range(k):
-        # Floyd: the upper end grows by one each step; a number that was drawn before is replaced by the upper end itself.
+        # Floyd: the upper end grows by one each step; a number that was drawn before is replaced
+        # by the upper end itself.
         upper = unseen - size + slot
         active = slot < size
         drawn = hash64(slot, seed=key) % (np.maximum(upper, 0) + 1)

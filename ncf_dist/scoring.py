@@ -1,7 +1,8 @@
 """The one scorer: evaluation and publication rank with this code, so the metric is about what ships.
 
-A scorer gives the scores of a block of users for the whole catalogue. What a user has seen is masked from a compact list before the top
-K is taken. Equal scores are ordered by item_idx, so a result depends on no block, batch or partition.
+A scorer gives the scores of a block of users for the whole catalogue. What a user has seen is masked
+from a compact list before the top K is taken. Equal scores are ordered by item_idx, so a result depends
+on no block, batch or partition.
 
 Letters: U users of a block, I items, K list length.
 """
@@ -20,6 +21,8 @@ from ncf_dist.models import Recommender
 
 PAIRS_A_BLOCK = 65_536
 """Pairs joined at once: bounds what a hidden layer of all pairs takes, and keeps it in cache."""
+USERS_A_CALL = 64
+"""Upper bound of the users joined at once."""
 
 IntArray = npt.NDArray[np.int64]
 
@@ -35,19 +38,24 @@ class Scorer(Protocol):
 
 
 class ModelScorer:
-    """A trained model; its item side is computed once."""
+    """A trained model; its item side is computed once.
+
+    The model is always called with the same number of users, a power of two, the last call filled up: a matrix product
+    rounds differently for 1, 3 or 17 rows, and a score must not depend on who else is in the block.
+    """
 
     @torch.no_grad()
     def __init__(self, model: Recommender, n_items: int) -> None:
         self.model, self.n_items = model.eval(), n_items
         self.items = model.item_side(torch.arange(n_items))
+        most = min(USERS_A_CALL, max(1, PAIRS_A_BLOCK // n_items))
+        self.step = 1 << (most.bit_length() - 1)
 
     @torch.no_grad()
     def scores(self, users: Tensor) -> Tensor:
-        side = self.model.user_side(users)
-        step = max(1, PAIRS_A_BLOCK // self.n_items)
-        blocks = [self.model.score_block(tuple(t[i : i + step] for t in side), self.items) for i in range(0, len(users), step)]
-        return torch.cat(blocks).float() if blocks else torch.empty(0, self.n_items)
+        filled = torch.cat([users, users[:1].expand(-len(users) % self.step)])
+        blocks = [self.model.score_block(self.model.user_side(part), self.items) for part in filled.split(self.step)]
+        return torch.cat(blocks)[: len(users)].float() if len(users) else torch.empty(0, self.n_items)
 
 
 class PopularityScorer:
@@ -89,7 +97,8 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     k = min(k, scores.shape[1])
     values, index = torch.topk(scores, k, dim=1)
     last = values[:, -1:]
-    # topk picks freely among items that tie with the last place: where there are more of them than places, choose again by index.
+    # topk picks freely among items that tie with the last place:
+    # where there are more of them than places, choose again by index.
     for row in torch.nonzero((scores >= last).sum(1) > k)[:, 0].tolist():
         better = torch.nonzero(scores[row] > last[row])[:, 0]
         tied = torch.nonzero(scores[row] == last[row])[:, 0][: k - len(better)]

@@ -1,8 +1,8 @@
 """The shared pyspark module: session, reading and writing tables of the contracts.
 
-DataFrame API and mapInArrow only, so it also runs on Spark Connect. Tables are written by our own Arrow writer, because the layout is
-part of what a table promises: a row's file is a function of the row, each file is sorted and has one row group, and the same
-rows give the same bytes with any number of partitions and after any retry.
+DataFrame API and mapInArrow only, so it also runs on Spark Connect. Tables are written by our own Arrow writer, because
+the layout is part of what a table promises: a row's file is a function of the row, each file is sorted and has one row
+group, and the same rows give the same bytes with any number of partitions and after any retry.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
-from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import config as settings
@@ -36,7 +36,8 @@ _WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
 
 @contextlib.contextmanager
 def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS) -> Iterator[SparkSession]:
-    """A session with our settings; stopped at the end, so that a cluster gets its executors back. One that was already there stays.
+    """A session with our settings; stopped at the end, so that a cluster gets its executors back.
+    One that was already there stays.
 
     `batch_rows`: rows of an Arrow batch; small where rows hold long lists.
 
@@ -51,7 +52,11 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
     }
     if "PYSPARK_GATEWAY_PORT" not in os.environ and "SPARK_REMOTE" not in os.environ:
         master = config.master or "local[*]"
-        options |= {"spark.master": master, "spark.driver.memory": config.driver_memory, "spark.ui.enabled": "false"}
+        options |= {
+            "spark.master": master,
+            "spark.driver.memory": config.driver_memory,
+            "spark.ui.enabled": "false",
+        }
         if master.startswith("local"):
             os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
             options |= {"spark.driver.host": "localhost", "spark.driver.bindAddress": "127.0.0.1"}
@@ -67,7 +72,8 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
 
 
 def read_table(spark: SparkSession, manifest: Manifest, contract: Contract) -> DataFrame:
-    """Table `contract.name` of a finished run, exactly the files of its manifest. Raises ContractError on a mismatch."""
+    """Table `contract.name` of a finished run, exactly the files of its manifest.
+    Raises ContractError on a mismatch."""
     manifest.table(contract)
     return read_files(spark, manifest.files(contract.name), contract.schema)
 
@@ -79,8 +85,9 @@ def read_files(spark: SparkSession, files: list[str], schema: pa.Schema) -> Data
 def write_table(frame: DataFrame, run: str, contract: Contract, file: Column) -> TableInfo:
     """Write `frame` as table `contract.name` under `run`.
 
-    `file`: the number of the file that a row belongs to, a function of the row alone. Rows of a file are sorted by the contract's key
-    (all columns where it has none). At most ROWS_PER_FILE rows a file: a longer one goes on in a further part.
+    `file`: the number of the file that a row belongs to, a function of the row alone. Rows of a file are
+    sorted by the contract's key (all columns where it has none). At most ROWS_PER_FILE rows a file: a longer
+    one goes on in a further part.
     """
     order = contract.key or tuple(contract.columns)
     rows = frame.select(*contract.columns, file.cast("int").alias(_FILE))
@@ -90,7 +97,8 @@ def write_table(frame: DataFrame, run: str, contract: Contract, file: Column) ->
 
 
 def table_info(contract: Contract, files: Iterable[FileInfo], run: str) -> TableInfo:
-    """A table's entry in the manifest; a table without rows still gets one (empty) file, so that readers find its schema."""
+    """A table's entry in the manifest; a table without rows still gets one (empty) file,
+    so that readers find its schema."""
     found = sorted(files, key=lambda info: info.path)
     if not found:
         found = [write_parquet(contract.schema.empty_table(), f"{run}/{contract.name}", part_name(0, 0))]
@@ -142,7 +150,7 @@ class FileSink:
         self._part += 1
 
 
-def runs_of(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
+def runs_of(values: npt.NDArray[Any]) -> Iterator[tuple[int, int, int]]:
     """(value, start, end) of each run of equal neighbours."""
     edges = np.flatnonzero(np.diff(values)) + 1
     for start, end in zip([0, *edges], [*edges, len(values)], strict=True):
@@ -151,7 +159,15 @@ def runs_of(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 
 def written_batch(files: list[FileInfo]) -> pa.RecordBatch:
-    schema = pa.schema([("path", pa.string()), ("rows", pa.int64()), ("row_groups", pa.int32()), ("bytes", pa.int64()), ("sha256", pa.string())])
+    schema = pa.schema(
+        [
+            ("path", pa.string()),
+            ("rows", pa.int64()),
+            ("row_groups", pa.int32()),
+            ("bytes", pa.int64()),
+            ("sha256", pa.string()),
+        ]
+    )
     return batch_of([vars(info) for info in files], schema)
 
 

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 import yaml
@@ -40,6 +41,11 @@ def run(config: Path, job: str, *args: str) -> tuple[int, dict[str, Any], str]:
     lines = done.stdout.splitlines()
     assert lines, done.stderr[-3000:]
     return done.returncode, json.loads(lines[-1]), done.stderr
+
+
+def read(published: dict[str, Any]) -> pd.DataFrame:
+    """The table as a consumer reads it, through the Delta log."""
+    return pd.read_parquet(DeltaTable(published["outputs"]["recommendations"]).file_uris())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +84,7 @@ def published(config: Path) -> dict[str, Any]:
 def test_nightly_publishes_k_unseen_items_for_every_user(config: Path, published: dict[str, Any]) -> None:
     assert published["status"] == "done"
     assert published["rows"] == {"input": USERS * 9, "accepted": USERS * 9, "duplicates": 0, "quarantined": {}}
-    table = DeltaTable(published["outputs"]["recommendations"]).to_pyarrow_table().to_pandas()
+    table = read(published)
     assert sorted(table["user_id"].unique()) == list(range(1, USERS + 1))
     seen = {(int(u), int(i)) for u, i in (line.split("::")[:2] for line in checkerboard())}
     for user, rows in table.groupby("user_id"):
@@ -91,7 +97,7 @@ def test_nightly_publishes_k_unseen_items_for_every_user(config: Path, published
 
 def test_the_planted_answer_is_found(published: dict[str, Any]) -> None:
     """Each user's one unseen item of their own taste: at the top for nearly all, where chance would give 1 in 21."""
-    table = DeltaTable(published["outputs"]["recommendations"]).to_pyarrow_table().to_pandas()
+    table = read(published)
     best = table[table["rank"] == 1]
     own_taste = (best["item_id"] - 1) % TASTES == (best["user_id"] - 1) % TASTES
     assert own_taste.mean() > 0.9

@@ -1,5 +1,5 @@
-"""The job nightly: the whole line in order. A stage whose manifest and inputs have not changed is found done and skipped, so a night that
-died goes on where it stopped."""
+"""The job nightly: the whole line in order. A stage whose manifest and inputs have not changed is found done and
+skipped, so a night that died goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from ncf_dist.train.pipeline import train
 
 log = logging.getLogger(__name__)
 
-STAGES: dict[str, JobFunction] = {"prepare": prepare, "train": train, "evaluate": evaluate, "score": score, "publish": publish}
+STAGES: dict[str, JobFunction] = {
+    "prepare": prepare,
+    "train": train,
+    "evaluate": evaluate,
+    "score": score,
+    "publish": publish,
+}
 
 
 def nightly(config: Config, ds: str) -> Outcome:

@@ -1,8 +1,9 @@
 """Dense, append-only indexes without the driver and without a single-task window.
 
-New keys are put into a fixed number of hash buckets. Counting the buckets gives each bucket's first index (a prefix sum over BUCKETS
-numbers, the only thing the driver sees); inside a bucket keys are ordered by value. So an index depends on the set of new keys and on the
-old table alone: not on partitions, file order or retries. Indexes once given are kept for ever.
+New keys are put into a fixed number of hash buckets. Counting the buckets gives each bucket's first index (a
+prefix sum over BUCKETS numbers, the only thing the driver sees); inside a bucket keys are ordered by value. So
+an index depends on the set of new keys and on the old table alone: not on partitions, file order or retries.
+Indexes once given are kept for ever.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ BUCKETS = 4096
 INT32_MAX = 2**31 - 1
 
 
-def extend_index(spark: SparkSession, keys: DataFrame, old: DataFrame | None, id_column: str, index_column: str) -> DataFrame:
+def extend_index(
+    spark: SparkSession, keys: DataFrame, old: DataFrame | None, id_column: str, index_column: str
+) -> DataFrame:
     """`old` and, after its last index, every key of `keys` that it does not hold: (id_column, index_column int32).
 
     keys: one column `id_column`, repeats allowed, no nulls. Raises InputError past 2^31 - 1 keys.
@@ -30,10 +33,13 @@ def extend_index(spark: SparkSession, keys: DataFrame, old: DataFrame | None, id
         new = new.join(old, id_column, "left_anti")
         start = old.count()
     new = new.select(id_column, F.pmod(F.xxhash64(id_column), F.lit(BUCKETS)).cast("int").alias("_bucket"))
-    counts = dict(new.groupBy("_bucket").count().toLocalIterator())
+    counts: dict[int, int] = dict(new.groupBy("_bucket").count().toLocalIterator())
     sizes = [int(counts.get(bucket, 0)) for bucket in range(BUCKETS)]
     if start + sum(sizes) > INT32_MAX:
-        raise InputError(f"{index_column}: {start + sum(sizes):,} distinct {id_column} do not fit int32; needed at most {INT32_MAX:,}")
+        raise InputError(
+            f"{index_column}: {start + sum(sizes):,} distinct {id_column} do not fit int32; "
+            f"needed at most {INT32_MAX:,}"
+        )
     first = F.array(*[F.lit(start + before) for before in [0, *accumulate(sizes)][:-1]])
     position = F.row_number().over(Window.partitionBy("_bucket").orderBy(id_column)) - 1
     numbered = new.select(id_column, (F.get(first, F.col("_bucket")) + position).cast("int").alias(index_column))

@@ -1,8 +1,9 @@
 """Cut the train rows into files of equal size, in hashed order, with one shuffle.
 
-A row's place in the table is the rank of its order hash. Bucket counts from the user pass give each bucket's first rank, so a bucket
-lies in one file or, at a boundary, in two. Rows of a boundary bucket are sent to both; each file's writer sorts its rows, knows the
-rank of the first one, and keeps its own share. File f of F holds ranks [f * n // F, (f + 1) * n // F): sizes differ by one at most.
+A row's place in the table is the rank of its order hash. Bucket counts from the user pass give each bucket's first
+rank, so a bucket lies in one file or, at a boundary, in two. Rows of a boundary bucket are sent to both; each file's
+writer sorts its rows, knows the rank of the first one, and keeps its own share. File f of F holds ranks
+[f * n // F, (f + 1) * n // F): sizes differ by one at most.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def boundaries(rows: int, files: int) -> IntArray:
     return np.arange(files + 1, dtype=np.int64) * rows // files
 
 
-def write_train(spark: SparkSession, staged: DataFrame, buckets: IntArray, run: str, contract: Contract, layout: Layout) -> TableInfo:
+def write_train(
+    spark: SparkSession, staged: DataFrame, buckets: IntArray, run: str, contract: Contract, layout: Layout
+) -> TableInfo:
     """Write the train table from the staged rows; `buckets`: (ORDER_BUCKETS,) rows in each."""
     rows = int(buckets.sum())
     files = file_count(rows, layout)
@@ -46,7 +49,9 @@ def write_train(spark: SparkSession, staged: DataFrame, buckets: IntArray, run: 
     where = spark.createDataFrame(places or [(-1, 0, 0)], "_bucket int, _first int, _last int")
     bucket = (F.shiftright("order_hash", 52) + ORDER_BUCKETS // 2).cast("int")
     placed = staged.withColumn("_bucket", bucket).join(F.broadcast(where), "_bucket")
-    placed = placed.withColumn("_file", F.explode(F.sequence("_first", "_last"))).select("_file", "order_hash", *contract.columns)
+    placed = placed.withColumn("_file", F.explode(F.sequence("_first", "_last"))).select(
+        "_file", "order_hash", *contract.columns
+    )
     placed = placed.repartition("_file").sortWithinPartitions("_file", "order_hash", "user_idx", "item_idx")
     starts = ranks[np.minimum(np.searchsorted(last, np.arange(files)), ORDER_BUCKETS - 1)]
     writer = _writer(f"{run}/{contract.name}", contract.schema, starts, ends)
@@ -54,7 +59,9 @@ def write_train(spark: SparkSession, staged: DataFrame, buckets: IntArray, run: 
     return table_info(contract, [FileInfo(**row.asDict()) for row in written], run)
 
 
-def _writer(folder: str, schema: pa.Schema, starts: IntArray, ends: IntArray) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _writer(
+    folder: str, schema: pa.Schema, starts: IntArray, ends: IntArray
+) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     """starts: (F,) rank of the first row that each file is sent; ends: (F+1,) ranks it keeps."""
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -1,7 +1,8 @@
 """From lines of text to typed rows, or to the quarantine with a reason. No line is lost.
 
-Lines are read as text and split here: Spark's CSV reader fills short records with nulls and cuts long ones without a word.
-A row is either accepted (all columns typed and non-null, `reason` null) or rejected (`reason` says why, `raw` holds the line).
+Lines are read as text and split here: Spark's CSV reader fills short records with nulls and cuts long ones
+without a word. A row is either accepted (all columns typed and non-null, `reason` null) or rejected (`reason`
+says why, `raw` holds the line).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ RAW_LIMIT = 1_000
 
 @dataclass(frozen=True)
 class TextFormat:
-    """A family of interaction logs: separator, the header it starts with (if any), and what its files are called in a folder."""
+    """A family of interaction logs: separator, the header it starts with (if any),
+    and what its files are called in a folder."""
 
     separator: str
     header: str | None
@@ -33,10 +35,17 @@ class TextFormat:
 
 
 FORMATS = {
-    "movielens-dat": TextFormat("::", None, ("*.dat",), ("users.dat", "movies.dat"), pa.int64(), "1::1193::5::978300760"),
+    "movielens-dat": TextFormat(
+        "::", None, ("*.dat",), ("users.dat", "movies.dat"), pa.int64(), "1::1193::5::978300760"
+    ),
     "movielens-tsv": TextFormat("\t", None, ("u.data", "*.tsv"), (), pa.int64(), "196<TAB>242<TAB>3<TAB>881250949"),
     "movielens-csv": TextFormat(
-        ",", "userId,movieId,rating,timestamp", ("*.csv",), ("movies.csv", "links.csv", "tags.csv"), pa.int64(), "1,296,5.0,1147880044"
+        ",",
+        "userId,movieId,rating,timestamp",
+        ("*.csv",),
+        ("movies.csv", "links.csv", "tags.csv"),
+        pa.int64(),
+        "1,296,5.0,1147880044",
     ),
 }
 
@@ -47,7 +56,11 @@ def select_files(files: list[str], format_name: str) -> list[str]:
         return files
     form = FORMATS[format_name]
     names = {path: posixpath.basename(path) for path in files}
-    chosen = [p for p, n in names.items() if n not in form.others and any(fnmatch.fnmatch(n, pattern) for pattern in form.patterns)]
+    chosen = [
+        p
+        for p, n in names.items()
+        if n not in form.others and any(fnmatch.fnmatch(n, pattern) for pattern in form.patterns)
+    ]
     if not chosen:
         raise InputError(
             f"input folder holds {', '.join(sorted(names.values())[:5])}: no file of format {format_name}; "
@@ -66,7 +79,12 @@ def read_interactions(spark: SparkSession, files: list[str], config: Input) -> D
     if form.header is not None:
         lines = lines.where(F.trim("raw") != form.header)
     fields = F.split("raw", _literal_pattern(form.separator), -1)
-    named = lines.select("file", "raw", F.size(fields).alias("n"), *[F.get(fields, F.lit(i)).alias(c) for i, c in enumerate("uirt")])
+    named = lines.select(
+        "file",
+        "raw",
+        F.size(fields).alias("n"),
+        *[F.get(fields, F.lit(i)).alias(c) for i, c in enumerate("uirt")],
+    )
     typed = named.select(
         "file",
         "raw",
@@ -114,7 +132,9 @@ def positives(rows: DataFrame, config: Input) -> DataFrame:
 
 def quarantine(rows: DataFrame) -> DataFrame:
     """Rejected rows: file, reason, raw (cut)."""
-    return rows.where(F.col("reason").isNotNull()).select("file", "reason", F.substring("raw", 1, RAW_LIMIT).alias("raw"))
+    return rows.where(F.col("reason").isNotNull()).select(
+        "file", "reason", F.substring("raw", 1, RAW_LIMIT).alias("raw")
+    )
 
 
 def read_titles(spark: SparkSession, files: list[str], format_name: str) -> DataFrame:

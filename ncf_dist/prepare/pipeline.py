@@ -1,6 +1,7 @@
 """The job prepare: clean → index → split → negatives → trainer-ready Parquet.
 
-Every input line ends in exactly one place: accepted, a duplicate of an accepted row, filtered by the config, or the quarantine.
+Every input line ends in exactly one place:
+accepted, a duplicate of an accepted row, filtered by the config, or the quarantine.
 """
 
 from __future__ import annotations
@@ -18,12 +19,30 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, file_url, fingerprint, input_files, remove, run_key
+from ncf_dist.artifacts import (
+    FileInfo,
+    Lake,
+    Manifest,
+    Outcome,
+    TableInfo,
+    file_url,
+    fingerprint,
+    input_files,
+    remove,
+    run_key,
+)
 from ncf_dist.config import Config
 from ncf_dist.errors import InputError
 from ncf_dist.prepare.index import extend_index
 from ncf_dist.prepare.layout import write_train
-from ncf_dist.prepare.parse import FORMATS, positives, quarantine, read_interactions, read_titles, select_files
+from ncf_dist.prepare.parse import (
+    FORMATS,
+    positives,
+    quarantine,
+    read_interactions,
+    read_titles,
+    select_files,
+)
 from ncf_dist.prepare.users import UserPass, staging_schema, user_pass
 from ncf_dist.spark_io import ROWS_PER_FILE, read_files, read_table, spark_session, table_info, write_table
 
@@ -44,7 +63,11 @@ def prepare(config: Config, ds: str) -> Outcome:
     titles = input_files(config.input.items) if config.input.items else []
     before = _night_before(lake, ds)
     used = config.model_dump(mode="json", include=set(SECTIONS))
-    inputs = {"interactions": fingerprint(files), "items": fingerprint(titles), "index": before.run_key if before else None}
+    inputs = {
+        "interactions": fingerprint(files),
+        "items": fingerprint(titles),
+        "index": before.run_key if before else None,
+    }
     key = run_key(STAGE, ds, used, inputs)
     runs = lake.stage(ds, STAGE)
     if done := runs.find(key):
@@ -62,7 +85,12 @@ def prepare(config: Config, ds: str) -> Outcome:
 
 
 def _make_tables(
-    spark: SparkSession, config: Config, files: list[str], titles: list[str], before: Manifest | None, run: str
+    spark: SparkSession,
+    config: Config,
+    files: list[str],
+    titles: list[str],
+    before: Manifest | None,
+    run: str,
 ) -> tuple[dict[str, TableInfo], dict[str, Any]]:
     id_type = FORMATS[config.input.format].id_type
     staged = _stage_rows(spark, config, files, run)
@@ -79,7 +107,10 @@ def _make_tables(
         indexes[contract.name] = read_files(spark, _paths(run, tables[contract.name]), contract.schema)
     n_users, n_items = tables["user_index"].rows, tables["item_index"].rows
     if not n_users:
-        raise InputError(f"input {config.input.path} has no positive row ({total:,} rows read); needed at least one: check input.min_rating")
+        raise InputError(
+            f"input {config.input.path} has no positive row ({total:,} rows read); needed at least one: "
+            "check input.min_rating"
+        )
 
     joined = accepted.join(indexes["item_index"], "item_id").join(indexes["user_index"], "user_id")
     stats = _pass_over_users(joined, config, run, n_users, n_items, total)
@@ -91,14 +122,23 @@ def _make_tables(
         counts.update(task["counts"])
     train = contracts.train(config.negatives.per_positive, config.negatives.draws)
     buckets = np.sum([task["buckets"] for task in stats], axis=0)
-    staged_train = read_files(spark, [posixpath.join(_staging(run), "train", f.path) for f in _collected(stats, "staging")], staging_schema(config.negatives))
+    staged_train = read_files(
+        spark,
+        [posixpath.join(_staging(run), "train", f.path) for f in _collected(stats, "staging")],
+        staging_schema(config.negatives),
+    )
     tables["train"] = write_train(spark, staged_train, buckets, run, train, config.layout)
     tables |= _item_tables(spark, config, tables, indexes["item_index"], titles, id_type, run)
 
     duplicates = counts["duplicates"]
     quarantined = dict(sorted(rejected.items()))
     filtered = total - sum(rejected.values()) - counts["rows"]
-    rows: dict[str, Any] = {"input": total, "accepted": counts["accepted"], "duplicates": duplicates, "quarantined": quarantined}
+    rows: dict[str, Any] = {
+        "input": total,
+        "accepted": counts["accepted"],
+        "duplicates": duplicates,
+        "quarantined": quarantined,
+    }
     if filtered:
         rows["filtered"] = {"below min_rating": filtered}
     facts = {
@@ -125,12 +165,17 @@ def _stage_rows(spark: SparkSession, config: Config, files: list[str], run: str)
     return spark.read.schema(rows.schema).parquet(path)
 
 
-def _reject(staged: DataFrame, config: Config, run: str, files: list[str]) -> tuple[dict[str, TableInfo], dict[str, int], int]:
-    """Write the quarantine; (its table, rejected rows by reason, rows in all). Raises InputError when too many are bad."""
+def _reject(
+    staged: DataFrame, config: Config, run: str, files: list[str]
+) -> tuple[dict[str, TableInfo], dict[str, int], int]:
+    """Write the quarantine; (its table, rejected rows by reason, rows in all).
+    Raises InputError when too many are bad."""
     by_reason = {row["reason"]: int(row["count"]) for row in staged.groupBy("reason").count().collect()}
     total = sum(by_reason.values())
     if not total:
-        raise InputError(f"input {', '.join(files[:3])} is empty (0 rows); needed an interaction log of format {config.input.format}")
+        raise InputError(
+            f"input {', '.join(files[:3])} is empty (0 rows); needed an interaction log of format {config.input.format}"
+        )
     rejected = {str(k): n for k, n in by_reason.items() if k is not None}
     file = F.pmod(F.xxhash64("raw"), F.lit(1 + sum(rejected.values()) // ROWS_PER_FILE))
     table = write_table(quarantine(staged), run, contracts.QUARANTINE, file)
@@ -141,14 +186,18 @@ def _reject(staged: DataFrame, config: Config, run: str, files: list[str]) -> tu
         example = quarantine(staged).orderBy("reason", "raw").first()
         raw = example["raw"][:80] if example else ""
         raise InputError(
-            f"{bad:,} of {total:,} rows ({bad / total:.1%}) of {config.input.path} do not fit format {config.input.format}: {rejected}, for example "
-            f"{raw!r}; needed lines like {FORMATS[config.input.format].example!r} and at most {config.input.max_bad_fraction:.1%} bad: set input.format "
-            f"to what the file is, or mend it; every rejected row and its reason is in {run}/quarantine"
+            f"{bad:,} of {total:,} rows ({bad / total:.1%}) of {config.input.path} do not fit "
+            f"format {config.input.format}: {rejected}, for example {raw!r}; "
+            f"needed lines like {FORMATS[config.input.format].example!r} and "
+            f"at most {config.input.max_bad_fraction:.1%} bad: set input.format to what the file is, or mend it; "
+            f"every rejected row and its reason is in {run}/quarantine"
         )
     return {"quarantine": table}, rejected, total
 
 
-def _pass_over_users(joined: DataFrame, config: Config, run: str, n_users: int, n_items: int, rows: int) -> list[dict[str, Any]]:
+def _pass_over_users(
+    joined: DataFrame, config: Config, run: str, n_users: int, n_items: int, rows: int
+) -> list[dict[str, Any]]:
     """Run `users.user_pass` and return its statistics, one a task."""
     user_files = max(MIN_USER_FILES, -(-rows // ROWS_PER_USER_FILE))
     spec = UserPass(
@@ -171,13 +220,25 @@ def _pass_over_users(joined: DataFrame, config: Config, run: str, n_users: int, 
 
 
 def _item_tables(
-    spark: SparkSession, config: Config, tables: dict[str, TableInfo], index: DataFrame, titles: list[str], id_type: pa.DataType, run: str
+    spark: SparkSession,
+    config: Config,
+    tables: dict[str, TableInfo],
+    index: DataFrame,
+    titles: list[str],
+    id_type: pa.DataType,
+    run: str,
 ) -> dict[str, TableInfo]:
     """item_stats, and the items' titles where there are any."""
     file = F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE))
     interactions = read_files(spark, _paths(run, tables["interactions"]), contracts.INTERACTIONS.schema)
-    counted = interactions.where(F.col("split") != contracts.TEST_SPLIT).groupBy("item_idx").agg(F.count("*").alias("train_count"))
-    stats = index.join(counted, "item_idx", "left").select("item_idx", F.coalesce("train_count", F.lit(0)).cast("bigint").alias("train_count"))
+    counted = (
+        interactions.where(F.col("split") != contracts.TEST_SPLIT)
+        .groupBy("item_idx")
+        .agg(F.count("*").alias("train_count"))
+    )
+    stats = index.join(counted, "item_idx", "left").select(
+        "item_idx", F.coalesce("train_count", F.lit(0)).cast("bigint").alias("train_count")
+    )
     made = {"item_stats": write_table(stats, run, contracts.ITEM_STATS, file)}
     if titles:
         contract = contracts.items(id_type)

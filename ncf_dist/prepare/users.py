@@ -1,13 +1,15 @@
 """One pass over users: deduplicate, hold out, draw negatives and candidates, and write what is ordered by user.
 
-Rows arrive grouped by user and ascending in user_idx. A task holds a block of whole users at a time (`BLOCK_ROWS`, or one user if that
-user is larger) and works on it with NumPy; nothing here depends on how users were dealt to tasks.
+Rows arrive grouped by user and ascending in user_idx. A task holds a block of whole users at a time (`BLOCK_ROWS`, or
+one user if that user is larger) and works on it with NumPy; nothing here depends on how users were dealt to tasks.
 
-- Duplicate (user, item): the latest row wins, among equal times the highest rating (rows equal in both are the same row).
-- leave-one-out (He et al. 2017, section 4.1): a user's latest item is the test positive, the one before it the validation positive. Equal
-  times are ordered by a hash of (seed, user, item). Users with fewer than `split.min_interactions` items keep all of them in train.
-- Negatives of a train positive are uniform over the items its user has not interacted with in train; candidates of a held-out positive
-  are distinct items the user has not interacted with at all (`ncf_dist/sampling.py`).
+- Duplicate (user, item): the latest row wins, among equal times the highest rating
+  (rows equal in both are the same row).
+- leave-one-out (He et al. 2017, section 4.1): a user's latest item is the test positive, the one before it the
+  validation positive. Equal times are ordered by a hash of (seed, user, item). Users with fewer than
+  `split.min_interactions` items keep all of them in train.
+- Negatives of a train positive are uniform over the items its user has not interacted with in train; candidates of a
+  held-out positive are distinct items the user has not interacted with at all (`ncf_dist/sampling.py`).
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ class Block:
 
 def staging_schema(negatives: Negatives) -> pa.Schema:
     """Train rows on their way to the train table: the same columns and the hash that orders them."""
-    return contracts.train(negatives.per_positive, negatives.draws).schema.append(pa.field("order_hash", pa.int64(), nullable=False))
+    return contracts.train(negatives.per_positive, negatives.draws).schema.append(
+        pa.field("order_hash", pa.int64(), nullable=False)
+    )
 
 
 def user_pass(spec: UserPass) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
@@ -84,7 +88,11 @@ def user_pass(spec: UserPass) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
             counts["rows"] += raw_rows
             counts["duplicates"] += raw_rows - len(block.user)
             writers.write(block, counts)
-        stats = {"counts": counts, "files": {n: [vars(f) for f in files] for n, files in writers.close().items()}, "buckets": writers.buckets.tolist()}
+        stats = {
+            "counts": counts,
+            "files": {n: [vars(f) for f in files] for n, files in writers.close().items()},
+            "buckets": writers.buckets.tolist(),
+        }
         yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
 
     return run
@@ -184,14 +192,23 @@ class _Writers:
         for name, chosen in (("validation", split == contracts.VALIDATION_SPLIT), ("test", in_test)):
             user, item = block.user[chosen], block.item[chosen]
             values, offsets = sampling.candidates(
-                spec.seed, spec.negatives.candidates, user, item, row[chosen], block.item, block.offsets, spec.n_items
+                spec.seed,
+                spec.negatives.candidates,
+                user,
+                item,
+                row[chosen],
+                block.item,
+                block.offsets,
+                spec.n_items,
             )
             counts[f"{name}_short_candidates"] += int((np.diff(offsets) < spec.negatives.candidates).sum())
             counts[name] += len(user)
             self._add(name, user, {"user_idx": user, "item_idx": item, "candidates": _lists(values, offsets)})
         self._train(block, in_train, row, users, counts)
 
-    def _train(self, block: Block, in_train: npt.NDArray[np.bool_], row: IntArray, users: int, counts: Counter[str]) -> None:
+    def _train(
+        self, block: Block, in_train: npt.NDArray[np.bool_], row: IntArray, users: int, counts: Counter[str]
+    ) -> None:
         spec = self.spec
         seen, offsets = block.item[in_train], _offsets(row[in_train], users)
         gaps = sampling.seen_gaps(seen, offsets, spec.n_items + 1)
@@ -204,14 +221,19 @@ class _Writers:
         columns = {"user_idx": user, "item_idx": item}
         for draw in range(spec.negatives.draws):
             for slot in range(spec.negatives.per_positive):
-                columns[contracts.negative_column(draw, slot)] = sampling.negatives_of(key, draw, slot, row, gaps, offsets, spec.n_items)
+                columns[contracts.negative_column(draw, slot)] = sampling.negatives_of(
+                    key, draw, slot, row, gaps, offsets, spec.n_items
+                )
         order = hash64(spec.seed, int(Purpose.TRAIN_ORDER), user, item)
         self.buckets += np.bincount(order_bucket(order), minlength=ORDER_BUCKETS)
         self._add("staging", user, {**columns, "order_hash": order})
 
     def _add(self, name: str, user: IntArray, columns: dict[str, Any]) -> None:
         sink = self.sinks[name]
-        table = pa.table([pa.array(c).cast(f.type) for c, f in zip(columns.values(), sink.schema, strict=True)], schema=sink.schema)
+        table = pa.table(
+            [pa.array(c).cast(f.type) for c, f in zip(columns.values(), sink.schema, strict=True)],
+            schema=sink.schema,
+        )
         file = user // self.spec.users_per_file
         for number in np.unique(file):
             start, end = np.searchsorted(file, [number, number + 1])

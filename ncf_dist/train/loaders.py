@@ -1,17 +1,21 @@
 """From the train table to batches, with guarantees that are arithmetic on the manifest.
 
-- Every row is used once an epoch, but for the last `rows mod world size` of that epoch's order; other rows are last in the next epoch.
-- All ranks take the same number of steps, known before a file is opened. The trainer counts steps; nothing here can end a rank early.
-- The order is a function of (seed, epoch, rank, world size): files are dealt anew every epoch, and the rows of `window` files at a
-  time are permuted together (the table itself is in hashed order).
-- Only files that the manifest names are opened, each by its own URL. A folder is never handed to Petastorm: it would unpickle what it finds.
+- Every row is used once an epoch, but for the last `rows mod world size` of that epoch's order;
+  other rows are last in the next epoch.
+- All ranks take the same number of steps, known before a file is opened.
+  The trainer counts steps; nothing here can end a rank early.
+- The order is a function of (seed, epoch, rank, world size): files are dealt anew every epoch, and the rows of `window`
+  files at a time are permuted together (the table itself is in hashed order).
+- Only files that the manifest names are opened, each by its own URL.
+  A folder is never handed to Petastorm: it would unpickle what it finds.
 
-Deal: the files in the epoch's order are one line of rows, cut into equal intervals, one a rank. A file on a cut is read by both
-neighbours, each taking its own rows, so any number of files serves any number of ranks exactly.
+Deal: the files in the epoch's order are one line of rows, cut into equal intervals, one a rank. A file on a cut is read
+by both neighbours, each taking its own rows, so any number of files serves any number of ranks exactly.
 
-All of Petastorm is `petastorm_tables`; `arrow_tables` is its twin and gives the same arrays. What we do not use of Petastorm 0.13.1, and why:
-its sharding (a rank would see the same files for ever), its shuffling (seeds 0 and None busy-spin; all workers share one seed), its
-loaders (their buffers draw from torch's global generator), its default prefetch (50 row groups a rank).
+All of Petastorm is `petastorm_tables`; `arrow_tables` is its twin and gives the same arrays. What we do not use of
+Petastorm 0.13.1, and why: its sharding (a rank would see the same files for ever), its shuffling (seeds 0 and None
+busy-spin; all workers share one seed), its loaders (their buffers draw from torch's global generator), its default
+prefetch (50 row groups a rank).
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from torch import Tensor
 from ncf_dist.artifacts import Manifest, file_url, read_bytes, read_table
 from ncf_dist.config import Train
 from ncf_dist.contracts import Contract, negative_column
-from ncf_dist.errors import ContractError
+from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.train.world import World
 
 Columns = dict[str, npt.NDArray[np.int32]]
@@ -59,10 +63,14 @@ def rows_per_rank(rows: int, world_size: int) -> int:
 
 
 def steps_per_epoch(rows: int, world_size: int, batch_size: int) -> int:
-    """Steps of every rank; the last batch may be smaller, by as much on all ranks. Raises ContractError when a rank would have no row."""
+    """Steps of every rank; the last batch may be smaller, by as much on all ranks.
+    Raises ContractError when a rank would have no row."""
     each = rows_per_rank(rows, world_size)
     if each == 0:
-        raise ContractError(f"the train table has {rows} rows for {world_size} ranks; needed at least one a rank: lower train.ranks or give more data")
+        raise ContractError(
+            f"the train table has {rows} rows for {world_size} ranks; needed at least one a rank: "
+            "lower train.ranks or give more data"
+        )
     return -(-each // batch_size)
 
 
@@ -81,9 +89,15 @@ def deal(file_rows: Sequence[int], seed: int, epoch: int, world: World) -> list[
 
 
 def petastorm_tables(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
-    """The wanted columns of each file, one file (one row group) at a time, in order, read ahead by `workers` threads."""
+    """The wanted columns of each file, one file (one row group) at a time, in order,
+    read ahead by `workers` threads."""
     from petastorm import make_batch_reader
 
+    if odd := [path for path in files if set(path) & set("#?")]:
+        raise ConfigError(
+            f"{odd[0]} has a # or ? in its path, and Petastorm takes the rest for another part of a URL; "
+            "needed a path without: set train.reader=arrow, or another paths.lake"
+        )
     with warnings.catch_warnings():
         # Petastorm uses pyarrow's legacy dataset on purpose; requirements.lock holds the pyarrow that still has it.
         warnings.simplefilter("ignore", FutureWarning)
@@ -120,15 +134,29 @@ def verify_files(manifest: Manifest, contract: Contract, world: World) -> None:
         try:
             found = hashlib.sha256(read_bytes(path)).hexdigest()
         except OSError as error:
-            raise ContractError(f"{path} cannot be read ({error}); the manifest names it: rerun the job prepare") from None
+            raise ContractError(
+                f"{path} cannot be read ({error}); the manifest names it: rerun the job prepare"
+            ) from None
         if found != info.sha256:
-            raise ContractError(f"{path} has SHA-256 {found[:12]}…, the manifest says {info.sha256[:12]}…: the file changed, rerun the job prepare")
+            raise ContractError(
+                f"{path} has SHA-256 {found[:12]}…, the manifest says {info.sha256[:12]}…: "
+                "the file changed, rerun the job prepare"
+            )
 
 
 class TrainLoader:
     """Batches of the train table for one rank."""
 
-    def __init__(self, manifest: Manifest, contract: Contract, per_positive: int, draws: int, config: Train, seed: int, world: World) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        contract: Contract,
+        per_positive: int,
+        draws: int,
+        config: Train,
+        seed: int,
+        world: World,
+    ) -> None:
         infos = manifest.table(contract).files
         self.files = manifest.files(contract.name)
         self.file_rows = [info.rows for info in infos]

@@ -48,17 +48,30 @@ def train(config: Config, ds: str) -> Outcome:
 
     run = runs.begin(key)
     _run_ranks(config, prepare, run, key)
-    bundle, history = read_bundle(posixpath.join(run, "bundle")), json.loads(read_bytes(posixpath.join(run, "history.json")))
+    bundle, history = (
+        read_bundle(posixpath.join(run, "bundle")),
+        json.loads(read_bytes(posixpath.join(run, "history.json"))),
+    )
     kept = history["epochs"][history["epoch"]]
     metrics: dict[str, Any] = {f"validation.{k}": v for k, v in kept.items() if "@" in k or k == "mrr"}
-    metrics |= {"train.loss": kept["loss"], "train.epochs": len(history["epochs"]), "train.best_epoch": history["epoch"]}
+    metrics |= {
+        "train.loss": kept["loss"],
+        "train.epochs": len(history["epochs"]),
+        "train.best_epoch": history["epoch"],
+    }
     metrics["train.samples_per_s"] = max(epoch["samples_per_s"] for epoch in history["epochs"])
     facts = {"model_version": bundle.model_version, "sha256": bundle.sha256, "prepare_run": prepare.run_key}
     seconds = round(time.monotonic() - start, 3)
-    manifest = runs.finish(Manifest(STAGE, ds, key, run, used, {"prepare": prepare.run_key}, {}, facts, metrics, seconds))
+    manifest = runs.finish(
+        Manifest(STAGE, ds, key, run, used, {"prepare": prepare.run_key}, {}, facts, metrics, seconds)
+    )
     log.info("trained %s in %.1f s: %s", bundle.model_version, seconds, metrics)
     return Outcome(
-        "done", key, {"bundle": bundle.path, "history": posixpath.join(run, "history.json")}, manifest.metrics, {"model_version": bundle.model_version}
+        "done",
+        key,
+        {"bundle": bundle.path, "history": posixpath.join(run, "history.json")},
+        manifest.metrics,
+        {"model_version": bundle.model_version},
     )
 
 
@@ -72,8 +85,9 @@ def check_memory(config: Config, n_users: int, n_items: int) -> None:
     limit = config.train.max_model_bytes or int(have * MEMORY_SHARE)
     if needed > limit:
         raise ConfigError(
-            f"model {config.model.name} for {n_users:,} users and {n_items:,} items has {count:,} parameters: x 4 bytes x {COPIES} copies (weights, "
-            f"gradients, Adam's moments, best epoch) x {ranks} rank(s) here = {needed / 2**30:.2f} GiB; needed at most {limit / 2**30:.2f} GiB: "
+            f"model {config.model.name} for {n_users:,} users and {n_items:,} items has {count:,} parameters: "
+            f"x 4 bytes x {COPIES} copies (weights, gradients, Adam's moments, best epoch) x {ranks} rank(s) here "
+            f"= {needed / 2**30:.2f} GiB; needed at most {limit / 2**30:.2f} GiB: "
             "lower model.factors or model.layers, lower train.ranks, or train on a machine with more memory"
         )
 
@@ -82,7 +96,10 @@ def _check_prepared_for(config: Config, prepare: Manifest) -> None:
     """The train table must hold the negatives that this config reads."""
     wanted, found = config.negatives.model_dump(mode="json"), prepare.config["negatives"]
     if wanted != found:
-        raise ContractError(f"prepare run {prepare.run_key} was made with negatives {found}, this config says {wanted}: rerun the job prepare")
+        raise ContractError(
+            f"prepare run {prepare.run_key} was made with negatives {found}, this config says {wanted}: "
+            "rerun the job prepare"
+        )
 
 
 def _run_ranks(config: Config, prepare: Manifest, run: str, key: str) -> None:
@@ -96,7 +113,16 @@ def _run_ranks(config: Config, prepare: Manifest, run: str, key: str) -> None:
     ranks = 1 if config.train.launcher == "none" else config.train.ranks
     command = [sys.executable, "-m"]
     if config.train.launcher == "torchrun":
-        command += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m"]
+        command += [
+            "torch.distributed.run",
+            "--nproc-per-node",
+            str(ranks),
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-endpoint",
+            "127.0.0.1:0",
+            "-m",
+        ]
     command += ["ncf_dist.train.worker", "--spec", str(spec)]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
     log.info("starting %d rank(s): %s", ranks, " ".join(command))
@@ -113,4 +139,7 @@ def _run_ranks(config: Config, prepare: Manifest, run: str, key: str) -> None:
         kind: type[NcfError] = getattr(errors, body["kind"])
         raise kind(f"{report.stem.replace('error-', 'rank ')}: {body['message']}")
     if code != 0 or not exists(posixpath.join(run, "history.json")):
-        raise TrainingFailed(f"training ended with code {code} and {'a' if exists(posixpath.join(run, 'history.json')) else 'no'} history.json; its log is above")
+        raise TrainingFailed(
+            f"training ended with code {code} and "
+            f"{'a' if exists(posixpath.join(run, 'history.json')) else 'no'} history.json; its log is above"
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from ncf_dist import metrics
 from ncf_dist.artifacts import Manifest, read_table
 from ncf_dist.contracts import VALIDATION
+from ncf_dist.errors import TrainingFailed
 from ncf_dist.models import Recommender
 from ncf_dist.train.world import World
 
@@ -20,7 +21,8 @@ ROWS_A_BLOCK = 4_096
 
 @dataclass(frozen=True)
 class HeldOut:
-    """V validation rows of one file. user, item: (V,); candidates: (V, C) padded with the positive; real: (V, C) bool."""
+    """V validation rows of one file. user, item: (V,); candidates: (V, C) padded with the positive;
+    real: (V, C) bool."""
 
     user: Tensor
     item: Tensor
@@ -48,6 +50,11 @@ def candidate_ranks(model: Recommender, held_out: HeldOut, device: str) -> Tenso
     for block in _blocks(held_out):
         items = torch.cat([block.item[:, None], block.candidates], dim=1).to(device)
         scores = model(block.user.to(device)[:, None], items).cpu()
+        if not torch.isfinite(scores).all():
+            # Nothing beats a score that is not a number: such a model would rank every positive first.
+            raise TrainingFailed(
+                "the model gives scores that are not finite to validation rows; needed finite ones: lower train.lr"
+            )
         positive, others = scores[:, :1], scores[:, 1:]
         greater = ((others > positive) & block.real).sum(1).numpy()
         equal = ((others == positive) & block.real).sum(1).numpy()
@@ -70,7 +77,8 @@ class Validator:
         self.k, self.world = k, world
 
     def __call__(self, model: Recommender) -> dict[str, float]:
-        """{"hr@k", "ndcg@k", "mrr"} over all validation rows; empty when nothing is held out. The same on every rank."""
+        """{"hr@k", "ndcg@k", "mrr"} over all validation rows; empty when nothing is held out.
+        The same on every rank."""
         model.eval()
         ranks = [candidate_ranks(model, part, self.world.device).numpy() for part in self.parts]
         total = metrics.sums(np.concatenate(ranks) if ranks else np.empty(0), (self.k,))

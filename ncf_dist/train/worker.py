@@ -1,7 +1,7 @@
 """One training rank. torchrun (or plain Python, for one rank) runs `python -m ncf_dist.train.worker --spec FILE`.
 
-Everything it needs is in the spec; everything it makes is under the run's folder. A failure that a person can mend is written to
-`error-<rank>.json` beside the spec, so that the job reports it as its own.
+Everything it needs is in the spec; everything it makes is under the run's folder. A failure that a person can mend is
+written to `error-<rank>.json` beside the spec, so that the job reports it as its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ncf_dist import contracts
@@ -29,6 +30,8 @@ from ncf_dist.train.validation import Validator
 from ncf_dist.train.world import World
 
 VALIDATE_K = 10
+DROPOUT_STREAM = 3
+"""Streams 1 and 2 are the loader's."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,36 @@ def train_rank(spec: Spec, world: World) -> None:
     prepare = read_manifest(spec.prepare)
     negatives = config.negatives
     contract = contracts.train(negatives.per_positive, negatives.draws)
-    verify_files(prepare, contract, world)
+    for table in (contract, contracts.VALIDATION):
+        verify_files(prepare, table, world)
     loader = TrainLoader(prepare, contract, negatives.per_positive, negatives.draws, config.train, config.seed, world)
     torch.manual_seed(config.seed)
     n_users, n_items = int(prepare.facts["users"]), int(prepare.facts["items"])
     model = build_model(config.model, n_users, n_items)
+    # The same weights on all ranks; from here on each rank drops units of its own.
+    torch.manual_seed(int(np.random.default_rng([config.seed, DROPOUT_STREAM, world.rank]).integers(2**62)))
     trainer = Trainer(model, loader, Validator(prepare, VALIDATE_K, world), config.train, world)
     history = trainer.fit()
     if world.is_main:
         kept = history.epochs[history.best_epoch]
-        facts = {"prepare_run": prepare.run_key, "seed": config.seed, "epoch": history.best_epoch, "validation": kept}
-        save_bundle(posixpath.join(spec.run, "bundle"), model, config.model, n_users, n_items, {"prepare_run": prepare.run_key, "seed": config.seed})
-        write_atomic(posixpath.join(spec.run, "history.json"), json.dumps({**facts, "epochs": history.epochs}, indent=1).encode())
+        facts = {
+            "prepare_run": prepare.run_key,
+            "seed": config.seed,
+            "epoch": history.best_epoch,
+            "validation": kept,
+        }
+        save_bundle(
+            posixpath.join(spec.run, "bundle"),
+            model,
+            config.model,
+            n_users,
+            n_items,
+            {"prepare_run": prepare.run_key, "seed": config.seed},
+        )
+        write_atomic(
+            posixpath.join(spec.run, "history.json"),
+            json.dumps({**facts, "epochs": history.epochs}, indent=1).encode(),
+        )
 
 
 def main() -> int:
@@ -68,7 +89,12 @@ def main() -> int:
     parser.add_argument("--spec", type=Path, required=True)
     path: Path = parser.parse_args().spec
     rank = os.environ.get("RANK", "0")
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=f"%(asctime)s %(levelname)s rank {rank}: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO,
+        format=f"%(asctime)s %(levelname)s rank {rank}: %(message)s",
+        datefmt="%H:%M:%S",
+    )
     logging.getLogger("petastorm").setLevel(logging.WARNING)
     spec = Spec(**json.loads(path.read_text()))
     config = Config.model_validate_json(spec.config)
@@ -77,7 +103,9 @@ def main() -> int:
     try:
         train_rank(spec, world)
     except NcfError as error:
-        (path.parent / f"error-{rank}.json").write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}))
+        (path.parent / f"error-{rank}.json").write_text(
+            json.dumps({"kind": type(error).__name__, "message": str(error)})
+        )
         # No clean-up of the process group: it would wait for ranks that are waiting for us.
         os._exit(int(error.exit_code))
     world.leave()

@@ -23,7 +23,10 @@ class World:
     @classmethod
     def from_environment(cls, device: str) -> World:
         """`device`: auto, cpu or cuda. `auto` takes CUDA where this machine has a GPU for each of its ranks."""
-        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        rank, size, local = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_size else "cpu"

@@ -1,0 +1,127 @@
+"""This machine against the config: Java, memory, devices, slots, the Spark master.
+
+Each check says what it found, what is needed and what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+
+from ncf_dist.artifacts import Lake
+from ncf_dist.config import Config, Model, Train
+from ncf_dist.config import Spark as SparkSection
+from ncf_dist.doctor import machine
+from ncf_dist.doctor.check import Check, size
+from ncf_dist.errors import NcfError
+
+JAVA = (17, 21)
+CONNECT_S = 5
+
+
+def java() -> Check:
+    needed = (
+        f"needed Java {JAVA[0]} to {JAVA[1]}: run apt-get install openjdk-17-jre-headless, or export "
+        "JAVA_HOME=/path/to/jdk-17"
+    )
+    found = machine.java()
+    if found is None:
+        home = os.environ.get("JAVA_HOME")
+        return Check("java", "fail", f"not found {f'at JAVA_HOME={home}' if home else 'on PATH'}: {needed}")
+    version, path = found
+    if not JAVA[0] <= machine.java_major(version) <= JAVA[1]:
+        return Check("java", "fail", f"{version} at {path}: {needed}")
+    return Check("java", "ok", version)
+
+
+def gpu(train: Train) -> Check:
+    found = machine.gpus()
+    if train.device == "cuda" and found < train.ranks:
+        return Check(
+            "gpu",
+            "fail",
+            f"{found} seen: needed one for each of {train.ranks} ranks: set train.device=auto or "
+            f"train.ranks={max(1, found)}",
+        )
+    used = found >= train.ranks and train.device != "cpu"
+    return Check("gpu", "ok", f"{found or 'none'} seen: training uses {'CUDA' if used else 'the CPU'}")
+
+
+def memory(config: Config) -> Check:
+    driver = _bytes(config.spark.driver_memory)
+    model = _model_bytes(config.model, config.train, _sizes(Lake(config.paths.lake)))
+    parts = f"driver {size(driver)}" + (
+        f" + model {size(model)}" if model is not None else "; the model's size is known after prepare"
+    )
+    free = machine.memory_available()
+    if free is None:
+        return Check(
+            "memory",
+            "warn",
+            f"cannot be told here: needed about {size(driver + (model or 0))} ({parts}): look yourself",
+        )
+    if free < driver + (model or 0):
+        needed = f"needed about {size(driver + (model or 0))} ({parts})"
+        return Check(
+            "memory",
+            "fail",
+            f"{size(free)} available: {needed}: lower spark.driver_memory, model.factors or train.ranks, or free some",
+        )
+    return Check("memory", "ok", f"{size(free)} available ({parts})")
+
+
+def slots(spark: SparkSection, train: Train) -> Iterator[Check]:
+    cores = machine.cores()
+    local = re.fullmatch(r"local(?:\[(\d+|\*)(?:,\s*\d+)?\])?", spark.master or "")
+    if local:
+        asked = cores if local[1] == "*" else int(local[1] or 1)
+        many = asked > cores
+        advice = f": slower, not wrong: set spark.master=local[{cores}]" if many else ""
+        yield Check("slots", "warn" if many else "ok", f"{spark.master} on {cores} cores{advice}")
+    else:
+        yield Check("slots", "ok", f"{cores} cores here; Spark's are those of {spark.master or 'spark-submit'}")
+    if train.launcher == "torchrun" and train.ranks > max(cores, machine.gpus()):
+        yield Check("ranks", "warn", f"{train.ranks} on {cores} cores: slower, not wrong: set train.ranks={cores}")
+    else:
+        yield Check("ranks", "ok", f"{train.ranks if train.launcher == 'torchrun' else 1}")
+
+
+def master(spark: SparkSection) -> Iterator[Check]:
+    """Only a standalone master has an address that can be tried without its client's configuration."""
+    for host, port in re.findall(r"(?:spark://|,)([^:,/]+):(\d+)", spark.master or ""):
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+            yield Check("master", "ok", f"{host}:{port} answers")
+        except OSError as error:
+            yield Check(
+                "master",
+                "fail",
+                f"{host}:{port} does not answer ({error}): needed a running Spark master: start it or set spark.master",
+            )
+
+
+def _sizes(found: Lake) -> tuple[int, int] | None:
+    """Users and items of the newest prepared night."""
+    try:
+        nights = found.nights("prepare")
+        tables = found.stage(nights[-1], "prepare").current().tables if nights else {}
+        return tables["user_index"].rows, tables["item_index"].rows
+    except (NcfError, KeyError, ImportError, ValueError, OSError):
+        return None
+
+
+def _model_bytes(model: Model, train: Train, sizes: tuple[int, int] | None) -> int | None:
+    """Embeddings of all ranks: weights, gradients and Adam's two moments, four bytes each. The tower is small
+    beside them.
+    """
+    if sizes is None:
+        return None
+    width = (model.factors if model.name != "mlp" else 0) + (model.layers[0] // 2 if model.name != "gmf" else 0)
+    ranks = train.ranks if train.launcher == "torchrun" else 1
+    return sum(sizes) * width * 4 * 4 * ranks
+
+
+def _bytes(text: str) -> int:
+    return int(text[:-1]) * 1024 ** ("kmgt".index(text[-1]) + 1)

@@ -1,0 +1,106 @@
+"""The places that the config names: there, readable or writable, with room for what will be made."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+from ncf_dist.artifacts import Lake, filesystem, input_files, is_local, resolve
+from ncf_dist.config import Config, Input, Negatives, Paths
+from ncf_dist.doctor import machine
+from ncf_dist.doctor.check import Check, size
+from ncf_dist.errors import InputError, NcfError
+
+GIB = 1024**3
+ROW_BYTES = 20
+"""A short line of a log; from its size follows an upper bound of its rows."""
+
+
+def lake(paths: Paths) -> Check:
+    root = resolve(paths.lake)
+    try:
+        Lake(root).check_writable()
+    except InputError as error:
+        return Check("lake", "fail", str(error), "data")
+    except (ImportError, ValueError, OSError) as error:
+        return Check(
+            "lake",
+            "fail",
+            f"{root} cannot be opened ({error}): install its fsspec package or mend paths.lake",
+            "data",
+        )
+    return Check("lake", "ok", f"{root} is writable")
+
+
+def work(paths: Paths) -> Check:
+    """Local scratch must be a folder of this machine."""
+    root = resolve(paths.work)
+    try:
+        os.makedirs(root, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        return Check(
+            "work",
+            "fail",
+            f"{root} cannot be written ({error.strerror or error}): mend its permissions or set paths.work",
+            "data",
+        )
+    return Check("work", "ok", f"{root} is writable")
+
+
+def disk(config: Config) -> Iterator[Check]:
+    files = _files(config.input.path)
+    wanted = {"lake": GIB + _table_bytes(files or [], config.negatives), "work": GIB}
+    for name, needed in wanted.items():
+        root = resolve(getattr(config.paths, name))
+        if not is_local(root):
+            continue
+        free = machine.disk_free(root)
+        if free < needed:
+            detail = f"{size(free)} free at {root}: needed about {size(needed)}: free some or set paths.{name}"
+            yield Check(f"disk of {name}", "fail", detail, "data")
+        else:
+            yield Check(f"disk of {name}", "ok", f"{size(free)} free")
+
+
+def inputs(section: Input) -> Iterator[Check]:
+    for name, key, path in (("input", "input.path", section.path), ("items", "input.items", section.items)):
+        if path is None:
+            yield Check(name, "ok", "none in the config: items have no titles")
+            continue
+        try:
+            files = input_files(path)
+            for file in (files[0], files[-1]):
+                fs, inner = filesystem(file)
+                fs.cat_file(inner, start=0, end=1)
+        except NcfError:
+            yield Check(name, "warn", f"{resolve(path)} is not there yet: run fetch, or set {key}")
+        except (ImportError, ValueError, OSError) as error:
+            yield Check(
+                name,
+                "fail",
+                f"{resolve(path)} cannot be read ({error}): mend its permissions or set {key}",
+                "data",
+            )
+        else:
+            yield Check(name, "ok", f"{len(files)} file{'s' * (len(files) > 1)}, {size(_total(files))}")
+
+
+def _files(path: str) -> list[str] | None:
+    try:
+        return input_files(path)
+    except (NcfError, ImportError, ValueError, OSError):
+        return None
+
+
+def _total(files: list[str]) -> int:
+    return sum(int(fs.info(inner).get("size") or 0) for fs, inner in map(filesystem, files))
+
+
+def _table_bytes(files: list[str], negatives: Negatives) -> int:
+    """Rough size of prepare's tables: four bytes a column of train, and about six columns in the other
+    tables.
+    """
+    columns = 2 + negatives.per_positive * negatives.draws + 6
+    return _total(files) // ROW_BYTES * columns * 4

@@ -1,0 +1,76 @@
+"""Writes rows as text lines in MovieLens' `.dat` layout, the same bytes however the rows are partitioned.
+
+Rule: table `ratings.dat` is one plain file while its keys (users, or items) fit one file, and beyond that a
+folder of the same name with `ratings-00000.dat`, `ratings-00001.dat`, …; `input.path` is the same in both
+cases. A line's file is its key's range, a file is sorted, and one task writes it whole, so a retried task
+replaces a file by its equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import posixpath
+from collections.abc import Callable, Iterable, Iterator
+
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from ncf_dist.artifacts import make_dirs, write_atomic
+from ncf_dist.fetch.delivery import Part
+from ncf_dist.spark_io import batch_of, runs_of
+
+LINES_PER_FILE = 1_000_000
+"""About as many lines a file, 25 MB: what a writer holds in memory."""
+
+_FILE, _LINE = "_file", "_line"
+_PARTS = pa.schema([("path", pa.string()), ("lines", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
+_PARTS_DDL = "path string, lines long, bytes long, sha256 string"
+
+
+def write_lines(
+    rows: DataFrame, folder: str, table: str, keys: int, keys_per_file: int, order: tuple[str, ...]
+) -> list[Part]:
+    """Write `rows` as `folder/table`: columns joined by `::`, sorted by `order`, whose first is the key.
+
+    Keys are 1..`keys`, all of them present.
+    """
+    files = math.ceil(keys / keys_per_file)
+    file = F.floor((F.col(order[0]) - 1) / keys_per_file).cast("int")
+    line = F.concat(F.concat_ws("::", *[F.col(name).cast("string") for name in rows.columns]), F.lit("\n"))
+    ordered = (
+        rows.select(*order, file.alias(_FILE), line.alias(_LINE)).repartition(_FILE).sortWithinPartitions(_FILE, *order)
+    )
+    make_dirs(folder if files == 1 else posixpath.join(folder, table))
+    found = ordered.select(_FILE, _LINE).mapInArrow(_writer(folder, table, files), _PARTS_DDL).collect()
+    return sorted((Part(**row.asDict()) for row in found), key=lambda part: part.path)
+
+
+def part_path(table: str, file: int, files: int) -> str:
+    """Path of file number `file` of `files`, relative to the folder that holds the table."""
+    stem, dot, suffix = table.rpartition(".")
+    return table if files == 1 else f"{table}/{stem}-{file:05d}{dot}{suffix}"
+
+
+def _writer(folder: str, table: str, files: int) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        number, lines, written = -1, list[str](), list[Part]()
+
+        def flush() -> None:
+            if lines:
+                data, path = "".join(lines).encode(), part_path(table, number, files)
+                write_atomic(posixpath.join(folder, path), data)
+                written.append(Part(path, len(lines), len(data), hashlib.sha256(data).hexdigest()))
+                lines.clear()
+
+        for batch in batches:
+            for value, start, end in runs_of(batch.column(0).to_numpy()):
+                if value != number:
+                    flush()
+                    number = value
+                lines.extend(batch.column(1).slice(start, end - start).to_pylist())
+        flush()
+        yield batch_of([vars(part) for part in written], _PARTS)
+
+    return write

@@ -1,0 +1,222 @@
+"""Nothing is published that was not read and counted first: the audit of a night's recommendations.
+
+Every file is read once, one at a time, and must be the file of the manifest (sha256, rows, schema). Every
+user has ranks 1..n with n = K, or less for as many users as score counted; distinct items that exist; finite
+scores that do not rise with rank; the one model version that score names. `unseen` then checks across files:
+no user twice, none forgotten, nobody offered what is masked.
+
+Users must be contiguous, in the manifest's order of files; a user may go on in the next file. Memory: one
+file, plus the item index. The first violation raises ContractError; nothing is repaired here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ncf_dist.artifacts import FileInfo, Manifest, read_bytes, read_schema, read_table
+from ncf_dist.contracts import Contract, item_index, recommendations, user_index
+from ncf_dist.errors import ContractError
+from ncf_dist.publish.unseen import Offers
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What score said about the table it wrote."""
+
+    k: int
+    users: int
+    short_users: int
+    model_version: str
+    seen: str
+    prepare_run: str
+
+    @classmethod
+    def of(cls, score: Manifest) -> Promise:
+        """Raises ContractError where the manifest lacks a fact."""
+        facts = score.facts
+        try:
+            return cls(
+                int(facts["k"]), int(facts["users"]), int(facts.get("short_users", 0)),
+                str(facts["model_version"]), str(facts["seen"]), str(facts["prepare_run"]),
+            )  # fmt: skip
+        except KeyError as error:
+            raise ContractError(
+                f"score run {score.run_key} does not state its fact {error}; rerun the job score"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Audited:
+    """A file that passed, with the statistics that readers use to skip it."""
+
+    info: FileInfo
+    source: str
+    least: dict[str, Any]
+    most: dict[str, Any]
+
+
+def contract_of(prepare: Manifest) -> Contract:
+    """The recommendations contract with the id types of this night's indexes."""
+    types = []
+    for name in ("user_id", "item_id"):
+        table = f"{name.removesuffix('_id')}_index"
+        schema = read_schema(prepare.files(table)[0])
+        (user_index if name == "user_id" else item_index)(schema.field(name).type).check(schema)
+        types.append(schema.field(name).type)
+    return recommendations(*types)
+
+
+def audit(score: Manifest, prepare: Manifest, work: str) -> list[Audited]:
+    """Check the whole night. `work`: a local folder for the checks across files. Raises ContractError."""
+    promise, contract = Promise.of(score), contract_of(prepare)
+    if promise.prepare_run != prepare.run_key:
+        raise ContractError(
+            f"score run {score.run_key} was made from prepare run {promise.prepare_run}, but the current one "
+            f"of ds {score.ds} is {prepare.run_key}; rerun the job score"
+        )
+    table = score.table(contract)
+    ids = pa.concat_tables([read_table(path) for path in prepare.files("item_index")]).sort_by("item_idx")
+    if not np.array_equal(ids["item_idx"].to_numpy(), np.arange(len(ids))):
+        raise ContractError(f"table item_index: item_idx is not 0..{len(ids) - 1}; rerun the job prepare")
+    items = ids["item_id"].combine_chunks()
+    passed = []
+    names = [info.path for info in table.files]
+    user_id = contract.schema.field("user_id").type
+    with Offers(work, prepare, items, user_id, promise.seen, names, table.rows) as offers:
+        rules = _Rules(promise, items, names, offers)
+        for number, (info, path) in enumerate(zip(table.files, score.files(contract.name), strict=True)):
+            rows = _read(path, info, contract)
+            rules.add(number, rows)
+            passed.append(_statistics(info, path, rows))
+        rules.close()
+        rules.check_short(offers.check(promise.users))
+    return passed
+
+
+def checked_bytes(path: str, info: FileInfo) -> bytes:
+    """The file, after comparing it with its sha256 in the manifest. Raises ContractError."""
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
+        raise ContractError(
+            f"table recommendations: file {path} of the manifest is gone; rerun the job score"
+        ) from None
+    found = hashlib.sha256(data).hexdigest()
+    if found != info.sha256:
+        raise ContractError(
+            f"table recommendations, file {path}: sha256 is {found[:12]}…, needed {info.sha256[:12]}… as the "
+            "manifest says: the file was changed or damaged after score wrote it; remove its run folder and "
+            "rerun the job score"
+        )
+    return data
+
+
+def _read(path: str, info: FileInfo, contract: Contract) -> pa.Table:
+    file = pq.ParquetFile(pa.BufferReader(checked_bytes(path, info)))
+    contract.check(file.schema_arrow)
+    rows = file.read()
+    if rows.num_rows != info.rows:
+        _refuse(info.path, f"{rows.num_rows} rows", f"{info.rows} as the manifest says")
+    for name in contract.columns:
+        if rows[name].null_count:
+            _refuse(info.path, f"{rows[name].null_count} nulls in {name}", "none")
+    return rows
+
+
+def _statistics(info: FileInfo, path: str, rows: pa.Table) -> Audited:
+    names = ("user_id", "rank") if rows.num_rows else ()
+    ranges = {name: pc.min_max(rows[name]).as_py() for name in names}
+    return Audited(info, path, *({name: r[end] for name, r in ranges.items()} for end in ("min", "max")))
+
+
+class _Rules:
+    """The rules within a user, over whole users: the last one of a file waits for the next file."""
+
+    def __init__(self, promise: Promise, items: pa.Array, names: list[str], offers: Offers) -> None:
+        self.promise, self.items, self.names, self.offers = promise, items, names, offers
+        self.short = 0
+        self._waiting: list[tuple[int, pa.Table]] = []
+
+    def add(self, file: int, rows: pa.Table) -> None:
+        """`file`: the number of the file that `rows` are, in the manifest's order."""
+        self._waiting.append((file, rows))
+        whole = pa.concat_tables([table for _, table in self._waiting]).combine_chunks()
+        files = np.repeat([number for number, _ in self._waiting], [table.num_rows for _, table in self._waiting])
+        starts = _starts(whole["user_id"])
+        last = int(starts[-1]) if len(starts) else 0
+        self._check(whole.slice(0, last), files[:last], starts[:-1])
+        self._waiting = [(file, whole.slice(last))]
+        if whole.num_rows - last > self.promise.k:
+            self.close()
+
+    def close(self) -> None:
+        """Check the user that was still waiting."""
+        for file, rows in self._waiting:
+            self._check(rows, np.full(rows.num_rows, file), _starts(rows["user_id"]))
+        self._waiting = []
+
+    def check_short(self, without_rows: int) -> None:
+        """`without_rows`: users for whom no item is left to offer."""
+        short = self.short + without_rows
+        if short > self.promise.short_users:
+            found = f"{short} of {self.promise.users} users have fewer than {self.promise.k} rows"
+            _refuse("*", found, f"at most the {self.promise.short_users} that score counted")
+
+    def _check(self, rows: pa.Table, files: np.ndarray, starts: np.ndarray) -> None:
+        if not rows.num_rows:
+            return
+        rows = rows.combine_chunks()
+        counts = np.diff([*starts, rows.num_rows])
+        run = np.repeat(np.arange(len(starts)), counts)
+        due = np.arange(rows.num_rows) - starts[run] + 1
+        item = pc.fill_null(pc.index_in(rows["item_id"], value_set=self.items), -1).to_numpy()
+        score = rows["score"].to_numpy()
+        rises = np.concatenate([[False], score[1:] > score[:-1]]) & (due > 1)
+
+        def none(bad: np.ndarray, found: str, needed: str) -> None:
+            at = int(np.argmax(bad))
+            if bad[at]:
+                row = rows.slice(at, 1).to_pylist()[0]
+                what = found.format(**row, count=counts[run[at]])
+                _refuse(
+                    self.names[files[at]],
+                    f"user {row['user_id']!r}: {what}",
+                    needed.format(due=due[at], k=self.promise.k),
+                )
+
+        none(counts[run] > self.promise.k, "{count} rows", "at most {k}")
+        none(rows["rank"].to_numpy() != due, "rank {rank}", "rank {due} at that place: 1, 2, … without gaps")
+        none(item < 0, "item {item_id!r}", "an item of item_index")
+        none(_repeats(run * len(self.items) + item), "item {item_id!r} twice", "distinct items")
+        none(~np.isfinite(score), "score {score} at rank {rank}", "a finite number")
+        none(rises, "score {score} at rank {rank} is above the one before it", "scores that do not rise")
+        other = pc.not_equal(rows["model_version"], self.promise.model_version).to_numpy()
+        none(other, "model_version {model_version!r}", f"{self.promise.model_version!r} in every row")
+        self.short += int((counts < self.promise.k).sum())
+        self.offers.add(files, rows["user_id"], item, due == 1)
+
+
+def _starts(users: pa.ChunkedArray) -> np.ndarray:
+    """Positions at which another user begins."""
+    if not len(users):
+        return np.zeros(0, dtype=np.int64)
+    change = pc.not_equal(users.slice(1), users.slice(0, len(users) - 1)).to_numpy()
+    return np.concatenate([[0], np.flatnonzero(change) + 1])
+
+
+def _repeats(keys: np.ndarray) -> np.ndarray:
+    """Which keys occurred at an earlier place."""
+    repeated = np.ones(len(keys), dtype=bool)
+    repeated[np.unique(keys, return_index=True)[1]] = False
+    return repeated
+
+
+def _refuse(file: str, found: str, needed: str) -> NoReturn:
+    raise ContractError(f"table recommendations, file {file}: {found}; needed {needed}: rerun the job score")
