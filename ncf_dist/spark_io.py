@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import config as settings
-from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, write_parquet
+from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, file_url, write_parquet
 from ncf_dist.contracts import Contract
 
 ROWS_PER_FILE = 1_000_000
@@ -79,7 +80,13 @@ def read_table(spark: SparkSession, manifest: Manifest, contract: Contract) -> D
 
 
 def read_files(spark: SparkSession, files: list[str], schema: pa.Schema) -> DataFrame:
-    return spark.read.schema(from_arrow_schema(schema)).parquet(*files)
+    return spark.read.schema(from_arrow_schema(schema)).parquet(*map(spark_path, files))
+
+
+def spark_path(path: str) -> str:
+    """`path` for Spark's readers: a local one stays local whatever the cluster's default file system is,
+    and what they would take for a glob is part of the name."""
+    return re.sub(r"([\\{}\[\]*?])", r"\\\1", file_url(path))
 
 
 def write_table(frame: DataFrame, run: str, contract: Contract, file: Column) -> TableInfo:

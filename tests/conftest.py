@@ -1,4 +1,5 @@
-"""Fixtures that every test may use: one Spark session for the whole run, MovieLens where it is at hand, and a small line's config."""
+"""Fixtures that every test may use: one Spark session for the whole run, MovieLens where it is at hand,
+and a small line's config."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from ncf_dist.config import Config
 from ncf_dist.spark_io import spark_session
 
 ROOT = Path(__file__).parent.parent
-SPARK = {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 2}
+SPARK: dict[str, Any] = {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 2}
 
 
 @pytest.fixture(scope="session")

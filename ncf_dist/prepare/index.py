@@ -40,7 +40,11 @@ def extend_index(
             f"{index_column}: {start + sum(sizes):,} distinct {id_column} do not fit int32; "
             f"needed at most {INT32_MAX:,}"
         )
-    first = F.array(*[F.lit(start + before) for before in [0, *accumulate(sizes)][:-1]])
+    starts = enumerate([start + before for before in [0, *accumulate(sizes)][:-1]])
+    # A table, not an array of literals: Spark would plan and compile four thousand expressions for minutes.
+    first = F.broadcast(spark.createDataFrame(list(starts), "_bucket int, _first int"))
     position = F.row_number().over(Window.partitionBy("_bucket").orderBy(id_column)) - 1
-    numbered = new.select(id_column, (F.get(first, F.col("_bucket")) + position).cast("int").alias(index_column))
+    numbered = new.join(first, "_bucket").select(
+        id_column, (F.col("_first") + position).cast("int").alias(index_column)
+    )
     return numbered if old is None else old.select(id_column, index_column).unionByName(numbered)

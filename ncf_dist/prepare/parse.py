@@ -17,6 +17,7 @@ from pyspark.sql import functions as F
 
 from ncf_dist.config import Input
 from ncf_dist.errors import InputError
+from ncf_dist.spark_io import spark_path
 
 RAW_LIMIT = 1_000
 
@@ -75,7 +76,9 @@ def read_interactions(spark: SparkSession, files: list[str], config: Input) -> D
     Header lines of formats that have one are not rows.
     """
     form = FORMATS[config.format]
-    lines = spark.read.text(files).select(F.col("value").alias("raw"), F.col("_metadata.file_path").alias("file"))
+    lines = spark.read.text([spark_path(file) for file in files]).select(
+        F.col("value").alias("raw"), F.col("_metadata.file_path").alias("file")
+    )
     if form.header is not None:
         lines = lines.where(F.trim("raw") != form.header)
     fields = F.split("raw", _literal_pattern(form.separator), -1)
@@ -92,7 +95,8 @@ def read_interactions(spark: SparkSession, files: list[str], config: Input) -> D
         *[F.trim(c).alias(c) for c in "uirt"],
         F.expr("try_cast(u as bigint)").alias("user_id"),
         F.expr("try_cast(i as bigint)").alias("item_id"),
-        F.expr("try_cast(r as float)").alias("rating"),
+        # Plus zero: -0.0 and 0.0 are equal, but not the same bytes.
+        F.expr("try_cast(r as float) + float(0)").alias("rating"),
         F.expr("try_cast(t as bigint)").alias("timestamp"),
     )
     return typed.select("file", "raw", "user_id", "item_id", "rating", "timestamp", _reason().alias("reason"))
@@ -139,7 +143,7 @@ def quarantine(rows: DataFrame) -> DataFrame:
 
 def read_titles(spark: SparkSession, files: list[str], format_name: str) -> DataFrame:
     """The item side table of the same family: item_id, title. Lines without a usable id are left out."""
-    form = FORMATS[format_name]
+    form, files = FORMATS[format_name], [spark_path(file) for file in files]
     if format_name == "movielens-csv":
         table = spark.read.csv(files, header=True, escape='"').select(F.col("movieId").alias("i"), F.col("title"))
     else:

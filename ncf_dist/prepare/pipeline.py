@@ -44,7 +44,7 @@ from ncf_dist.prepare.parse import (
     select_files,
 )
 from ncf_dist.prepare.users import UserPass, staging_schema, user_pass
-from ncf_dist.spark_io import ROWS_PER_FILE, read_files, read_table, spark_session, table_info, write_table
+from ncf_dist.spark_io import ROWS_PER_FILE, read_files, read_table, spark_path, spark_session, table_info, write_table
 
 log = logging.getLogger(__name__)
 
@@ -159,10 +159,10 @@ def _make_tables(
 
 def _stage_rows(spark: SparkSession, config: Config, files: list[str], run: str) -> DataFrame:
     """Parse the text once; later passes read columns."""
-    rows = read_interactions(spark, [file_url(f) for f in files], config.input)
+    rows = read_interactions(spark, files, config.input)
     path = posixpath.join(_staging(run), "rows")
-    rows.withColumn("raw", F.when(F.col("reason").isNotNull(), F.col("raw"))).write.parquet(path)
-    return spark.read.schema(rows.schema).parquet(path)
+    rows.withColumn("raw", F.when(F.col("reason").isNotNull(), F.col("raw"))).write.parquet(file_url(path))
+    return spark.read.schema(rows.schema).parquet(spark_path(path))
 
 
 def _reject(
@@ -242,7 +242,7 @@ def _item_tables(
     made = {"item_stats": write_table(stats, run, contracts.ITEM_STATS, file)}
     if titles:
         contract = contracts.items(id_type)
-        named = index.join(read_titles(spark, [file_url(f) for f in titles], config.input.format), "item_id", "left")
+        named = index.join(read_titles(spark, titles, config.input.format), "item_id", "left")
         named = named.withColumn("title", F.coalesce("title", F.col("item_id").cast("string")))
         made["items"] = write_table(named, run, contract, file)
     return made

@@ -1,0 +1,293 @@
+"""The lake: a run exists when its manifest does, files appear whole, and what a table says of its files is true."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ncf_dist import artifacts
+from ncf_dist.artifacts import (
+    Lake,
+    Manifest,
+    StageRuns,
+    TableInfo,
+    fingerprint,
+    input_files,
+    read_bytes,
+    read_manifest,
+    run_key,
+    write_atomic,
+    write_parquet,
+)
+from ncf_dist.contracts import ITEM_STATS
+from ncf_dist.errors import BusyRun, ContractError, InputError
+
+ROOT = Path(__file__).parent.parent
+DS = "2026-01-31"
+STATS = pa.table({"item_idx": [0, 1, 2], "train_count": [5, 0, 7]}, schema=ITEM_STATS.schema)
+
+
+@pytest.fixture(params=["folder", "memory"])
+def runs(request: pytest.FixtureRequest, tmp_path: Path) -> StageRuns:
+    """The runs of one stage, in a folder and in a file system that is only a URL."""
+    root = str(tmp_path / "lake") if request.param == "folder" else f"memory://{uuid.uuid4().hex}"
+    return Lake(root).stage(DS, "prepare")
+
+
+def finish(runs: StageRuns, key: str) -> Manifest:
+    path = runs.begin(key)
+    table = TableInfo("item_stats", ITEM_STATS.fingerprint, (write_parquet(STATS, f"{path}/item_stats", "a.parquet"),))
+    return runs.finish(Manifest("prepare", DS, key, path, {"seed": 1}, {"index": None}, {"item_stats": table}))
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_found_as_it_was_written(runs: StageRuns) -> None:
+    written = finish(runs, "k1")
+    assert runs.find("k1") == runs.current() == read_manifest(runs.run_path("k1")) == written
+    assert written.outputs() == {"item_stats": f"{runs.root}/k1/item_stats"}
+    assert written.table(ITEM_STATS).rows == 3
+    assert artifacts.read_table(written.files("item_stats")[0]).equals(STATS)
+
+
+def test_without_its_manifest_a_run_does_not_exist_and_the_next_attempt_starts_empty(runs: StageRuns) -> None:
+    path = runs.begin("k1")
+    write_parquet(STATS, f"{path}/item_stats", "half.parquet")
+    assert runs.find("k1") is None
+    with pytest.raises(ContractError, match=f"no finished run; needed the output of prepare for ds {DS}: run the job"):
+        runs.current()
+    assert artifacts.list_names(f"{path}/item_stats") == ["half.parquet"]
+    assert runs.begin("k1") == path
+    assert artifacts.list_names(path) == []
+
+
+def test_the_manifest_is_the_last_file_of_a_run(runs: StageRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    for name in ("write_atomic", "write_bytes"):
+        real = getattr(artifacts, name)
+        monkeypatch.setattr(artifacts, name, lambda path, data, real=real: (written.append(path), real(path, data)))
+    finish(runs, "k1")
+    order = [path.removeprefix(f"{runs.root}/") for path in dict.fromkeys(written)]
+    assert order == ["k1/item_stats/a.parquet", "k1/manifest.json", "current.json"]
+
+
+def test_a_run_that_died_between_manifest_and_pointer_is_found_and_becomes_current(
+    runs: StageRuns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(runs, "k1")
+    with monkeypatch.context() as patch:
+        patch.setattr(StageRuns, "_point_to", lambda self, key: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finish(runs, "k2")
+    assert runs.current().run_key == "k1"
+    assert runs.find("k2") is not None
+    assert runs.current().run_key == "k2"
+
+
+def test_finding_an_older_run_makes_it_current_again(runs: StageRuns) -> None:
+    finish(runs, "k1")
+    finish(runs, "k2")
+    assert runs.current().run_key == "k2"
+    assert runs.find("k3") is None
+    assert runs.current().run_key == "k2"
+    assert runs.find("k1") is not None
+    assert runs.current().run_key == "k1"
+
+
+def test_a_damaged_pointer_is_mended_by_the_run_it_should_name(runs: StageRuns) -> None:
+    finish(runs, "k1")
+    for damage in (b"", b"{", b"[]", b"{}", b"null"):
+        artifacts.write_bytes(f"{runs.root}/current.json", damage)
+        with pytest.raises(ContractError, match="no finished run"):
+            runs.current()
+        assert runs.find("k1") == runs.current()
+
+
+@pytest.mark.parametrize("damage", ["cut", "", "null", "[]", '"text"', '{"tables": []}', '{"tables": {}}', "more"])
+def test_a_damaged_manifest_says_what_to_do(tmp_path: Path, damage: str) -> None:
+    runs = Lake(str(tmp_path)).stage(DS, "prepare")
+    path = Path(finish(runs, "k1").root) / "manifest.json"
+    whole = path.read_text()
+    path.write_text({"cut": whole[:-40], "more": whole.replace("{", '{"colour": "red",', 1)}.get(damage, damage))
+    with pytest.raises(ContractError, match=r"manifest\.json cannot be read .*: delete the folder and rerun"):
+        runs.find("k1")
+
+
+def test_a_table_that_is_missing_or_of_another_schema_is_refused(tmp_path: Path) -> None:
+    runs = Lake(str(tmp_path)).stage(DS, "prepare")
+    path = runs.begin("k1")
+    other = STATS.set_column(1, "train_count", STATS["train_count"].cast(pa.int32()))
+    file = write_parquet(other, f"{path}/item_stats", "a.parquet")
+    table = TableInfo("item_stats", "another fingerprint", (file,))
+    manifest = Manifest("prepare", DS, "k1", path, {}, {}, {"item_stats": table})
+    with pytest.raises(ContractError, match="item_stats: column train_count is int32, needed int64; rerun"):
+        manifest.table(ITEM_STATS)
+    with pytest.raises(ContractError, match=r"prepare run k1 has no table train \(it has item_stats\); rerun prepare"):
+        manifest.files("train")
+
+
+def test_nights_are_those_with_a_finished_run(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path))
+    assert lake.nights("prepare") == []
+    for ds in ("2026-02-01", "2026-01-31"):
+        finish(lake.stage(ds, "prepare"), "k1")
+    lake.stage("2026-02-02", "prepare").begin("k1")
+    assert lake.nights("prepare") == ["2026-01-31", "2026-02-01"]
+    assert lake.nights("train") == []
+
+
+def test_a_run_key_follows_what_decides_the_bytes_and_not_the_order_of_keys() -> None:
+    base = run_key("prepare", DS, {"a": 1, "b": 2}, {"x": "1"})
+    assert run_key("prepare", DS, {"b": 2, "a": 1}, {"x": "1"}) == base
+    others = [
+        run_key("train", DS, {"a": 1, "b": 2}, {"x": "1"}),
+        run_key("prepare", "2026-02-01", {"a": 1, "b": 2}, {"x": "1"}),
+        run_key("prepare", DS, {"a": 1, "b": 3}, {"x": "1"}),
+        run_key("prepare", DS, {"a": 1, "b": 2}, {"x": "2"}),
+    ]
+    assert len({base, *others}) == 5
+
+
+def test_one_run_holds_a_night_and_leaves_no_probe(tmp_path: Path) -> None:
+    lake = Lake(str(tmp_path / "lake"))
+    with lake.hold(DS), lake.hold("2026-02-01"):
+        with pytest.raises(BusyRun, match=f"another run holds ds {DS}"), lake.hold(DS):
+            pass
+        assert os.listdir(lake.root) == ["runs"]
+    with lake.hold(DS):
+        pass
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+# Forks a writer for every line of stdin: its interpreter has started already, so a kill lands in a write.
+WRITERS = """
+import json, os, sys
+from ncf_dist.artifacts import write_atomic
+
+for line in sys.stdin:
+    writer = os.fork()
+    if writer == 0:
+        n = 0
+        while True:
+            n += 1
+            write_atomic(sys.argv[1], json.dumps({"size": n % 9 * 40_000, "pad": "x" * (n % 9 * 40_000)}).encode())
+    print(writer, flush=True)
+    os.waitpid(writer, 0)
+"""
+
+
+def test_readers_see_whole_files_while_writers_are_killed(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_atomic(str(path), b'{"size": 0, "pad": ""}')
+    pause, reads = random.Random(1), 0
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WRITERS, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as writers:
+        assert writers.stdin is not None
+        assert writers.stdout is not None
+        for _ in range(40):
+            print(flush=True, file=writers.stdin)
+            writer, end = int(writers.stdout.readline()), time.monotonic() + pause.uniform(0.005, 0.03)
+            killed = False
+            while not killed:
+                if killed := time.monotonic() > end:
+                    os.kill(writer, signal.SIGKILL)
+                found = json.loads(path.read_bytes())
+                assert found["size"] == len(found["pad"])
+                reads += 1
+    assert reads > 100
+
+
+def test_the_same_table_gives_the_same_bytes_in_one_row_group(tmp_path: Path) -> None:
+    """Also beyond pyarrow's default row group, 1024 x 1024 rows."""
+    rows = 1024 * 1024 + 1
+    table = pa.table({"n": pa.array(np.arange(rows) % 100, pa.int8())})
+    first, second = (write_parquet(table, str(tmp_path / name), "t.parquet") for name in "ab")
+    data = (tmp_path / "a" / "t.parquet").read_bytes()
+    assert first == second
+    assert data == (tmp_path / "b" / "t.parquet").read_bytes()
+    assert (first.rows, first.row_groups, first.bytes) == (rows, 1, len(data))
+    assert first.sha256 == hashlib.sha256(data).hexdigest()
+    assert pq.ParquetFile(tmp_path / "a" / "t.parquet").metadata.num_row_groups == 1
+
+
+def test_a_fingerprint_changes_when_a_file_is_added_removed_or_rewritten(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text("one")
+    b.write_text("two")
+    both = [str(a), str(b)]
+    before = fingerprint(both)
+    assert fingerprint(both) == before
+    found = {before, fingerprint(both[:1]), fingerprint([])}
+    os.utime(a, ns=(0, 0))
+    a.write_text("ONE")  # as long as before
+    found.add(fingerprint(both))
+    b.write_text("longer")
+    found.add(fingerprint(both))
+    assert len(found) == 5
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> Path:
+    for name in ("b.dat", "a.dat", "deep/c.dat", ".hidden.dat", "_SUCCESS", "_temporary/0/d.dat", ".trash/e.dat"):
+        path = tmp_path / "logs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return tmp_path / "logs"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("", ["a.dat", "b.dat", "deep/c.dat"]),
+        ("a.dat", ["a.dat"]),
+        ("*.dat", ["a.dat", "b.dat"]),
+        ("*", ["a.dat", "b.dat", "deep/c.dat"]),
+        ("[bc].dat", ["b.dat"]),
+        ("d*p", ["deep/c.dat"]),
+        ("**", ["a.dat", "b.dat", "deep/c.dat"]),
+        ("**/*.dat", ["a.dat", "b.dat", "deep/c.dat"]),
+    ],
+)
+def test_input_files_are_sorted_without_what_is_hidden(logs: Path, pattern: str, expected: list[str]) -> None:
+    assert input_files(str(logs / pattern)) == [str(logs / name) for name in expected]
+
+
+def test_a_hidden_folder_above_the_input_hides_nothing(logs: Path) -> None:
+    (logs / "_temporary" / "d.dat").write_text("d")
+    assert input_files(str(logs / "_temporary")) == [str(logs / "_temporary" / n) for n in ("0/d.dat", "d.dat")]
+    assert input_files(str(logs / "_temporary" / "*.dat")) == [str(logs / "_temporary" / "d.dat")]
+
+
+def test_input_files_may_be_relative_or_a_url(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(logs.parent)
+    assert input_files("logs/a.dat") == input_files(f"file://{logs}/a.dat") == [str(logs / "a.dat")]
+    folder = f"memory://{uuid.uuid4().hex}"
+    artifacts.write_bytes(f"{folder}/x.dat", b"x")
+    assert [read_bytes(path) for path in input_files(folder)] == [b"x"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "what"),
+    [("nothing.dat", "matches no file"), ("*.csv", "matches no file"), ("empty", "is an empty folder")],
+)
+def test_no_input_is_an_error_that_names_the_key(logs: Path, pattern: str, what: str) -> None:
+    (logs / "empty").mkdir()
+    (logs / "empty" / "_SUCCESS").write_text("")
+    with pytest.raises(InputError, match=f"{what}; needed a file, a folder or a glob .*: set input.path"):
+        input_files(str(logs / pattern))

@@ -1,0 +1,126 @@
+"""A bundle is tensors and JSON: it comes back as it was, damage is noticed, and nothing in its folder is
+ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from ncf_dist.bundle import CARD, WEIGHTS, Bundle, load_model, read_bundle, save_bundle, verify_weights
+from ncf_dist.config import Model
+from ncf_dist.errors import ContractError, TrainingFailed
+from ncf_dist.models import Recommender, build_model
+
+CONFIG = Model(name="neumf", factors=3, layers=(6, 4, 2), dropout=0.25)
+USERS, ITEMS = 5, 7
+
+
+def trained(seed: int = 1) -> Recommender:
+    torch.manual_seed(seed)
+    return build_model(CONFIG, USERS, ITEMS)
+
+
+def save(folder: Path, model: Recommender) -> Bundle:
+    return save_bundle(str(folder), model, CONFIG, USERS, ITEMS, {"prepare_run": "p1", "seed": 1})
+
+
+class Bomb:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.mark,)
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    model = trained()
+    saved = save(tmp_path / "bundle", model)
+    found = read_bundle(str(tmp_path / "bundle"))
+    assert found == saved
+    assert (found.model, found.n_users, found.n_items) == (CONFIG, USERS, ITEMS)
+    assert found.facts == {"prepare_run": "p1", "seed": 1}
+    verify_weights(found)
+    loaded = load_model(found)
+    pairs = torch.arange(USERS)[:, None], torch.arange(ITEMS)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(*pairs), model.eval()(*pairs))
+
+
+def test_a_loaded_model_is_for_reading(tmp_path: Path) -> None:
+    model = load_model(save(tmp_path, trained()))
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_model_version_names_the_weights(tmp_path: Path) -> None:
+    first, again, other = (save(tmp_path / str(n), trained(seed)) for n, seed in enumerate((1, 1, 2)))
+    assert first.model_version == again.model_version == f"neumf-{first.sha256[:12]}"
+    assert other.model_version != first.model_version
+
+
+@pytest.mark.parametrize("place", ["first byte", "middle", "last byte"])
+def test_one_flipped_bit_is_noticed(tmp_path: Path, place: str) -> None:
+    bundle = save(tmp_path, trained())
+    data = bytearray((tmp_path / WEIGHTS).read_bytes())
+    data[{"first byte": 0, "middle": len(data) // 2, "last byte": -1}[place]] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(data)
+    with pytest.raises(ContractError, match="damaged, rerun the job train"):
+        verify_weights(bundle)
+
+
+def test_missing_weights(tmp_path: Path) -> None:
+    bundle = save(tmp_path, trained())
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(ContractError, match="cannot be read .* rerun the job train"):
+        verify_weights(bundle)
+
+
+@pytest.mark.parametrize("damage", ["missing", "not JSON", "a field too few", "an unknown field", "a bad model"])
+def test_a_card_that_cannot_be_used(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, trained())
+    path = tmp_path / CARD
+    card = json.loads(path.read_text())
+    without = {name: value for name, value in card.items() if name != "n_users"}
+    texts = {
+        "not JSON": "{",
+        "a field too few": json.dumps(without),
+        "an unknown field": json.dumps({**card, "extra": 1}),
+        "a bad model": json.dumps({**card, "model": {"name": "svd"}}),
+    }
+    path.unlink() if damage == "missing" else path.write_text(texts[damage])
+    with pytest.raises(ContractError, match=f"{WEIGHTS} and {CARD}: rerun the job train"):
+        read_bundle(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, value: float) -> None:
+    model = trained()
+    with torch.no_grad():
+        model.get_parameter("gmf.item.weight")[3, 1] = value
+    with pytest.raises(TrainingFailed, match=r"gmf\.item\.weight are not all finite"):
+        save(tmp_path / "bundle", model)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_no_pickle_is_opened(tmp_path: Path) -> None:
+    """Neither a pickle beside the weights nor one in their place is ever run."""
+    bundle, mark = save(tmp_path, trained()), tmp_path / "ran"
+    bomb = pickle.dumps(Bomb(mark))
+    for name in ("model.pt", "weights.pkl", "pytorch_model.bin", "_common_metadata"):
+        (tmp_path / name).write_bytes(bomb)
+    load_model(read_bundle(str(tmp_path)))
+    (tmp_path / WEIGHTS).write_bytes(bomb)
+    with pytest.raises(ContractError):
+        verify_weights(bundle)
+    with pytest.raises(Exception, match="(?i)header"):
+        load_model(bundle)
+    assert not mark.exists()
+    pickle.loads(bomb)
+    assert mark.exists(), "the bomb itself must work, or this test shows nothing"

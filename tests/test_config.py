@@ -1,0 +1,214 @@
+"""The configuration: every mistake is named with what was found, what is allowed and the nearest key."""
+
+from __future__ import annotations
+
+import ast
+import datetime as dt
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ncf_dist import config as settings
+from ncf_dist.config import Config, Section, load_config, parse_ds
+from ncf_dist.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+SMALL = "paths: {lake: l}\ninput: {path: log.dat}\n"
+Load = Callable[..., Config]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """load(text, *overrides) → the config of a file that holds `text`."""
+
+    def load(text: str | bytes = SMALL, *overrides: str) -> Config:
+        path = tmp_path / "conf.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_config(path, overrides)
+
+    return load
+
+
+def refused(load: Load, text: str | bytes = SMALL, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(text, *overrides)
+    return str(error.value)
+
+
+def test_what_is_left_out_has_a_default(load: Load) -> None:
+    config = load()
+    assert (config.paths.lake, config.input.path) == ("l", "log.dat")
+    assert (config.seed, config.negatives.per_positive, config.score.k) == (1, 4, 10)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_examples_in_conf_are_valid(path: Path) -> None:
+    load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sede=3", "unknown key sede (did you mean seed?)"),
+        ("trian.epochs=3", "unknown key trian (did you mean train?)"),
+        ("train.epoch=3", "unknown key train.epoch (did you mean train.epochs?)"),
+        ("input.min_ratings=3", "unknown key input.min_ratings (did you mean input.min_rating?)"),
+        ("fetch.form=x", "unknown key fetch.form (did you mean fetch.from?)"),
+        ("split.zzz=3", "unknown key split.zzz (known here: strategy, min_interactions)"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_known_one(load: Load, override: str, message: str) -> None:
+    assert message in refused(load, SMALL, override)
+
+
+def test_every_mistake_is_reported_at_once(load: Load) -> None:
+    message = refused(load, SMALL, "train.epoch=3", "seed=0", "score.k=0")
+    assert all(key in message for key in ("train.epoch", "seed is 0", "score.k is 0"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("paths: {lake: l}\n", "input is missing"),
+        ("paths: {}\ninput: {path: x}\n", "paths.lake is missing"),
+        ("paths:\ninput: {path: x}\n", "paths is None: input should be"),
+        ("- paths\n- input\n", "holds list; needed sections"),
+        ("", "holds NoneType; needed sections"),
+        ("paths: {lake: l\n", "is not valid YAML"),
+        (b"paths: {lake: \xff}\n", "is not valid YAML"),
+        ("paths: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_not_a_config_says_why(load: Load, text: str | bytes, message: str) -> None:
+    assert message in refused(load, text)
+
+
+def test_a_config_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read \(No such file"):
+        load_config(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=0", "seed is 0: input should be greater than or equal to 1"),
+        ("train.lr=0", "train.lr is 0: input should be greater than 0"),
+        ("train.epochs=many", "train.epochs is 'many': input should be a valid integer"),
+        ("model.dropout=1", "model.dropout is 1: input should be less than 1"),
+        ("model.name=svd", "model.name is 'svd': input should be 'gmf', 'mlp' or 'neumf'"),
+        ("input.max_bad_fraction=1.5", "input.max_bad_fraction is 1.5"),
+        ("split.min_interactions=2", "split.min_interactions is 2"),
+        ("evaluate.ks=[10, 0]", "evaluate.ks.1 is 0"),
+        ("spark.driver_memory=2 GB", "spark.driver_memory is '2 GB'"),
+        ("input.format=parquetish", "input.format is 'parquetish'"),
+    ],
+)
+def test_a_bad_value_is_shown_with_what_is_allowed(load: Load, override: str, message: str) -> None:
+    assert message in refused(load, SMALL, override)
+
+
+@pytest.mark.parametrize("layers", ["[]", "[15, 8]"])
+def test_an_mlp_tower_must_start_with_an_even_width(load: Load, layers: str) -> None:
+    assert "give an even width" in refused(load, SMALL, f"model.layers={layers}")
+    assert load(SMALL, "model.layers=[16, 7]").model.layers == (16, 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("train.epochs=5", "train", "epochs", 5),
+        ("train.lr=1e-2", "train", "lr", 0.01),
+        ("model.layers=[8, 4]", "model", "layers", (8, 4)),
+        ("input.min_rating=null", "input", "min_rating", None),
+        ("input.path=a=b.dat", "input", "path", "a=b.dat"),
+        ("fetch.from=archive.zip", "fetch", "source", "archive.zip"),
+        ("paths.work=s3://bucket/x", "paths", "work", "s3://bucket/x"),
+    ],
+)
+def test_set_overrides_one_value_with_yaml_types(load: Load, override: str, section: str, key: str, value: Any) -> None:
+    text = SMALL + "fetch: {dataset: ml-1m}\ntrain: {epochs: 2, lr: 0.1}\n"
+    assert getattr(getattr(load(text, override), section), key) == value
+
+
+def test_set_reaches_sections_that_the_file_leaves_out_or_empty(load: Load) -> None:
+    assert load("paths: {lake: l}\n", "input.path=x").input.path == "x"
+    assert load("paths: {lake: l}\ninput:\n", "input.path=x").input.path == "x"
+
+
+def test_the_last_set_wins(load: Load) -> None:
+    assert load(SMALL, "seed=2", "seed=3").seed == 3
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "train..epochs=1", ".epochs=1", "=1", ""])
+def test_set_needs_a_key_and_an_equals_sign(load: Load, override: str) -> None:
+    assert "needed section.key=value" in refused(load, SMALL, override)
+
+
+def test_set_below_a_plain_value_is_refused(load: Load) -> None:
+    message = refused(load, SMALL + "seed: 1\n", "seed.x=1")
+    assert "seed is not a section" in message
+    assert "known sections: paths, fetch, input" in message
+
+
+def test_fetch_from_is_read_under_the_name_that_people_write(load: Load) -> None:
+    text = SMALL + "fetch: {dataset: ml-1m, from: ml-1m.zip}\n"
+    assert load(text).fetch.source == "ml-1m.zip"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["fetch.from=x.zip"], "fetch.dataset is synthetic, which is made, not taken"),
+        (["fetch.items=10"], "fetch.clusters is 12 with 10 items"),
+        (["fetch.items=99"], f"fetch.items, {99 * 60 // 100}"),
+    ],
+)
+def test_a_log_that_cannot_be_made_is_refused(load: Load, overrides: list[str], message: str) -> None:
+    assert message in refused(load, SMALL, *overrides)
+    load(SMALL, "fetch.dataset=ml-1m", *overrides)
+
+
+@pytest.mark.parametrize("text", ["2026-02-30", "20260131", "2026-1-31", "2026-W05-6", "tomorrow", "", " "])
+def test_ds_is_a_date_that_exists(text: str) -> None:
+    with pytest.raises(ConfigError, match="needed a date that exists, written YYYY-MM-DD"):
+        parse_ds(text)
+
+
+def test_ds_is_kept_as_written_and_defaults_to_today_in_utc() -> None:
+    def today() -> str:
+        return dt.datetime.now(dt.timezone.utc).date().isoformat()
+
+    before, found, after = today(), parse_ds(None), today()
+    assert before <= found <= after
+    assert parse_ds("2024-02-29") == "2024-02-29"
+
+
+def test_a_config_never_changes(load: Load) -> None:
+    config = load()
+    for section, key in ((config, "seed"), (config.train, "epochs"), (config.fetch, "source")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, 2)
+
+
+def test_every_field_is_documented_where_it_is_declared() -> None:
+    """A string follows each declaration; a field that is itself a section is documented by that section's fields."""
+    declared, documented = set(), set()
+    for node in ast.parse(inspect.getsource(settings)).body:
+        if isinstance(node, ast.ClassDef):
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    name = (node.name, field.target.id)
+                    declared.add(name)
+                    if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                        documented.add(name)
+    sections = [kind for kind in vars(settings).values() if inspect.isclass(kind) and issubclass(kind, Section)]
+    fields = {(kind.__name__, name) for kind in sections for name in kind.model_fields}
+    inner = {("Config", name) for name, field in Config.model_fields.items() if field.annotation in sections}
+    assert fields == declared
+    assert fields - inner - documented == set()

@@ -1,0 +1,247 @@
+"""Tables written by Spark: the bytes follow from the rows, whatever the partitions, the order or a task that died."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from ncf_dist import config
+from ncf_dist.artifacts import FileInfo, Manifest, TableInfo
+from ncf_dist.contracts import INDEX_LIST, ITEM_STATS, QUARANTINE, Contract
+from ncf_dist.errors import ContractError
+from ncf_dist.spark_io import FileSink, part_name, read_table, runs_of, spark_session, write_table
+
+ROOT = Path(__file__).parent.parent
+ROWS = 2_000
+SEEN = Contract(
+    "seen",
+    pa.schema([pa.field("user_idx", pa.int32(), nullable=False), pa.field("item_idx", INDEX_LIST, nullable=False)]),
+    ("user_idx",),
+    "user n has seen the items 0 … n mod 5",
+    "prepare",
+)
+
+
+def seen_rows(spark: SparkSession) -> DataFrame:
+    items = F.expr("transform(sequence(0L, id % 5), i -> int(i))")
+    return spark.range(ROWS).select(items.alias("item_idx"), F.col("id").cast("int").alias("user_idx"))
+
+
+@pytest.fixture
+def partitions(spark: SparkSession) -> Iterator[SparkSession]:
+    """The shared session, its number of shuffle partitions put back afterwards."""
+    before = spark.conf.get("spark.sql.shuffle.partitions")
+    yield spark
+    spark.conf.set("spark.sql.shuffle.partitions", before or "2")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- write_table -------------------------------------------------------------------------------------------
+
+
+def test_partitions_and_order_change_no_byte(partitions: SparkSession, tmp_path: Path) -> None:
+    spark, written = partitions, {}
+    for shuffle_partitions in (1, 2, 7):
+        spark.conf.set("spark.sql.shuffle.partitions", shuffle_partitions)
+        mixed = F.xxhash64("user_idx", F.lit(shuffle_partitions))
+        frame = seen_rows(spark).repartition(shuffle_partitions, mixed).sortWithinPartitions(mixed)
+        run = str(tmp_path / str(shuffle_partitions))
+        written[shuffle_partitions] = write_table(frame, run, SEEN, F.col("user_idx") % 3)
+    assert written[1] == written[2] == written[7]
+    table = written[1]
+    assert [(f.path, f.rows, f.row_groups) for f in table.files] == [
+        (part_name(file, 0), len(range(file, ROWS, 3)), 1) for file in range(3)
+    ]
+    for file, info in enumerate(table.files):
+        for run in ("1", "2", "7"):
+            assert sha256(tmp_path / run / "seen" / info.path) == info.sha256
+        stored = pq.ParquetFile(tmp_path / "1" / "seen" / info.path)
+        assert stored.metadata.num_row_groups == 1
+        assert stored.schema_arrow.equals(SEEN.schema)
+        assert stored.read()["user_idx"].to_pylist() == list(range(file, ROWS, 3))
+
+
+def test_equal_rows_are_all_kept_where_there_is_no_key(spark: SparkSession, tmp_path: Path) -> None:
+    rows = [("f", "r2", "b"), ("f", "r1", "c"), ("f", "r1", "c"), ("e", "r9", "a")]
+    frame = spark.createDataFrame(rows, "file string, reason string, raw string")
+    table = write_table(frame, str(tmp_path), QUARANTINE, F.lit(0))
+    stored = pq.ParquetFile(tmp_path / "quarantine" / table.files[0].path).read().to_pylist()
+    assert [tuple(row.values()) for row in stored] == sorted(rows)
+
+
+def test_a_table_without_rows_has_one_empty_file_with_its_schema(spark: SparkSession, tmp_path: Path) -> None:
+    table = write_table(seen_rows(spark).where("user_idx < 0"), str(tmp_path), SEEN, F.lit(0))
+    assert [(file.path, file.rows) for file in table.files] == [(part_name(0, 0), 0)]
+    stored = pq.ParquetFile(tmp_path / "seen" / part_name(0, 0)).read()
+    assert (stored.num_rows, stored.schema.equals(SEEN.schema)) == (0, True)
+
+
+# A class of __main__ travels to the workers by value, so their FileSink is the one that dies.
+DIES_ONCE = """
+import json, os, signal, sys
+from pathlib import Path
+from pyspark.sql import functions as F
+from ncf_dist import spark_io
+from ncf_dist.config import Spark
+from ncf_dist.contracts import ITEM_STATS
+
+root = Path(sys.argv[1])
+real = spark_io.FileSink
+
+class DiesOnce(real):
+    def _write(self, table):
+        super()._write(table)
+        marker = root / f"died in {self.folder.split('/')[-2]}"
+        if len(self.files) == 2 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+with spark_io.spark_session("retried", Spark(master="local[2,3]", shuffle_partitions=2)) as spark:
+    spark.sparkContext.setLogLevel("OFF")
+    rows = spark.range(1000).select(F.col("id").cast("int").alias("item_idx"), F.xxhash64("id").alias("train_count"))
+    tables = []
+    for name, sink in (("good", real), ("bad", DiesOnce)):
+        spark_io.FileSink = sink
+        table = spark_io.write_table(rows, str(root / name), ITEM_STATS, F.col("item_idx") % 5)
+        tables.append([vars(file) for file in table.files])
+print(json.dumps(tables))
+"""
+
+
+@pytest.mark.slow
+def test_a_task_that_was_killed_between_files_is_retried_to_the_same_bytes(tmp_path: Path) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SPARK", "PYSPARK"))} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DIES_ONCE, str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert process.returncode == 0, process.stderr
+    good, bad = json.loads(process.stdout.splitlines()[-1])
+    assert (tmp_path / "died in bad").exists()
+    assert len(good) == 5
+    assert bad == good
+    assert [sha256(tmp_path / "bad" / "item_stats" / file["path"]) for file in bad] == [f["sha256"] for f in good]
+
+
+# ---- read_table --------------------------------------------------------------------------------------------
+
+
+def test_a_table_reads_back_as_it_was_written_and_not_as_another(spark: SparkSession, tmp_path: Path) -> None:
+    frame = seen_rows(spark).where("user_idx < 7")
+    table = write_table(frame, str(tmp_path), SEEN, F.col("user_idx") % 2)
+    (tmp_path / "seen" / "stray.parquet").write_bytes(b"not of the manifest")
+    manifest = Manifest("prepare", "2026-01-31", "k1", str(tmp_path), {}, {}, {"seen": table})
+    found = {row["user_idx"]: list(row["item_idx"]) for row in read_table(spark, manifest, SEEN).collect()}
+    assert found == {user: list(range(user % 5 + 1)) for user in range(7)}
+    other = Contract("seen", ITEM_STATS.schema, ("item_idx",), "", "prepare")
+    with pytest.raises(
+        ContractError, match=r"table seen: column item_idx is list.*, needed int32; rerun the job prepare"
+    ):
+        read_table(spark, manifest, other)
+
+
+def test_a_local_lake_of_any_name_is_read_where_it_is(partitions: SparkSession, tmp_path: Path) -> None:
+    """Also on a cluster whose default file system is another one."""
+    run = str(tmp_path / "a lake {of} [any] na*me, 100%20")
+    table = write_table(seen_rows(partitions), run, SEEN, F.lit(0))
+    manifest = Manifest("prepare", "2026-01-31", "k1", run, {}, {}, {"seen": table})
+    partitions.conf.set("fs.defaultFS", "hdfs://elsewhere:8020")
+    try:
+        assert read_table(partitions, manifest, SEEN).count() == ROWS
+    finally:
+        partitions.conf.unset("fs.defaultFS")
+
+
+# ---- FileSink ----------------------------------------------------------------------------------------------
+
+PAIRS = pa.schema([pa.field("n", pa.int32(), nullable=False), pa.field("items", INDEX_LIST, nullable=False)])
+
+
+def pairs(numbers: range) -> pa.Table:
+    return pa.table({"n": list(numbers), "items": [[n] * (n % 3) for n in numbers]}, schema=PAIRS)
+
+
+def sink_of(folder: str, rows: pa.Table, files: list[int], cuts: list[int], rows_per_file: int) -> list[FileInfo]:
+    """Give `rows` to a sink, row i to file files[i], in pieces that end at `cuts`."""
+    sink = FileSink(folder, rows.schema, rows_per_file)
+    for file, start, end in runs_of(np.array(files)):
+        inner = sorted({start, end, *[cut for cut in cuts if start < cut < end]})
+        for a, b in pairwise(inner):
+            sink.add(file, rows.slice(a, b - a))
+    return sink.close()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40).map(sorted), st.integers(1, 9), st.data())
+def test_how_rows_arrive_changes_no_byte_of_a_file(files: list[int], rows_per_file: int, data: st.DataObject) -> None:
+    rows = pairs(range(len(files)))
+    cuts = data.draw(st.lists(st.integers(0, len(files))))
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        whole, pieces = sink_of(a, rows, files, [], rows_per_file), sink_of(b, rows, files, cuts, rows_per_file)
+        assert whole == pieces
+        stored = [pq.ParquetFile(f"{a}/{info.path}").read() for info in whole]
+    assert pa.concat_tables(stored).equals(rows)
+    assert [info.path for info in whole] == [
+        part_name(file, part) for file in sorted(set(files)) for part in range(-(-files.count(file) // rows_per_file))
+    ]
+    assert all(info.rows == table.num_rows <= rows_per_file for info, table in zip(whole, stored, strict=True))
+
+
+def test_also_files_of_many_pages_are_the_same_bytes(tmp_path: Path) -> None:
+    """Parquet ends a page when it has grown past its size, which must not follow the pieces that rows came in."""
+    values = np.random.default_rng(1).integers(0, 2**62, 400_000)
+    rows = pa.table({"n": values})
+    cuts = np.random.default_rng(2).integers(0, len(values), 200).tolist()
+    whole, pieces = (sink_of(str(tmp_path / str(len(c))), rows, [0] * len(values), c, 10**6) for c in ([], cuts))
+    assert whole == pieces
+
+
+def test_a_sink_without_rows_writes_nothing(tmp_path: Path) -> None:
+    sink = FileSink(str(tmp_path), PAIRS)
+    sink.add(3, pairs(range(0)))
+    assert sink.close() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.lists(st.integers(0, 3)))
+def test_runs_tile_the_rows_with_equal_neighbours(values: list[int]) -> None:
+    runs = list(runs_of(np.array(values, dtype=np.int64)))
+    assert [value for value, start, end in runs for _ in range(start, end)] == values
+    assert all(a[0] != b[0] and a[2] == b[1] for a, b in pairwise(runs))
+
+
+# ---- spark_session -----------------------------------------------------------------------------------------
+
+
+def test_a_session_that_was_there_stays_and_takes_the_settings(partitions: SparkSession) -> None:
+    with spark_session("inner", config.Spark(shuffle_partitions=3), batch_rows=77) as inner:
+        assert inner.conf.get("spark.sql.shuffle.partitions") == "3"
+        assert inner.conf.get("spark.sql.execution.arrow.maxRecordsPerBatch") == "77"
+    assert partitions.range(3).count() == 3
+
+
+def test_times_are_utc_and_overflow_is_an_error(spark: SparkSession) -> None:
+    assert spark.conf.get("spark.sql.session.timeZone") == "UTC"
+    assert spark.conf.get("spark.sql.ansi.enabled") == "true"
+
+
+def test_table_info_counts_rows() -> None:
+    files = tuple(FileInfo(part_name(n, 0), n, 1, 10, "") for n in (1, 2))
+    assert TableInfo("t", "", files).rows == 1 + 2

@@ -1,0 +1,637 @@
+"""Two ranks train what one process trains; nothing can make them wait for each other for ever; the job
+ends with an answer that says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+from pyspark.sql import SparkSession
+from torch import Tensor, nn
+
+from ncf_dist import contracts
+from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo, read_table, write_parquet
+from ncf_dist.bundle import load_model, read_bundle, verify_weights
+from ncf_dist.config import Config, Model, Train
+from ncf_dist.errors import ConfigError, ContractError, ExitCode, TrainingFailed
+from ncf_dist.models import GMF, build_model
+from ncf_dist.prepare.pipeline import prepare
+from ncf_dist.scoring import Lists, ModelScorer, catalogue_rank, mask
+from ncf_dist.train import worker
+from ncf_dist.train.loaders import Batch, TrainLoader
+from ncf_dist.train.pipeline import check_memory, train
+from ncf_dist.train.trainer import History, Trainer, bce
+from ncf_dist.train.validation import Validator, candidate_ranks, read_held_out
+from ncf_dist.train.world import World
+from tests.gloo import Ranks
+
+GOLDEN = Path(__file__).with_name("golden_losses.txt")
+DS = "2026-01-31"
+N, DRAWS = 2, 2
+USERS, ITEMS = 12, 20
+TINY = {name: Model(name=name, factors=4, layers=(8, 6, 4)) for name in ("gmf", "mlp", "neumf")}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with Ranks(2, tmp_path_factory.mktemp("gloo")) as two:
+        yield two
+
+
+class Fixed:
+    """A loader that gives the same batches every epoch, each rank its own share of every one."""
+
+    def __init__(self, rows: npt.NDArray[np.int64], batch_size: int, world: World) -> None:
+        """rows: (R, 2 + N) user, item, negatives; R a multiple of batch_size, and that of the ranks."""
+        self.batches = []
+        for start in range(0, len(rows), batch_size):
+            own = torch.from_numpy(np.array_split(rows[start : start + batch_size], world.size)[world.rank])
+            self.batches.append(Batch(own[:, 0], own[:, 1], own[:, 2:]))
+        self.steps, self.rows, self.per_positive = len(self.batches), len(rows) // world.size, N
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        yield from self.batches
+
+
+def some_rows(count: int) -> npt.NDArray[np.int64]:
+    """User u likes items of its own parity; the negatives are of the other one."""
+    rng = np.random.default_rng(7)
+    user = rng.integers(USERS, size=count)
+    item = rng.integers(ITEMS // 2, size=(count, 1 + N)) * 2 + (user % 2)[:, None]
+    item[:, 1:] ^= 1
+    return np.column_stack([user, item])
+
+
+def nothing_held_out(model: nn.Module) -> dict[str, float]:
+    return {}
+
+
+def fit(world: World, config: Model, rows: int, batch_size: int, **settings: Any) -> tuple[History, dict[str, Any]]:
+    """(history, weights) after training on `rows` fixed rows, `batch_size` of them a step over all ranks."""
+    torch.manual_seed(3)
+    model = build_model(config, USERS, ITEMS)
+    loader: Any = Fixed(some_rows(rows), batch_size, world)
+    trainer = Trainer(model, loader, nothing_held_out, Train(**{"epochs": 3, "lr": 0.02, **settings}), world)
+    history = trainer.fit()
+    return history, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+# ---- the objective -----------------------------------------------------------------------------------------
+
+
+def test_the_loss_by_hand() -> None:
+    """-log σ(2) for the positive, -log(1 - σ(-1)) and -log(1 - σ(0)) for the negatives; the mean of the
+    three.
+    """
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    wanted = -(math.log(sigmoid(2)) + math.log(1 - sigmoid(-1)) + math.log(1 - sigmoid(0))) / 3
+    assert bce(torch.tensor([[2.0, -1.0, 0.0]])).item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_golden_losses() -> None:
+    """A change of these numbers is a change of what everybody's training does: move them in the same
+    commit, knowingly.
+    """
+    found = [
+        f"{name} epoch {record['epoch']} loss {record['loss']:.6f}"
+        for name, config in TINY.items()
+        for record in fit(World(), config, rows=96, batch_size=16, epochs=4)[0].epochs
+    ]
+    wanted = GOLDEN.read_text().splitlines()
+    message = f"{GOLDEN.name} would have to be:\n" + "\n".join(found)
+    assert [line.rsplit(" ", 1)[0] for line in found] == [line.rsplit(" ", 1)[0] for line in wanted], message
+    losses = [[float(line.rsplit(" ", 1)[1]) for line in lines] for lines in (found, wanted)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5), message
+
+
+# ---- two ranks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_two_ranks_of_batch_b_are_one_process_of_2b(ranks: Ranks, name: str) -> None:
+    """9 steps: both ranks end with the weights that one process has after seeing their batches as one."""
+    one_history, one = fit(World(), TINY[name], 48, 16)
+    (first_history, first), (second_history, second) = ranks.run(fit, TINY[name], 48, 16)
+    for key, wanted in one.items():
+        assert np.array_equal(first[key], second[key]), key
+        np.testing.assert_allclose(first[key], wanted, atol=1e-6, rtol=0, err_msg=key)
+    for epoch, record in enumerate(one_history.epochs):
+        both = (first_history.epochs[epoch]["loss"] + second_history.epochs[epoch]["loss"]) / 2
+        assert both == pytest.approx(record["loss"], abs=1e-6)
+
+
+def table_of(folder: Path, contract: contracts.Contract, files: list[dict[str, Any]]) -> TableInfo:
+    infos: list[FileInfo] = [
+        write_parquet(pa.table(columns, schema=contract.schema), str(folder / contract.name), f"part-{number}.parquet")
+        for number, columns in enumerate(files)
+    ]
+    return TableInfo(contract.name, contract.fingerprint, tuple(infos))
+
+
+def validation_files(lists: list[list[tuple[int, int, list[int]]]]) -> list[dict[str, Any]]:
+    """Files of (user, item, candidates) rows as columns."""
+    names = contracts.VALIDATION.columns
+    return [{name: [row[i] for row in rows] for i, name in enumerate(names)} for rows in lists]
+
+
+def prepare_run(folder: Path, rows: int, files: int, held_out: int) -> Manifest:
+    """A hand-made prepare run: `rows` train rows cut unevenly into `files`, and one validation row for
+    `held_out` users.
+    """
+    contract, data = contracts.train(N, DRAWS), some_rows(rows)
+    cuts = np.sort(np.random.default_rng(rows).integers(0, rows + 1, size=files - 1))
+    parts = [part for part in np.split(data, cuts) if len(part)]
+    columns = [
+        dict(
+            zip(
+                contract.columns,
+                np.column_stack([p] + [p[:, 2:]] * (DRAWS - 1)).astype(np.int32).T,
+                strict=True,
+            )
+        )
+        for p in parts
+    ]
+    held = [[(user, user, [(user + 1) % ITEMS, (user + 3) % ITEMS])] for user in range(held_out)]
+    tables = {
+        "train": table_of(folder, contract, columns),
+        "validation": table_of(folder, contracts.VALIDATION, validation_files(held or [[]])),
+    }
+    facts = {"users": USERS, "items": ITEMS}
+    return Manifest("prepare", DS, "p1", str(folder), {}, {}, tables, facts)
+
+
+def train_runs(world: World, runs: list[tuple[Manifest, dict[str, Any]]]) -> list[tuple[int, list[dict[str, Any]]]]:
+    """(steps taken, history) of each run, trained as a rank trains it."""
+    return [train_one(world, run, Train(**settings)) for run, settings in runs]
+
+
+def train_one(world: World, run: Manifest, config: Train) -> tuple[int, list[dict[str, Any]]]:
+    loader = TrainLoader(run, contracts.train(N, DRAWS), N, DRAWS, config, 1, world)
+    torch.manual_seed(1)
+    model = build_model(TINY["gmf"], USERS, ITEMS)
+    trainer = Trainer(model, loader, Validator(run, 10, world), config, world)
+    taken, step = 0, trainer.train_step
+
+    def counting(batch: Batch) -> Tensor:
+        nonlocal taken
+        taken += 1
+        return step(batch)
+
+    trainer.train_step = counting  # type: ignore[method-assign]
+    epochs = trainer.fit().epochs
+    return taken, epochs
+
+
+def test_twenty_row_counts_that_do_not_divide_never_hang(ranks: Ranks, tmp_path: Path) -> None:
+    """Odd rows in unequal files, batches that do not fill, fewer validation rows than ranks: equal steps,
+    and an end.
+    """
+    counts = [3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 29, 31, 37, 41, 43, 47, 53, 59]
+    runs: list[tuple[Manifest, dict[str, Any]]] = []
+    for number, rows in enumerate(counts):
+        settings: dict[str, Any] = {
+            "batch_size": 1 + number % 7,
+            "epochs": 2,
+            "reader": "petastorm" if number % 5 == 0 else "arrow",
+            "shuffle_files": 1 + number % 3,
+        }
+        run = prepare_run(tmp_path / str(rows), rows, files=1 + number % 6, held_out=number % 4)
+        runs.append((run, settings))
+    first, second = ranks.run(train_runs, runs, timeout_s=120)
+    for rows, (_, settings), left, right in zip(counts, runs, first, second, strict=True):
+        each = rows // 2
+        assert left[0] == right[0] == 2 * math.ceil(each / settings["batch_size"]), rows
+        metrics = [[{k: r[k] for k in r if "@" in k} for r in side[1]] for side in (left, right)]
+        assert metrics[0] == metrics[1], "ranks that see different metrics stop at different epochs"
+
+
+# ---- validation --------------------------------------------------------------------------------------------
+
+
+class Scores(nn.Module):
+    """Not a model: the score of (user, item) is what the table says."""
+
+    def __init__(self, table: list[list[float]]) -> None:
+        super().__init__()
+        self.table = torch.tensor(table)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        return self.table[user, item]
+
+
+BY_HAND = [[float(item) for item in range(20)]] * 4
+HELD_OUT: list[list[tuple[int, int, list[int]]]] = [
+    [(0, 19, [1, 2, 3])],  # nothing beats item 19: rank 1
+    [(1, 5, [1, 2, 7, 9]), (2, 4, [0, 1])],  # 7 and 9 beat item 5: rank 3 · nothing beats item 4: rank 1
+    [(3, 0, list(range(1, 12)))],  # 11 items beat item 0: rank 12
+]
+
+
+def validation_run(folder: Path, lists: list[list[tuple[int, int, list[int]]]]) -> Manifest:
+    info = table_of(folder, contracts.VALIDATION, validation_files(lists))
+    return Manifest("prepare", DS, "p1", str(folder), {}, {}, {"validation": info})
+
+
+def test_validation_metrics_by_hand(tmp_path: Path) -> None:
+    found = Validator(validation_run(tmp_path, HELD_OUT), 10, World())(Scores(BY_HAND))  # type: ignore[arg-type]
+    assert found == pytest.approx(
+        {
+            "hr@10": (1 + 1 + 1 + 0) / 4,
+            "ndcg@10": (1 / math.log2(2) + 1 / math.log2(4) + 1 / math.log2(2) + 0) / 4,
+            "mrr": (1 / 1 + 1 / 3 + 1 / 1 + 1 / 12) / 4,
+        }
+    )
+
+
+def test_padding_is_no_candidate(tmp_path: Path) -> None:
+    """A short list is padded with the positive itself: counted, it would tie with itself and share worse
+    places.
+    """
+    run = validation_run(tmp_path, [[(0, 5, []), (1, 5, [9]), (2, 5, [1, 2, 3, 4, 9])]])
+    held_out = read_held_out(run.files("validation")[0])
+    assert candidate_ranks(Scores(BY_HAND), held_out, "cpu").tolist() == [1.0, 2.0, 2.0]  # type: ignore[arg-type]
+
+
+def test_a_constant_model_gets_chance_not_luck(tmp_path: Path) -> None:
+    """All 1 + 3 tie: the mean of the places 1 to 4."""
+    run = validation_run(tmp_path, [[(0, 5, [1, 2, 3])]])
+    held_out = read_held_out(run.files("validation")[0])
+    constant: Any = Scores([[0.0] * 20])
+    assert candidate_ranks(constant, held_out, "cpu").tolist() == [(1 + 2 + 3 + 4) / 4]
+
+
+def validate(world: World, run: Manifest) -> dict[str, float]:
+    return Validator(run, 10, world)(Scores(BY_HAND))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "files", [HELD_OUT, [[row for file in HELD_OUT for row in file]], [[]]], ids=["three", "one", "none"]
+)
+def test_two_ranks_validate_as_one(ranks: Ranks, tmp_path: Path, files: list[Any]) -> None:
+    run = validation_run(tmp_path, files)
+    one = validate(World(), run)
+    assert ranks.run(validate, run) == [one, one]
+    assert bool(one) == any(files)
+
+
+def test_validation_leaves_out_dropout(tmp_path: Path) -> None:
+    run = prepare_run(tmp_path, 10, 1, held_out=10)
+    model = build_model(Model(name="mlp", layers=(8, 4), dropout=0.9), USERS, ITEMS).train()
+    validator = Validator(run, 10, World())
+    assert validator(model) == validator(model.train())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_scores_nan_is_not_the_best_one(tmp_path: Path, value: float) -> None:
+    """No candidate is greater than nan: it would rank every positive first."""
+    run, table = validation_run(tmp_path, [[(0, 5, [1, 2, 3])]]), [list(row) for row in BY_HAND]
+    table[0][5] = value
+    with pytest.raises(TrainingFailed, match="not finite"):
+        Validator(run, 10, World())(Scores(table))  # type: ignore[arg-type]
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------
+
+
+def run_scripted(ndcgs: list[float], patience: int) -> tuple[History, list[Tensor], Tensor]:
+    """(history, item weights after each epoch, item weights at the end) when validation gives `ndcgs`."""
+    snapshots: list[Tensor] = []
+
+    def validate(model: Any) -> dict[str, float]:
+        snapshots.append(model.item.weight.detach().clone())
+        return {"ndcg@10": ndcgs[len(snapshots) - 1]} if ndcgs else {}
+
+    torch.manual_seed(1)
+    model = GMF(USERS, ITEMS, 4)
+    loader: Any = Fixed(some_rows(8), 4, World())
+    history = Trainer(model, loader, validate, Train(epochs=6, lr=0.01, patience=patience), World()).fit()
+    return history, snapshots, model.item.weight.detach()
+
+
+def test_patience_ends_the_run_and_the_best_epoch_comes_back() -> None:
+    history, snapshots, kept = run_scripted([0.1, 0.4, 0.4, 0.3, 0.9, 0.9], patience=2)
+    assert (len(history.epochs), history.best_epoch, history.best) == (4, 1, 0.4)
+    assert torch.equal(kept, snapshots[1])
+    assert not torch.equal(kept, snapshots[3])
+
+
+def test_a_better_epoch_renews_patience() -> None:
+    history, snapshots, kept = run_scripted([0.1, 0.0, 0.2, 0.1, 0.3, 0.2], patience=2)
+    assert (len(history.epochs), history.best_epoch) == (6, 4)
+    assert torch.equal(kept, snapshots[4])
+
+
+def test_without_validation_rows_the_last_epoch_stands() -> None:
+    history, snapshots, kept = run_scripted([], patience=2)
+    assert (len(history.epochs), history.best_epoch) == (6, 5)
+    assert torch.equal(kept, snapshots[5])
+
+
+def test_a_loss_that_is_not_finite_fails() -> None:
+    model = GMF(USERS, ITEMS, 4)
+    with torch.no_grad():
+        model.output.bias.fill_(math.nan)
+    loader: Any = Fixed(some_rows(8), 4, World())
+    with pytest.raises(TrainingFailed, match=r"loss of epoch 0 is nan.*lower train\.lr"):
+        Trainer(model, loader, nothing_held_out, Train(), World()).fit()
+
+
+# ---- a rank ------------------------------------------------------------------------------------------------
+
+
+def spec_of(folder: Path) -> worker.Spec:
+    """The spec of a training over a hand-made prepare run."""
+    config = Config.model_validate(
+        {
+            "paths": {"lake": str(folder / "lake")},
+            "input": {"path": "unused"},
+            "negatives": {"per_positive": N, "draws": DRAWS},
+            "model": TINY["mlp"],
+            "train": {"epochs": 1, "batch_size": 4, "device": "cpu"},
+        }
+    )
+    runs = Lake(config.paths.lake).stage(DS, "prepare")
+    run = runs.finish(prepare_run(Path(runs.begin("p1")), 10, files=2, held_out=2))
+    return worker.Spec(config.model_dump_json(by_alias=True), run.root, str(folder / "run"))
+
+
+def start_of(world: World, spec: worker.Spec) -> tuple[npt.NDArray[np.float32], list[float]]:
+    """(initial item weights, the first random numbers that dropout would get)"""
+    found: list[Any] = []
+
+    class Stop(Exception):
+        pass
+
+    def stop(model: Any, *_: object) -> None:
+        found.extend([model.tower.item.weight.detach().numpy().copy(), torch.rand(3).tolist()])
+        raise Stop
+
+    with contextlib.suppress(Stop), mock.patch.object(worker, "Trainer", stop):
+        worker.train_rank(spec, world)
+    return found[0], found[1]
+
+
+def test_ranks_start_equal_and_drop_units_of_their_own(ranks: Ranks, tmp_path: Path) -> None:
+    spec = spec_of(tmp_path)
+    first, second = ranks.run(start_of, spec)
+    assert np.array_equal(first[0], second[0])
+    assert first[1] != second[1]
+    assert ranks.run(start_of, spec)[1][1] == second[1]
+
+
+@pytest.mark.parametrize("table", ["train", "validation"])
+def test_a_rank_reads_no_damaged_file(tmp_path: Path, table: str) -> None:
+    spec = spec_of(tmp_path)
+    path = Path(spec.prepare) / table / "part-0.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ContractError, match=rf"{table}/part-0\.parquet.*rerun the job prepare"):
+        worker.train_rank(spec, World())
+
+
+def test_the_world_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert World.from_environment("cpu") == World(rank=5, size=8, local_rank=1, device="cpu")
+    assert not World.from_environment("cpu").is_main
+
+
+# ---- the job -----------------------------------------------------------------------------------------------
+
+PEOPLE, GOODS = 60, 30
+
+
+def checkerboard() -> list[str]:
+    """User u likes all 15 items of its own parity, in an order of its own; the last one is held out.
+
+    What is left to offer a user is that item and the 15 of the other parity: the best answer is known.
+    """
+    lines = []
+    for user in range(PEOPLE):
+        liked = np.random.default_rng(user).permutation(np.arange(user % 2, GOODS, 2))
+        lines += [f"{user + 1}::{item + 1}::5::{1_000_000 + second}" for second, item in enumerate(liked)]
+    return lines
+
+
+class Line:
+    """A small line with its prepare run made; `config(section={...})` changes settings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "ratings.dat").write_text("\n".join(checkerboard()) + "\n")
+
+    def config(self, **sections: dict[str, Any]) -> Config:
+        tree: dict[str, Any] = {
+            "paths": {"lake": str(self.folder / "lake"), "work": str(self.folder / "work")},
+            "input": {"path": str(self.folder / "ratings.dat")},
+            "negatives": {"candidates": 10, "draws": 2},
+            "layout": {"min_files": 4},
+            "model": {"name": "gmf", "factors": 8},
+            "train": {
+                "ranks": 2,
+                "device": "cpu",
+                "batch_size": 16,
+                "lr": 0.05,
+                "epochs": 12,
+                "timeout_s": 60,
+            },
+            "spark": {"master": "local[2]", "shuffle_partitions": 2},
+        }
+        return Config.model_validate(
+            {name: {**tree.get(name, {}), **sections.get(name, {})} for name in {**tree, **sections}}
+        )
+
+    @property
+    def prepared(self) -> Manifest:
+        return Lake(str(self.folder / "lake")).stage(DS, "prepare").current()
+
+
+@pytest.fixture(scope="module")
+def line(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Line:
+    line = Line(tmp_path_factory.mktemp("line"))
+    assert prepare(line.config(), DS).status == "done"
+    return line
+
+
+def ranks_alive() -> dict[int, psutil.Process]:
+    """Every training rank under this process, by local rank."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ncf_dist.train.worker" in process.cmdline() and "LOCAL_RANK" in process.environ():
+                found[int(process.environ()["LOCAL_RANK"])] = process
+    return found
+
+
+def test_train_from_log_to_bundle_on_two_ranks(line: Line) -> None:
+    """The held-out item is first for nearly everybody, where chance would be 1 in 16; and training again
+    finds it done.
+    """
+    outcome = train(line.config(), DS)
+    assert outcome.status == "done"
+    bundle = read_bundle(outcome.outputs["bundle"])
+    verify_weights(bundle)
+    assert bundle.model_version == outcome.extra["model_version"]
+
+    history, test = (read_all(line.prepared, name) for name in ("history", "test"))
+    assert len(test) == PEOPLE
+    assert test["user_idx"].tolist() == history["user_idx"].tolist()
+    seen = Lists(
+        np.concatenate(history["item_idx"].to_list()).astype(np.int64),
+        np.arange(PEOPLE + 1, dtype=np.int64) * (GOODS // 2 - 1),
+    )
+    users, items = (torch.from_numpy(test[name].to_numpy().astype(np.int64)) for name in ("user_idx", "item_idx"))
+    scores = mask(ModelScorer(load_model(bundle), bundle.n_items).scores(users), seen)
+    assert (catalogue_rank(scores, items) == 1).double().mean() > 0.9
+
+    story = json.loads(Path(outcome.outputs["history"]).read_text())
+    kept = story["epochs"][story["epoch"]]
+    assert outcome.metrics["validation.ndcg@10"] == kept["ndcg@10"] == max(e["ndcg@10"] for e in story["epochs"])
+    assert outcome.metrics["train.epochs"] == len(story["epochs"])
+    again = train(line.config(), DS)
+    assert (again.status, again.run_key, dict(again.metrics)) == (
+        "already-done",
+        outcome.run_key,
+        outcome.metrics,
+    )
+    assert not ranks_alive()
+
+
+def read_all(run: Manifest, name: str) -> Any:
+    """A table as a frame in the order of user_idx."""
+    return pa.concat_tables([read_table(path) for path in run.files(name)]).sort_by("user_idx").to_pandas()
+
+
+def test_a_rank_that_is_killed_ends_the_job(line: Line, capfd: pytest.CaptureFixture[str]) -> None:
+    """SIGKILL in mid-training: TrainingFailed, no rank left, and no run that a later stage could take for
+    finished.
+    """
+    config = line.config(train={"epochs": 100_000, "patience": 100_000})
+    log, end = "", time.monotonic() + 120
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(train, config, DS)
+        try:
+            while "epoch=1 " not in log:
+                assert not job.done(), log
+                assert time.monotonic() < end, log
+                time.sleep(0.1)
+                log += capfd.readouterr().err
+            ranks_alive()[1].kill()
+            with pytest.raises(TrainingFailed, match="ended with code 1 and no history.json"):
+                job.result(timeout=60)
+        finally:
+            for rank in ranks_alive().values():
+                rank.kill()
+    assert not ranks_alive()
+    runs = Path(Lake(config.paths.lake).stage(DS, "train").root)
+    assert all((run / "history.json").exists() for run in (path.parent for path in runs.glob("*/manifest.json")))
+
+
+def test_what_a_rank_reports_is_the_jobs_own_error(line: Line) -> None:
+    """Rank 1 finds its file damaged while rank 0 waits for it in the first collective."""
+    path = Path(line.prepared.files("train")[1])
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    try:
+        with pytest.raises(ContractError, match=r"^rank 1: .*part-00001.* rerun the job prepare") as caught:
+            train(line.config(train={"epochs": 1}), DS)
+    finally:
+        path.write_bytes(data)
+    assert int(caught.value.exit_code) == 3
+    assert not ranks_alive()
+
+
+def test_a_run_is_judged_by_what_it_left_not_by_its_exit_code(
+    line: Line, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A launcher that says 0 without having trained; what an earlier attempt reported is not this one's
+    error.
+    """
+    config = line.config(train={"launcher": "none"}, paths={"work": str(tmp_path)})
+    monkeypatch.setattr(sys, "executable", "true")
+    with pytest.raises(TrainingFailed, match="code 0 and no history.json"):
+        train(config, DS)
+    (spec,) = tmp_path.glob("train/*/spec.json")
+    (spec.parent / "error-0.json").write_text(json.dumps({"kind": "ContractError", "message": "of last time"}))
+    with pytest.raises(TrainingFailed, match="code 0 and no history.json"):
+        train(config, DS)
+
+
+def test_negatives_that_were_not_prepared_are_refused(line: Line) -> None:
+    with pytest.raises(ContractError, match=r"'per_positive': 4.*'per_positive': 3.*rerun the job prepare"):
+        train(line.config(negatives={"per_positive": 3}), DS)
+
+
+def test_a_night_that_was_not_prepared(line: Line) -> None:
+    with pytest.raises(ContractError, match="run the job prepare first"):
+        train(line.config(), "2026-02-01")
+
+
+def memory_config(limit: int | None, **settings: Any) -> Config:
+    return Config.model_validate(
+        {
+            "paths": {"lake": "unused"},
+            "input": {"path": "unused"},
+            "model": {"name": "gmf", "factors": 8},
+            "train": {"device": "cpu", "max_model_bytes": limit, **settings},
+        }
+    )
+
+
+def test_a_model_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
+    users, items, ranks = 1_000_000, 50_000, 2
+    parameters = (users + items) * 8 + (8 + 1)
+    needed = parameters * 4 * 5 * ranks
+    check_memory(memory_config(needed, ranks=ranks), users, items)
+    check_memory(memory_config(needed // ranks, ranks=ranks, launcher="none"), users, items)
+    with pytest.raises(ConfigError) as caught:
+        check_memory(memory_config(needed - 1, ranks=ranks), users, items)
+    for part in (
+        "1,000,000 users",
+        "50,000 items",
+        f"{parameters:,} parameters",
+        "x 4 bytes x 5",
+        "x 2 rank(s)",
+    ):
+        assert part in str(caught.value)
+    assert f"{needed / 2**30:.2f} GiB" in str(caught.value)
+    assert caught.value.exit_code == ExitCode.CONFIG
+
+
+def test_memory_is_refused_by_default_where_the_machine_has_too_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """80 % of 1,000 bytes; one user and one item of GMF are (1 + 1)·8 + 9 parameters, 5 copies of 4 bytes
+    each: 500.
+    """
+
+    class Small:
+        total = 1000
+
+    monkeypatch.setattr(psutil, "virtual_memory", Small)
+    check_memory(memory_config(None), 1, 1)
+    Small.total = 600
+    with pytest.raises(ConfigError, match="lower model.factors"):
+        check_memory(memory_config(None), 1, 1)
+
+
+def test_memory_is_checked_before_anything_starts(line: Line) -> None:
+    with pytest.raises(ConfigError, match="GiB"):
+        train(line.config(train={"max_model_bytes": 1000}), DS)
