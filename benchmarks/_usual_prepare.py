@@ -1,7 +1,7 @@
 """The usual way to prepare implicit feedback in Spark, the peer of benchmarks/prepare.py.
 
-Read CSV with a schema, drop duplicates, StringIndexer for both ids, leave-one-out with a window, negatives by rejection in
-Arrow batches, Parquet. No checks, no quarantine, no candidates.
+Read CSV with a schema, drop duplicates, StringIndexer for both ids, leave-one-out with a window, negatives by
+rejection in Arrow batches, Parquet. No checks, no quarantine, no candidates.
 
     spark-submit benchmarks/_usual_prepare.py LOG OUTPUT
 """

@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/prepare.py [--millions 1 5 25]
 
-For each size a synthetic CSV log (ids drawn from power laws, seed 1) is prepared twice on local[2] with a 2 GiB heap: by
-this project (4 negatives × 1 draw, 99 candidates, quarantine, checksums) and by `_usual_prepare.py`. Prints one table and
-writes benchmarks/results/prepare.json. "live heap" is the largest heap left after a collection, from the JVM's own log (in
-local mode the driver's heap is also the executors'). "exponent" is log(time ratio) / log(rows ratio) against the size
-before.
+For each size a synthetic CSV log (ids drawn from power laws, seed 1) is prepared twice on local[2] with a 2 GiB heap:
+by this project (4 negatives × 1 draw, 99 candidates, quarantine, checksums) and by `_usual_prepare.py`. Prints one
+table and writes benchmarks/results/prepare.json. "live heap" is the largest heap left after a collection, from the
+JVM's own log (in local mode the driver's heap is also the executors'). "exponent" is log(time ratio) / log(rows
+ratio) against the size before.
 """
 
 from __future__ import annotations
