@@ -9,7 +9,7 @@ rejection in Arrow batches, Parquet. No checks, no quarantine, no candidates.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ def main(log: str, output: str) -> None:
     ranked.where("place = 1").select("user_idx", "item_idx").write.parquet(f"{output}/test")
     by_user = ranked.where("place > 1").groupBy("user_idx").agg(F.collect_list("item_idx").alias("items"))
 
-    def sample(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def sample(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         rng = np.random.default_rng(1)
         for batch in batches:
             users, items, negatives = [], [], []

@@ -152,7 +152,7 @@ def prefix(seed: int, user: Any, item: Any) -> Any:
 def negatives_of(
     key: Any,
     draw: int,
-    slot: int,
+    slot: Any,
     row: Any,
     gaps: Any,
     offsets: Any,

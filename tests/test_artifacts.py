@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -79,7 +80,12 @@ def test_the_manifest_is_the_last_file_of_a_run(runs: StageRuns, monkeypatch: py
     written: list[str] = []
     for name in ("write_atomic", "write_bytes"):
         real = getattr(artifacts, name)
-        monkeypatch.setattr(artifacts, name, lambda path, data, real=real: (written.append(path), real(path, data)))
+
+        def noted(path: str, data: bytes, real: Any = real) -> None:
+            written.append(path)
+            real(path, data)
+
+        monkeypatch.setattr(artifacts, name, noted)
     finish(runs, "k1")
     order = [path.removeprefix(f"{runs.root}/") for path in dict.fromkeys(written)]
     assert order == ["k1/item_stats/a.parquet", "k1/manifest.json", "current.json"]

@@ -48,7 +48,7 @@ def run(config: Path, job: str, *args: str, program: str = LAUNCHER) -> tuple[in
 
 def read(published: dict[str, Any]) -> pd.DataFrame:
     """The table as a consumer reads it, through the Delta log."""
-    return pd.read_parquet(DeltaTable(published["outputs"]["recommendations"]).file_uris())
+    return pd.concat([pd.read_parquet(uri) for uri in DeltaTable(published["outputs"]["recommendations"]).file_uris()])
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -222,8 +222,8 @@ def test_torch_draws_the_same_million_negatives() -> None:
     key = sampling.prefix(1, row, item)
     ours = negatives_of(key, 3, 2, row, gaps, block.offsets, n_items)
     key_t = sampling.prefix(1, torch.from_numpy(row), torch.from_numpy(item))
-    rest = [torch.from_numpy(part) for part in (row, gaps, block.offsets)]
-    theirs = negatives_of(key_t, 3, 2, *rest, n_items, torch.searchsorted)
+    row_t, gaps_t, offsets_t = (torch.from_numpy(part) for part in (row, gaps, block.offsets))
+    theirs = negatives_of(key_t, 3, 2, row_t, gaps_t, offsets_t, n_items, torch.searchsorted)
     assert theirs.dtype == torch.int64
     assert np.array_equal(ours, theirs.numpy())
 

@@ -209,7 +209,8 @@ def test_also_files_of_many_pages_are_the_same_bytes(tmp_path: Path) -> None:
     values = np.random.default_rng(1).integers(0, 2**62, 400_000)
     rows = pa.table({"n": values})
     cuts = np.random.default_rng(2).integers(0, len(values), 200).tolist()
-    whole, pieces = (sink_of(str(tmp_path / str(len(c))), rows, [0] * len(values), c, 10**6) for c in ([], cuts))
+    ways: tuple[list[int], ...] = ([], cuts)
+    whole, pieces = (sink_of(str(tmp_path / str(len(c))), rows, [0] * len(values), c, 10**6) for c in ways)
     assert whole == pieces
 
 
