@@ -199,6 +199,10 @@ class StageRuns:
             )
         return manifest
 
+    def exists(self) -> bool:
+        """Whether this stage has ever finished for this ds."""
+        return self._current_key() is not None
+
     def begin(self, run_key: str) -> str:
         """An empty folder for this run; what an attempt that died left there is removed."""
         path = self.run_path(run_key)

@@ -55,6 +55,8 @@ def run_job(job: str, function: JobFunction, argv: Sequence[str] | None = None) 
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )
+    # Says good-bye after the last line, which under plain spark-submit shares stdout with the log.
+    logging.getLogger("py4j").setLevel(logging.WARNING)
     start = time.monotonic()
     report: dict[str, Any] = {
         "job": job,

@@ -33,9 +33,8 @@ def show(config: Config) -> str:
         raise ContractError(f"{root} has no latest.json: nothing is published yet; run the job nightly first")
     latest = json.loads(read_bytes(posixpath.join(root, "latest.json")))
     prepare = lake.stage(latest["ds"], "prepare").current()
-    table = read_table(posixpath.join(root, latest["files"][0]))
-    users = pc.unique(table["user_id"]).slice(0, USERS)
-    table = table.filter(pc.is_in(table["user_id"], value_set=users))
+    table = _some_users([posixpath.join(root, file) for file in latest["files"]])
+    users = pc.unique(table["user_id"])
     titles = _titles(prepare)
     liked = _liked(prepare, users)
     lines = []
@@ -51,6 +50,17 @@ def show(config: Config) -> str:
         f"model {latest['model_version']})"
     )
     return "\n".join(lines)
+
+
+def _some_users(files: list[str]) -> pa.Table:
+    """The rows of the first USERS users: a file after the other until there are enough."""
+    tables: list[pa.Table] = []
+    for path in files:
+        tables.append(read_table(path))
+        if len(pc.unique(pa.concat_tables(tables)["user_id"])) >= USERS:
+            break
+    table = pa.concat_tables(tables)
+    return table.filter(pc.is_in(table["user_id"], value_set=pc.unique(table["user_id"]).slice(0, USERS)))
 
 
 def _titles(prepare: Manifest) -> dict[object, str]:

@@ -120,12 +120,6 @@ def test_the_same_night_again_is_already_published(config: Path, published: dict
     assert "already published" in log
 
 
-def test_an_earlier_night_does_not_overwrite_a_later_one(config: Path, published: dict[str, Any]) -> None:
-    code, report, _ = run(config, "nightly", "--ds", "2026-01-01", "--set", "train.epochs=1", program=CONSOLE)
-    assert (code, report["status"]) == (5, "refused")
-    assert DeltaTable(published["outputs"]["recommendations"]).version() == published["version"]
-
-
 def test_plain_spark_submit_runs_a_job(config: Path, published: dict[str, Any]) -> None:
     venv = ROOT / ".venv/bin"
     environment = {**os.environ, "PYSPARK_PYTHON": str(venv / "python"), "PYSPARK_DRIVER_PYTHON": str(venv / "python")}

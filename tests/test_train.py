@@ -292,6 +292,12 @@ def test_two_ranks_validate_as_one(ranks: Ranks, tmp_path: Path, files: list[Any
     assert bool(one) == any(files)
 
 
+def test_ranks_share_the_validation_rows(tmp_path: Path) -> None:
+    run = validation_run(tmp_path, HELD_OUT)
+    users = [[part.user.tolist() for part in Validator(run, 10, World(rank, 2)).parts] for rank in range(2)]
+    assert users == [[[0], [3]], [[1, 2]]]
+
+
 def test_validation_leaves_out_dropout(tmp_path: Path) -> None:
     run = prepare_run(tmp_path, 10, 1, held_out=10)
     model = build_model(Model(name="mlp", layers=(8, 4), dropout=0.9), USERS, ITEMS).train()

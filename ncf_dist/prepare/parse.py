@@ -115,7 +115,8 @@ def _reason() -> Column:
         (F.col("i") == "", "empty item id"),
         (F.col("user_id").isNull(), "user id is not an integer"),
         (F.col("item_id").isNull(), "item id is not an integer"),
-        (F.col("rating").isNull(), "rating is not a number"),
+        # A cast takes what a Java program may write, 5d and 0x1p3.
+        (F.col("rating").isNull() | F.col("r").rlike(r"[0-9.][dDfF]$|[xX]"), "rating is not a number"),
         (F.isnan("rating") | F.col("rating").isin(float("inf"), float("-inf")), "rating is not finite"),
         (F.col("timestamp").isNull(), "timestamp is not an integer"),
         (F.col("timestamp") < 0, "timestamp is negative"),
@@ -135,10 +136,9 @@ def positives(rows: DataFrame, config: Input) -> DataFrame:
 
 
 def quarantine(rows: DataFrame) -> DataFrame:
-    """Rejected rows: file, reason, raw (cut)."""
-    return rows.where(F.col("reason").isNotNull()).select(
-        "file", "reason", F.substring("raw", 1, RAW_LIMIT).alias("raw")
-    )
+    """Rejected rows: file, reason, raw (cut; bytes that are not UTF-8 are shown as U+FFFD, as readers refuse them)."""
+    raw = F.decode(F.encode(F.substring("raw", 1, RAW_LIMIT), "UTF-8"), "UTF-8")
+    return rows.where(F.col("reason").isNotNull()).select("file", "reason", raw.alias("raw"))
 
 
 def read_titles(spark: SparkSession, files: list[str], format_name: str) -> DataFrame:

@@ -28,6 +28,7 @@ from ncf_dist.artifacts import (
     file_url,
     fingerprint,
     input_files,
+    read_manifest,
     remove,
     run_key,
 )
@@ -61,12 +62,12 @@ def prepare(config: Config, ds: str) -> Outcome:
     lake = Lake(config.paths.lake)
     files = select_files(input_files(config.input.path), config.input.format)
     titles = input_files(config.input.items) if config.input.items else []
-    before = _night_before(lake, ds)
+    before = _base(lake, ds)
     used = config.model_dump(mode="json", include=set(SECTIONS))
     inputs = {
         "interactions": fingerprint(files),
         "items": fingerprint(titles),
-        "index": before.run_key if before else None,
+        "index": {"ds": before.ds, "run_key": before.run_key} if before else None,
     }
     key = run_key(STAGE, ds, used, inputs)
     runs = lake.stage(ds, STAGE)
@@ -248,8 +249,15 @@ def _item_tables(
     return made
 
 
-def _night_before(lake: Lake, ds: str) -> Manifest | None:
-    """The latest finished prepare before `ds`: the indexes that this night extends."""
+def _base(lake: Lake, ds: str) -> Manifest | None:
+    """The run whose indexes this night extends: the one it extended last time, or the latest finished one before `ds`.
+
+    A night keeps its base for ever: an earlier night that is made up for later must not renumber it.
+    """
+    runs = lake.stage(ds, STAGE)
+    if runs.exists():
+        recorded = runs.current().inputs["index"]
+        return read_manifest(lake.stage(recorded["ds"], STAGE).run_path(recorded["run_key"])) if recorded else None
     earlier = [night for night in lake.nights(STAGE) if night < ds]
     return lake.stage(earlier[-1], STAGE).current() if earlier else None
 
