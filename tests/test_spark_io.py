@@ -105,39 +105,39 @@ from ncf_dist.config import Spark
 from ncf_dist.contracts import ITEM_STATS
 
 root = Path(sys.argv[1])
-real = spark_io.FileSink
 
-class DiesOnce(real):
+class DiesOnce(spark_io.FileSink):
     def _write(self, table):
         super()._write(table)
-        marker = root / f"died in {self.folder.split('/')[-2]}"
-        if len(self.files) == 2 and not marker.exists():
-            marker.touch()
+        if len(self.files) == 2 and not (root / "died").exists():
+            (root / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
+spark_io.FileSink = DiesOnce
 with spark_io.spark_session("retried", Spark(master="local[2,3]", shuffle_partitions=2)) as spark:
     spark.sparkContext.setLogLevel("OFF")
     rows = spark.range(1000).select(F.col("id").cast("int").alias("item_idx"), F.xxhash64("id").alias("train_count"))
-    tables = []
-    for name, sink in (("good", real), ("bad", DiesOnce)):
-        spark_io.FileSink = sink
-        table = spark_io.write_table(rows, str(root / name), ITEM_STATS, F.col("item_idx") % 5)
-        tables.append([vars(file) for file in table.files])
-print(json.dumps(tables))
+    table = spark_io.write_table(rows, str(root / "bad"), ITEM_STATS, F.col("item_idx") % 5)
+print(json.dumps([vars(file) for file in table.files]))
 """
 
 
 @pytest.mark.slow
-def test_a_task_that_was_killed_between_files_is_retried_to_the_same_bytes(tmp_path: Path) -> None:
+def test_a_task_that_was_killed_between_files_is_retried_to_the_same_bytes(spark: SparkSession, tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SPARK", "PYSPARK"))} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", DIES_ONCE, str(tmp_path)]
-    process = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert process.returncode == 0, process.stderr
-    good, bad = json.loads(process.stdout.splitlines()[-1])
-    assert (tmp_path / "died in bad").exists()
-    assert len(good) == 5
-    assert bad == good
-    assert [sha256(tmp_path / "bad" / "item_stats" / file["path"]) for file in bad] == [f["sha256"] for f in good]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        rows = spark.range(1000).select(
+            F.col("id").cast("int").alias("item_idx"), F.xxhash64("id").alias("train_count")
+        )
+        good = write_table(rows, str(tmp_path / "good"), ITEM_STATS, F.col("item_idx") % 5)
+        output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    bad = [FileInfo(**file) for file in json.loads(output.splitlines()[-1])]
+    assert (tmp_path / "died").exists()
+    assert len(bad) == 5
+    assert bad == list(good.files)
+    assert [sha256(tmp_path / "bad" / "item_stats" / file.path) for file in bad] == [file.sha256 for file in bad]
 
 
 # ---- read_table --------------------------------------------------------------------------------------------
