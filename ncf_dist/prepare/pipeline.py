@@ -97,15 +97,8 @@ def _make_tables(
     staged = _stage_rows(spark, config, files, run)
     tables, rejected, total = _reject(staged, config, run, files)
     accepted = positives(staged, config.input)
-
-    user_contract, item_contract = contracts.user_index(id_type), contracts.item_index(id_type)
-    indexes = {}
-    for contract in (user_contract, item_contract):
-        old = read_table(spark, before, contract) if before else None
-        indexed = extend_index(spark, accepted, old, *contract.columns)
-        file = F.floor(F.col(contract.columns[1]) / F.lit(ROWS_PER_FILE))
-        tables[contract.name] = write_table(indexed, run, contract, file)
-        indexes[contract.name] = read_files(spark, _paths(run, tables[contract.name]), contract.schema)
+    made, indexes = _indexes(spark, accepted, before, id_type, run)
+    tables |= made
     n_users, n_items = tables["user_index"].rows, tables["item_index"].rows
     if not n_users:
         raise InputError(
@@ -117,45 +110,51 @@ def _make_tables(
     stats = _pass_over_users(joined, config, run, n_users, n_items, total)
     for contract in (contracts.INTERACTIONS, contracts.HISTORY, contracts.VALIDATION, contracts.TEST):
         tables[contract.name] = table_info(contract, _collected(stats, contract.name), run)
+    tables["train"] = _train_table(spark, config, stats, run)
+    tables |= _item_tables(spark, config, tables, indexes["item_index"], titles, id_type, run)
+    return tables, {"users": n_users, "items": n_items, **_facts(stats, rejected, total)}
 
+
+def _indexes(
+    spark: SparkSession, accepted: DataFrame, before: Manifest | None, id_type: pa.DataType, run: str
+) -> tuple[dict[str, TableInfo], dict[str, DataFrame]]:
+    """user_index and item_index: the night before's, and after it every new id."""
+    tables, frames = {}, {}
+    for contract in (contracts.user_index(id_type), contracts.item_index(id_type)):
+        id_column, index_column = contract.columns
+        old = read_table(spark, before, contract) if before else None
+        indexed = extend_index(spark, accepted, old, id_column, index_column)
+        file = F.floor(F.col(index_column) / F.lit(ROWS_PER_FILE))
+        tables[contract.name] = write_table(indexed, run, contract, file)
+        frames[contract.name] = read_files(spark, _paths(run, tables[contract.name]), contract.schema)
+    return tables, frames
+
+
+def _train_table(spark: SparkSession, config: Config, stats: list[dict[str, Any]], run: str) -> TableInfo:
+    """The train table, from what the pass over users staged."""
+    contract = contracts.train(config.negatives.per_positive, config.negatives.draws)
+    files = [posixpath.join(_staging(run), "train", f.path) for f in _collected(stats, "staging")]
+    staged = read_files(spark, files, staging_schema(config.negatives))
+    buckets = np.sum([task["buckets"] for task in stats], axis=0)
+    return write_train(spark, staged, buckets, run, contract, config.layout)
+
+
+def _facts(stats: list[dict[str, Any]], rejected: dict[str, int], total: int) -> dict[str, Any]:
+    """The accounting of rows, and what later stages and people want to know."""
     counts: Counter[str] = Counter()
     for task in stats:
         counts.update(task["counts"])
-    train = contracts.train(config.negatives.per_positive, config.negatives.draws)
-    buckets = np.sum([task["buckets"] for task in stats], axis=0)
-    staged_train = read_files(
-        spark,
-        [posixpath.join(_staging(run), "train", f.path) for f in _collected(stats, "staging")],
-        staging_schema(config.negatives),
-    )
-    tables["train"] = write_train(spark, staged_train, buckets, run, train, config.layout)
-    tables |= _item_tables(spark, config, tables, indexes["item_index"], titles, id_type, run)
-
-    duplicates = counts["duplicates"]
-    quarantined = dict(sorted(rejected.items()))
-    filtered = total - sum(rejected.values()) - counts["rows"]
     rows: dict[str, Any] = {
         "input": total,
         "accepted": counts["accepted"],
-        "duplicates": duplicates,
-        "quarantined": quarantined,
+        "duplicates": counts["duplicates"],
+        "quarantined": dict(sorted(rejected.items())),
     }
-    if filtered:
+    if filtered := total - sum(rejected.values()) - counts["rows"]:
         rows["filtered"] = {"below min_rating": filtered}
-    facts = {
-        "rows": rows,
-        "users": n_users,
-        "items": n_items,
-        "active_users": counts["users"],
-        "tied_users": counts["tied_users"],
-        "train": counts["train"],
-        "validation": counts["validation"],
-        "test": counts["test"],
-        "users_without_negatives": counts["users_without_negatives"],
-        "validation_short_candidates": counts["validation_short_candidates"],
-        "test_short_candidates": counts["test_short_candidates"],
-    }
-    return tables, facts
+    kept = ("tied_users", "train", "validation", "test", "users_without_negatives")
+    short = ("validation_short_candidates", "test_short_candidates")
+    return {"rows": rows, "active_users": counts["users"], **{name: counts[name] for name in (*kept, *short)}}
 
 
 def _stage_rows(spark: SparkSession, config: Config, files: list[str], run: str) -> DataFrame:

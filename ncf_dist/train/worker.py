@@ -63,25 +63,10 @@ def train_rank(spec: Spec, world: World) -> None:
     trainer = Trainer(model, loader, Validator(prepare, VALIDATE_K, world), config.train, world)
     history = trainer.fit()
     if world.is_main:
-        kept = history.epochs[history.best_epoch]
-        facts = {
-            "prepare_run": prepare.run_key,
-            "seed": config.seed,
-            "epoch": history.best_epoch,
-            "validation": kept,
-        }
-        save_bundle(
-            posixpath.join(spec.run, "bundle"),
-            model,
-            config.model,
-            n_users,
-            n_items,
-            {"prepare_run": prepare.run_key, "seed": config.seed},
-        )
-        write_atomic(
-            posixpath.join(spec.run, "history.json"),
-            json.dumps({**facts, "epochs": history.epochs}, indent=1).encode(),
-        )
+        made_from = {"prepare_run": prepare.run_key, "seed": config.seed}
+        save_bundle(posixpath.join(spec.run, "bundle"), model, config.model, n_users, n_items, made_from)
+        record = {**made_from, "epoch": history.best_epoch, "epochs": history.epochs}
+        write_atomic(posixpath.join(spec.run, "history.json"), json.dumps(record, indent=1).encode())
 
 
 def main() -> int:
