@@ -13,7 +13,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from ncf_dist import contracts, metrics
 from ncf_dist.artifacts import Lake, Manifest, Outcome, run_key, write_atomic
-from ncf_dist.bundle import read_bundle, verify_weights
+from ncf_dist.bundle import current_runs, read_bundle, verify_weights
 from ncf_dist.config import Config
 from ncf_dist.errors import ContractError
 from ncf_dist.evaluate.spec import EvaluationPass, on_executors
@@ -29,12 +29,7 @@ def evaluate(config: Config, ds: str) -> Outcome:
     Raises ContractError where train or prepare have not finished or do not fit together."""
     start = time.monotonic()
     lake = Lake(config.paths.lake)
-    prepare, train = lake.stage(ds, "prepare").current(), lake.stage(ds, "train").current()
-    if train.inputs["prepare"] != prepare.run_key:
-        raise ContractError(
-            f"the current model was trained on prepare run {train.inputs['prepare']}, "
-            f"the current one is {prepare.run_key}: rerun the job train"
-        )
+    prepare, train = current_runs(lake, ds)
     used = config.model_dump(mode="json", include={"evaluate"})
     runs = lake.stage(ds, STAGE)
     key = run_key(STAGE, ds, used, {"prepare": prepare.run_key, "train": train.run_key})

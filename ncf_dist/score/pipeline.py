@@ -12,9 +12,8 @@ from pyspark.sql import functions as F
 
 from ncf_dist import contracts
 from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, read_schema, run_key
-from ncf_dist.bundle import read_bundle, verify_weights
+from ncf_dist.bundle import current_runs, read_bundle, verify_weights
 from ncf_dist.config import Config
-from ncf_dist.errors import ContractError
 from ncf_dist.score.spec import ScorePass, on_executors
 from ncf_dist.spark_io import LIST_BATCH_ROWS, ROWS_PER_FILE, read_files, spark_session, table_info
 
@@ -29,12 +28,7 @@ def score(config: Config, ds: str) -> Outcome:
     Raises ContractError where train or prepare have not finished or do not fit together."""
     start = time.monotonic()
     lake = Lake(config.paths.lake)
-    prepare, train = lake.stage(ds, "prepare").current(), lake.stage(ds, "train").current()
-    if train.inputs["prepare"] != prepare.run_key:
-        raise ContractError(
-            f"the current model was trained on prepare run {train.inputs['prepare']}, "
-            f"the current one is {prepare.run_key}: rerun the job train"
-        )
+    prepare, train = current_runs(lake, ds)
     used = {"score": config.score.model_dump(mode="json", include={"k", "seen"})}
     runs = lake.stage(ds, STAGE)
     key = run_key(STAGE, ds, used, {"prepare": prepare.run_key, "train": train.run_key})
