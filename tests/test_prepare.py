@@ -458,6 +458,17 @@ def test_an_index_extends_another_by_the_new_keys_alone(spark: SparkSession) -> 
     assert {found[key] for key in ("", "z", "é")} == {2, 3, 4}
 
 
+def test_new_keys_are_numbered_by_bucket_and_in_a_bucket_by_value(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever order they come in; with 3 buckets for 50 keys, so that there is an order to keep."""
+    monkeypatch.setattr(index, "BUCKETS", 3)
+    keys = spark.createDataFrame([(key,) for key in random.Random(1).sample(range(50), 50)], "item_id long")
+    found = dict(map(tuple, index.extend_index(spark, keys, None, "item_id", "item_idx").collect()))
+    order = sorted(range(50), key=lambda key: (hash64(key) % 3, key))
+    assert found == {key: number for number, key in enumerate(order)}
+
+
 def test_more_keys_than_an_int32_counts_are_refused(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "INT32_MAX", 3)
     old = spark.range(2).selectExpr("id as user_id", "int(id) as user_idx")

@@ -112,7 +112,7 @@ def _make_tables(
         tables[contract.name] = table_info(contract, _collected(stats, contract.name), run)
     tables["train"] = _train_table(spark, config, stats, run)
     tables |= _item_tables(spark, config, tables, indexes["item_index"], titles, id_type, run)
-    return tables, {"users": n_users, "items": n_items, **_facts(stats, rejected, total)}
+    return tables, {"users": n_users, "items": n_items, **_facts(config, stats, rejected, total)}
 
 
 def _indexes(
@@ -139,7 +139,7 @@ def _train_table(spark: SparkSession, config: Config, stats: list[dict[str, Any]
     return write_train(spark, staged, buckets, run, contract, config.layout)
 
 
-def _facts(stats: list[dict[str, Any]], rejected: dict[str, int], total: int) -> dict[str, Any]:
+def _facts(config: Config, stats: list[dict[str, Any]], rejected: dict[str, int], total: int) -> dict[str, Any]:
     """The accounting of rows, and what later stages and people want to know."""
     counts: Counter[str] = Counter()
     for task in stats:
@@ -151,6 +151,7 @@ def _facts(stats: list[dict[str, Any]], rejected: dict[str, int], total: int) ->
         "quarantined": dict(sorted(rejected.items())),
     }
     if filtered := total - sum(rejected.values()) - counts["rows"]:
+        assert config.input.min_rating is not None, f"{filtered:,} of {total:,} rows were lost on the way"
         rows["filtered"] = {"below min_rating": filtered}
     kept = ("tied_users", "train", "validation", "test", "users_without_negatives")
     short = ("validation_short_candidates", "test_short_candidates")
