@@ -32,7 +32,8 @@ LIST_BATCH_ROWS = 4_096
 """The same where a row holds a user's whole history."""
 
 _FILE = "_file"
-_WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
+WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
+"""What a writer says of each file: `written_batch` as Spark names its columns."""
 
 
 @contextlib.contextmanager
@@ -99,7 +100,7 @@ def write_table(frame: DataFrame, run: str, contract: Contract, file: Column) ->
     order = contract.key or tuple(contract.columns)
     rows = frame.select(*contract.columns, file.cast("int").alias(_FILE))
     rows = rows.repartition(_FILE).sortWithinPartitions(_FILE, *order)
-    written = rows.mapInArrow(_writer(f"{run}/{contract.name}", contract.schema), _WRITTEN).collect()
+    written = rows.mapInArrow(_writer(f"{run}/{contract.name}", contract.schema), WRITTEN).collect()
     return table_info(contract, [FileInfo(**row.asDict()) for row in written], run)
 
 

@@ -20,9 +20,7 @@ from ncf_dist.config import Layout
 from ncf_dist.contracts import Contract
 from ncf_dist.prepare.users import ORDER_BUCKETS
 from ncf_dist.sampling import IntArray
-from ncf_dist.spark_io import FileSink, runs_of, table_info, written_batch
-
-_WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
+from ncf_dist.spark_io import WRITTEN, FileSink, runs_of, table_info, written_batch
 
 
 def file_count(rows: int, layout: Layout) -> int:
@@ -55,7 +53,7 @@ def write_train(
     placed = placed.repartition("_file").sortWithinPartitions("_file", "order_hash", "user_idx", "item_idx")
     starts = ranks[np.minimum(np.searchsorted(last, np.arange(files)), ORDER_BUCKETS - 1)]
     writer = _writer(f"{run}/{contract.name}", contract.schema, starts, ends)
-    written = placed.mapInArrow(writer, _WRITTEN).collect()
+    written = placed.mapInArrow(writer, WRITTEN).collect()
     return table_info(contract, [FileInfo(**row.asDict()) for row in written], run)
 
 
