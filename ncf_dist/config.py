@@ -18,7 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ncf_dist.errors import ConfigError
 
-InputFormat = Literal["movielens-dat", "movielens-tsv", "movielens-csv"]
+InputFormat = Literal["movielens-dat", "movielens-tsv", "movielens-csv", "csv", "tsv", "jsonl", "parquet"]
+IdType = Literal["int", "string"]
+Place = str | Annotated[int, Field(ge=0)]
+"""Where a field is: a column's name (header, JSON key, Parquet column), or its position in a line, from 0."""
 Dataset = Literal["synthetic", "ml-100k", "ml-1m", "ml-20m"]
 PositiveInt = Annotated[int, Field(ge=1)]
 MEMORY_PATTERN = r"^[1-9][0-9]*[kmgt]$"
@@ -80,37 +83,180 @@ class Fetch(Section):
         return self
 
 
+class Columns(Section):
+    """Where an interaction's fields are. Formats of MovieLens know their own."""
+
+    user: Place = "user_id"
+    item: Place = "item_id"
+    rating: Place | None = None
+    """None: the log has no ratings; every row counts as 1."""
+    timestamp: Place | None = None
+    """None: the log has no times; a hash decides what is latest."""
+
+
+class SideColumn(Section):
+    """One typed column of a side table. A value that is not of its type is null, and counted."""
+
+    source: Place = Field(alias="from")
+    type: Literal["string", "int", "float", "bool"] = "string"
+
+
+class SideTable(Section):
+    """Facts about users or items, carried along beside the index."""
+
+    path: str | tuple[str, ...]
+    """A file, a folder, a glob, or several."""
+    format: InputFormat | None = None
+    """Default: the family of `input.format`."""
+    separator: str | None = None
+    """Text formats: what parts the fields; default: the format's own."""
+    header: bool | None = None
+    """Text formats: whether the first line names the columns; default: the format's own."""
+    encoding: Literal["utf-8", "latin-1"] | None = None
+    """Default: the format's own."""
+    id: Place | None = None
+    """The customer's id; default: the format's own, or `user_id` or `item_id`."""
+    title: Place | None = None
+    """Items: what people call it, shown in reports; default: the format's own, or none."""
+    columns: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], SideColumn] = {}
+    """Further columns by the name they get."""
+
+
 class Input(Section):
-    path: str
-    """The interaction log: a file, a folder of them or a glob."""
+    path: str | tuple[str, ...]
+    """The interaction log: a file, a folder of them, a glob, or several of these."""
     format: InputFormat = "movielens-dat"
     """`movielens-dat`: user::item::rating::seconds · `movielens-tsv`: the same with tabs (u.data) ·
-    `movielens-csv`: ratings.csv with its header."""
-    items: str | None = None
-    """Optional item side table in the same family of formats (movies.dat, u.item, movies.csv):
-    titles for people to read."""
-    feedback: Literal["implicit"] = "implicit"
-    """`implicit`: a row is a positive."""
+    `movielens-csv`: ratings.csv · `csv`: RFC 4180 lines with a header · `tsv`: tabs, no header, no quotes ·
+    `jsonl`: one JSON object a line · `parquet`. Text may be compressed (.gz, .bz2, .zst)."""
+    columns: Columns = Columns()
+    """For `csv`, `tsv`, `jsonl` and `parquet`."""
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """Text formats: what parts the fields; default: the format's own."""
+    header: bool | None = None
+    """Text formats: whether the first line of each file names the columns; default: the format's own."""
+    fields: PositiveInt | None = None
+    """Text formats without a header: fields of a whole line; default: up to the last one that `columns` names."""
+    encoding: Literal["utf-8", "latin-1"] = "utf-8"
+    """Text formats: the charset. Lines that do not fit it go to the quarantine."""
+    user_type: IdType | None = None
+    """Whether user ids are numbers (int64) or kept as text; default: `int` for MovieLens, the column's type for
+    Parquet, else `string`."""
+    item_type: IdType | None = None
+    """The same for items."""
+    time_unit: Literal["s", "ms", "us", "iso"] = "s"
+    """What a timestamp counts since 1970, or ISO 8601 text (UTC where it names no zone). Parquet timestamps know."""
+    max_line_bytes: PositiveInt = 65_536
+    """Longer lines go to the quarantine; bounds what a reader holds in memory."""
+    rating_range: tuple[float, float] | None = None
+    """Lowest and highest rating there is; others go to the quarantine."""
+    items: str | SideTable | None = None
+    """Optional item side table; as a path alone: movies.dat, u.item or movies.csv of the log's family."""
+    users: SideTable | None = None
+    """Optional user side table."""
+    feedback: Literal["implicit", "explicit"] = "implicit"
+    """`implicit`: a row is a positive, contrasted with negatives · `explicit`: the rating itself is learned."""
     min_rating: float | None = None
     """Implicit only: rows with a lower rating are not positives. None keeps every row."""
+    since: dt.date | None = None
+    """Rows from before this day (UTC) are left out."""
+    until: dt.date | None = None
+    """Rows from this day on (UTC) are the future and go to the quarantine; default: ds itself, so that a night sees
+    what happened before it."""
+    allow_items: tuple[str | int, ...] | None = None
+    """Only these items."""
+    deny_items: tuple[str | int, ...] = ()
+    """Never these items."""
+    max_user_interactions: PositiveInt | None = None
+    """Keep only so many of a user's latest rows: one crawler must not outweigh a thousand people."""
+    k_core: PositiveInt = 1
+    """Leave out users and items with fewer rows than this, again and again until none is left (1: keep all)."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Above this share of quarantined rows the job exits 3: the file is not what the config says it is."""
+    """Above this share of quarantined rows the job exits 3: the file is not what the config says it is. Rows from
+    `until` on are not counted: a log that goes on after ds is sound."""
+
+    @property
+    def filters(self) -> bool:
+        """Whether any rule leaves sound rows out."""
+        wanted = (self.since, self.min_rating, self.allow_items, self.max_user_interactions)
+        return any(rule is not None for rule in wanted) or bool(self.deny_items) or self.k_core > 1
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Input:
+        if self.feedback == "explicit" and self.min_rating is not None:
+            raise ValueError(
+                f"input.min_rating is {self.min_rating} with feedback explicit, which learns every rating: "
+                "leave it out, or set input.feedback=implicit"
+            )
+        if self.feedback == "explicit" and not self.format.startswith("movielens") and self.columns.rating is None:
+            raise ValueError(
+                "input.feedback is explicit and input.columns.rating is not set; needed the column of the ratings"
+            )
+        if self.since is not None and self.until is not None and self.since >= self.until:
+            raise ValueError(f"input.since is {self.since} and input.until {self.until}; needed an earlier since")
+        if self.rating_range is not None and self.rating_range[0] > self.rating_range[1]:
+            raise ValueError(f"input.rating_range is {list(self.rating_range)}; needed [lowest, highest]")
+        return self
 
 
 class Split(Section):
-    strategy: Literal["leave-one-out"] = "leave-one-out"
+    strategy: Literal["leave-one-out", "leave-k-out", "temporal", "random", "files", "none"] = "leave-one-out"
     """`leave-one-out`: each user's latest item is the test row, the one before it the validation row
-    (He et al. 2017, section 4.1)."""
+    (He et al. 2017, section 4.1) · `leave-k-out`: the latest k, and the k before them · `temporal`: everything from one
+    moment on · `random`: each row by its hash · `files`: what `split.test` holds · `none`: train on everything."""
+    k: PositiveInt = 1
+    """leave-k-out: rows of a user that are held out for the test, and as many for validation."""
     min_interactions: Annotated[int, Field(ge=3)] = 3
-    """Users with fewer items keep all of them in train: there is nothing to judge them by."""
+    """leave-one-out, leave-k-out: users with fewer items keep all of them in train: too little to judge them by."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """random: share of the rows; temporal: share of the latest rows."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """random, temporal: the same, of what the test leaves."""
+    test_from: dt.date | None = None
+    """temporal: the day (UTC) the test begins, in place of test_fraction."""
+    validation_from: dt.date | None = None
+    """temporal: the day (UTC) validation begins, in place of validation_fraction."""
+    test: str | tuple[str, ...] | None = None
+    """files: the test rows, in the format of the log; `input.path` is then the train rows."""
+    candidates: str | tuple[str, ...] | None = None
+    """files: given candidates, lines of `(user,item)`, then items, tab-separated (the NCF paper's test.negative);
+    None draws them."""
+    validation: bool = True
+    """Whether train gives up rows for validation, by the rule that makes the test (`files`: each user's latest).
+    Without them the last epoch is kept: for the final fit, after the settings are chosen."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Split:
+        least = 2 * self.k + 1
+        if self.strategy == "leave-one-out" and self.k != 1:
+            raise ValueError(f"split.k is {self.k} with leave-one-out: set split.strategy=leave-k-out")
+        if self.strategy == "leave-k-out" and self.min_interactions < least:
+            raise ValueError(
+                f"split.min_interactions is {self.min_interactions} with split.k {self.k}; needed at least 2 k + 1 = "
+                f"{least}, so that a row is left to train on"
+            )
+        if (self.strategy == "files") != (self.test is not None):
+            raise ValueError(
+                f"split.test is {self.test!r} with strategy {self.strategy}; needed the test file for `files`, "
+                "and none otherwise"
+            )
+        if self.candidates is not None and self.strategy != "files":
+            raise ValueError(f"split.candidates is set with strategy {self.strategy}; it needs strategy files")
+        if self.strategy != "temporal" and (self.test_from or self.validation_from):
+            raise ValueError(f"split.test_from is for strategy temporal, not {self.strategy}")
+        if self.validation_from and not (self.test_from and self.validation_from < self.test_from):
+            raise ValueError(f"split.validation_from is {self.validation_from}; needed a day before split.test_from")
+        return self
 
 
 class Negatives(Section):
-    per_positive: PositiveInt = 4
+    per_positive: Annotated[int, Field(ge=0)] = 4
     """Negatives drawn for each positive (N)."""
-    draws: PositiveInt = 4
+    draws: Annotated[int, Field(ge=0)] = 4
     """Independent draws kept in the train table; epoch e reads draw `e mod draws`."""
-    candidates: PositiveInt = 99
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Weight of an item as a negative: its train popularity to this power; 0 is uniform."""
+    candidates: Annotated[int, Field(ge=0)] = 99
     """Unseen items that a held-out positive is ranked among (the NCF protocol)."""
 
 
@@ -121,6 +267,8 @@ class Layout(Section):
     """Upper bound of rows a file (one row group each): what a reader holds in memory at a time."""
     min_files: PositiveInt = 16
     """At least this many files where there are rows for them, so that re-dealing files mixes them."""
+    world_sizes: tuple[PositiveInt, ...] = (1, 2, 4, 8)
+    """Numbers of ranks that shall get whole files: the file count is a multiple of each."""
 
 
 class Model(Section):
@@ -222,6 +370,20 @@ class Config(Section):
     spark: Spark = Spark()
     seed: Annotated[int, Field(ge=1)] = 1
     """The one seed; every stream is derived from it by name, epoch and rank."""
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Config:
+        if self.split.strategy == "files" and (self.input.k_core > 1 or self.input.max_user_interactions):
+            raise ValueError(
+                "input.k_core and input.max_user_interactions do not go with split.strategy files, whose rows are "
+                "given: leave them out"
+            )
+        timeless = not self.input.format.startswith("movielens") and self.input.columns.timestamp is None
+        if self.split.strategy == "temporal" and timeless:
+            raise ValueError(
+                "split.strategy is temporal and input.columns.timestamp is not set; needed the column of the times"
+            )
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

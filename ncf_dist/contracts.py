@@ -8,6 +8,7 @@ int32. No column is nullable. Lists hold indexes in ascending order unless said 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -83,15 +84,23 @@ def item_index(id_type: pa.DataType) -> Contract:
     )
 
 
-def items(id_type: pa.DataType) -> Contract:
-    """Titles of the items that have an index; empty where the config names no side table."""
-    return _contract(
-        "items",
-        {"item_idx": INDEX, "item_id": id_type, "title": pa.string()},
-        ("item_idx",),
-        "prepare",
-        "what people call an item",
-    )
+def items(id_type: pa.DataType, columns: Mapping[str, pa.DataType] | None = None) -> Contract:
+    """The item side table of the items that have an index; absent where the config names none.
+    `columns`: what the config carries along; null where the side table has no (good) value."""
+    return _side("items", {"item_idx": INDEX, "item_id": id_type, "title": pa.string()}, columns, "what items are")
+
+
+def users(id_type: pa.DataType, columns: Mapping[str, pa.DataType] | None = None) -> Contract:
+    """The user side table of the users that have an index; absent where the config names none."""
+    return _side("users", {"user_idx": INDEX, "user_id": id_type}, columns, "who users are")
+
+
+def _side(
+    name: str, fixed: dict[str, pa.DataType], columns: Mapping[str, pa.DataType] | None, meaning: str
+) -> Contract:
+    base = _contract(name, fixed, (next(iter(fixed)),), "prepare", meaning)
+    further = [pa.field(column, kind) for column, kind in (columns or {}).items()]
+    return Contract(name, pa.schema([*base.schema, *further]), base.key, meaning, base.made_by)
 
 
 INTERACTIONS = _contract(
@@ -106,7 +115,7 @@ INTERACTIONS = _contract(
     ("user_idx", "item_idx"),
     "prepare",
     "every accepted interaction after deduplication; split is 0 train, 1 validation, 2 test; "
-    "timestamp in seconds since 1970",
+    "timestamp in microseconds since 1970 (0 where the log has none)",
 )
 TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = 0, 1, 2
 
@@ -120,11 +129,11 @@ HISTORY = _contract(
 
 ITEM_STATS = _contract(
     "item_stats",
-    {"item_idx": INDEX, "train_count": pa.int64()},
+    {"item_idx": INDEX, "train_count": pa.int64(), "negative_weight": pa.int64()},
     ("item_idx",),
     "prepare",
-    "train and validation interactions of every item; the popularity baseline; "
-    "ordered by item_idx, 0 for items with none",
+    "train and validation interactions of every item, the popularity baseline, ordered by item_idx, 0 for items with "
+    "none; and its weight as a negative (1 for all where they are uniform)",
 )
 
 
@@ -133,10 +142,10 @@ def held_out(name: str) -> Contract:
     (unordered, without repeats)."""
     return _contract(
         name,
-        {"user_idx": INDEX, "item_idx": INDEX, "candidates": INDEX_LIST},
+        {"user_idx": INDEX, "item_idx": INDEX, "rating": pa.float32(), "candidates": INDEX_LIST},
         ("user_idx", "item_idx"),
         "prepare",
-        "one held-out positive a row with its candidates",
+        "one held-out row with its rating and its candidates",
     )
 
 
@@ -145,10 +154,11 @@ TEST = held_out("test")
 
 QUARANTINE = _contract(
     "quarantine",
-    {"file": pa.string(), "reason": pa.string(), "raw": pa.string()},
-    (),
+    {"file": pa.string(), "place": pa.int64(), "reason": pa.string(), "raw": pa.string()},
+    ("file", "place"),
     "prepare",
-    "every rejected row: its file, why, and the line itself (cut at 1,000 characters)",
+    "every rejected row: its file, the byte it starts at in the (decompressed) text or its row number in a Parquet "
+    "file, why, and the line itself (cut at 1,000 characters)",
 )
 
 
@@ -157,10 +167,18 @@ def negative_column(draw: int, slot: int) -> str:
     return f"neg_{draw}_{slot}"
 
 
-def train(per_positive: int, draws: int) -> Contract:
+def train(per_positive: int, draws: int, explicit: bool = False) -> Contract:
     """Trainer-ready rows. Negatives are scalar columns, one a (draw, slot): Petastorm turns a list column
     into a matrix row by row in Python, about thirty times slower than it hands over a scalar column, and an
-    epoch reads only its own draw."""
+    epoch reads only its own draw. `explicit`: the rating, and no negatives."""
+    if explicit:
+        return _contract(
+            "train",
+            {"user_idx": INDEX, "item_idx": INDEX, "rating": pa.float32()},
+            ("user_idx", "item_idx"),
+            "prepare",
+            "one rating a row, in hashed order, equal rows and one row group a file",
+        )
     negatives = {negative_column(d, s): INDEX for d in range(draws) for s in range(per_positive)}
     return _contract(
         "train",

@@ -9,6 +9,8 @@ order, retries or the engine that draws it.
 - A draw below n is `hash mod n` (floor modulus of the signed hash); its bias is below n / 2^64.
 - A negative is uniform over the items a user has not interacted with: rank r = hash mod (I - |seen|), then the r-th
   unseen item, found in the user's sorted seen items. No rejection, so heavy users cost what light ones do.
+- A weighted negative is the same on a longer line: item i owns weight(i) consecutive ranks (integers), so it is drawn
+  with exactly weight(i) over the weight of all unseen items. Uniform is weight 1.
 - Candidates are drawn without replacement by Floyd's algorithm
   (Bentley & Floyd, "A sample of brilliance", CACM 30(9), 1987).
 
@@ -18,7 +20,7 @@ Letters: U users, M draws, I items, S seen items of all users together.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,8 @@ class Purpose(IntEnum):
     TRAIN_ORDER = 4
     SYNTHETIC = 5
     INDEX_ORDER = 6
+    SPLIT = 7
+    USER_CAP = 8
 
 
 def _signed(value: int) -> int:
@@ -96,18 +100,38 @@ def code(draw: int, slot: int) -> int:
     return (draw << 32) | slot
 
 
-def unseen_items(rank: Any, row: Any, gaps: Any, offsets: Any, stride: int, searchsorted: Any = np.searchsorted) -> Any:
+class Weighted(NamedTuple):
+    """Integer item weights as prefix sums. cumulative: (I+1,) weight of all items below; spent: (S+1,) of all seen
+    items before (all users in one line). int64 arrays or tensors."""
+
+    cumulative: Any
+    spent: Any
+
+
+def unseen_items(
+    rank: Any,
+    row: Any,
+    gaps: Any,
+    offsets: Any,
+    stride: int,
+    searchsorted: Any = np.searchsorted,
+    weighted: Weighted | None = None,
+) -> Any:
     """The item at position `rank` among the items that user `row` has not seen.
 
-    rank, row: (M,) int64, 0 <= rank < I - |seen of row|. gaps: (S,) from `seen_gaps`. offsets: (U+1,) where
-    each user's seen items start. stride: I + 1. Returns (M,) int64 item indexes. NumPy arrays, or torch
-    tensors with torch.searchsorted.
+    rank, row: (M,) int64, 0 <= rank < what `unseen_total` says of row. gaps: (S,) from `seen_gaps` or `weighted_gaps`.
+    offsets: (U+1,) where each user's seen items start. stride: total weight of the catalogue + 1 (uniform: I + 1).
+    Returns (M,) int64 item indexes. NumPy arrays, or torch tensors with torch.searchsorted.
 
     The j-th seen item (from 0) of a user, s_j, has s_j - j unseen items below it. So the unseen item of rank r has as
-    many seen items below it as there are j with s_j - j <= r.
+    many seen items below it as there are j with s_j - j <= r. With weights, positions stand in place of items.
     """
-    below = searchsorted(gaps, rank + row * stride, side="right") - offsets[row]
-    return rank + below
+    first = offsets[row]
+    below = searchsorted(gaps, rank + row * stride, side="right") - first
+    if weighted is None:
+        return rank + below
+    position = rank + weighted.spent[first + below] - weighted.spent[first]
+    return searchsorted(weighted.cumulative, position, side="right") - 1
 
 
 def seen_gaps(seen: IntArray, offsets: IntArray, stride: int) -> IntArray:
@@ -120,6 +144,28 @@ def seen_gaps(seen: IntArray, offsets: IntArray, stride: int) -> IntArray:
     row = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
     gaps: IntArray = seen - within + row * stride
     return gaps
+
+
+def weighted_gaps(seen: IntArray, offsets: IntArray, weights: IntArray) -> tuple[IntArray, Weighted]:
+    """`seen_gaps` and the prefix sums for items of these weights; the stride is the sum of weights + 1.
+
+    weights: (I,) positive int64. Raises ValueError where users x weight would not fit 63 bits.
+    """
+    cumulative = np.concatenate([[0], np.cumsum(weights)]).astype(np.int64)
+    counts, stride = np.diff(offsets), int(cumulative[-1]) + 1
+    if len(counts) * stride >= 2**63:
+        raise ValueError(f"{len(counts):,} users x weight {stride:,} do not fit 63 bits; needed fewer users at a time")
+    spent = np.concatenate([[0], np.cumsum(weights[seen])]).astype(np.int64)
+    row = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+    gaps: IntArray = cumulative[seen] - (spent[:-1] - spent[offsets[:-1]][row]) + row * stride
+    return gaps, Weighted(cumulative, spent)
+
+
+def unseen_total(offsets: Any, n_items: int, weighted: Weighted | None = None) -> Any:
+    """(U,) how many items each user has not seen, or what they weigh."""
+    if weighted is None:
+        return n_items - (offsets[1:] - offsets[:-1])
+    return weighted.cumulative[-1] - (weighted.spent[offsets[1:]] - weighted.spent[offsets[:-1]])
 
 
 def negatives(
@@ -158,15 +204,17 @@ def negatives_of(
     offsets: Any,
     n_items: int,
     searchsorted: Any = np.searchsorted,
+    weighted: Weighted | None = None,
 ) -> Any:
     """`negatives` from its prepared parts, for NumPy or torch; what a loop over draws and slots calls."""
-    unseen = n_items - (offsets[1:] - offsets[:-1])[row]
+    unseen = unseen_total(offsets, n_items, weighted)[row]
     if len(unseen) and int(unseen.min()) <= 0:
         raise ValueError(
             "a user who has seen the whole catalogue has no negatives; leave such users out of the train rows"
         )
     rank = hash64(code(draw, slot), seed=key) % unseen
-    return unseen_items(rank, row, gaps, offsets, n_items + 1, searchsorted)
+    stride = n_items + 1 if weighted is None else int(weighted.cumulative[-1]) + 1
+    return unseen_items(rank, row, gaps, offsets, stride, searchsorted, weighted)
 
 
 def candidates(

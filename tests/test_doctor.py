@@ -287,11 +287,11 @@ def test_a_lake_on_an_unknown_file_system_fails(tmp_path: Path) -> None:
 
 def test_an_input_that_is_not_there_yet_is_a_warning(tmp_path: Path) -> None:
     section = {"path": str(tmp_path / "log.dat"), "items": str(tmp_path / "movies.dat")}
-    for check in places.inputs(config(tmp_path, input=section).input):
+    for check in places.inputs(config(tmp_path, input=section)):
         assert check.status == "warn"
         assert "run fetch" in check.detail
     (tmp_path / "log.dat").write_text("1::2::3::4\n")
-    assert [str(check) for check in places.inputs(config(tmp_path).input)] == [
+    assert [str(check) for check in places.inputs(config(tmp_path))] == [
         "ok   input 1 file, 11 B",
         "ok   items none in the config: items have no titles",
     ]
@@ -304,7 +304,7 @@ def test_an_input_that_cannot_be_read_fails(tmp_path: Path, monkeypatch: pytest.
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(places, "filesystem", refuse)
-    check = next(places.inputs(config(tmp_path).input))
+    check = next(places.inputs(config(tmp_path)))
     assert (check.status, check.place) == ("fail", "data")
 
 

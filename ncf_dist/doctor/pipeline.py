@@ -48,4 +48,4 @@ def examine(config: Config) -> Iterator[Check]:
     yield from places.disk(config)
     yield places.lake(config.paths)
     yield places.work(config.paths)
-    yield from places.inputs(config.input)
+    yield from places.inputs(config)

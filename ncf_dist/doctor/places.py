@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ncf_dist.artifacts import Lake, filesystem, input_files, is_local, resolve
-from ncf_dist.config import Config, Input, Negatives, Paths
+from ncf_dist.config import Config, Negatives, Paths, SideTable
 from ncf_dist.doctor import machine
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import InputError, NcfError
@@ -64,32 +64,50 @@ def disk(config: Config) -> Iterator[Check]:
             yield Check(f"disk of {name}", "ok", f"{size(free)} free")
 
 
-def inputs(section: Input) -> Iterator[Check]:
-    for name, key, path in (("input", "input.path", section.path), ("items", "input.items", section.items)):
-        if path is None:
-            yield Check(name, "ok", "none in the config: items have no titles")
+def inputs(config: Config) -> Iterator[Check]:
+    section, split = config.input, config.split
+    items, users = section.items, section.users
+    given: dict[str, tuple[str, str | tuple[str, ...] | None]] = {
+        "input": ("input.path", section.path),
+        "items": ("input.items", items.path if isinstance(items, SideTable) else items),
+        "users": ("input.users", users.path if users else None),
+        "test": ("split.test", split.test),
+        "candidates": ("split.candidates", split.candidates),
+    }
+    for name, (key, paths) in given.items():
+        if paths is None:
+            if name == "items":
+                yield Check(name, "ok", "none in the config: items have no titles")
             continue
         try:
-            files = input_files(path)
+            files = _input_files(paths)
             for file in (files[0], files[-1]):
                 fs, inner = filesystem(file)
                 fs.cat_file(inner, start=0, end=1)
         except NcfError:
-            yield Check(name, "warn", f"{resolve(path)} is not there yet: run fetch, or set {key}")
+            yield Check(name, "warn", f"{_shown(paths)} is not there yet: run fetch, or set {key}")
         except (ImportError, ValueError, OSError) as error:
             yield Check(
                 name,
                 "fail",
-                f"{resolve(path)} cannot be read ({error}): mend its permissions or set {key}",
+                f"{_shown(paths)} cannot be read ({error}): mend its permissions or set {key}",
                 "data",
             )
         else:
             yield Check(name, "ok", f"{len(files)} file{'s' * (len(files) > 1)}, {size(_total(files))}")
 
 
-def _files(path: str) -> list[str] | None:
+def _input_files(paths: str | Sequence[str]) -> list[str]:
+    return [file for path in ([paths] if isinstance(paths, str) else paths) for file in input_files(path)]
+
+
+def _shown(paths: str | Sequence[str]) -> str:
+    return ", ".join(resolve(path) for path in ([paths] if isinstance(paths, str) else paths))
+
+
+def _files(paths: str | Sequence[str]) -> list[str] | None:
     try:
-        return input_files(path)
+        return _input_files(paths)
     except (NcfError, ImportError, ValueError, OSError):
         return None
 

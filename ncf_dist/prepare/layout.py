@@ -8,6 +8,7 @@ writer sorts its rows, knows the rank of the first one, and keeps its own share.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -24,8 +25,11 @@ from ncf_dist.spark_io import WRITTEN, FileSink, runs_of, table_info, written_ba
 
 
 def file_count(rows: int, layout: Layout) -> int:
-    """Files for `rows`: enough to respect rows_per_file, at least min_files, never an empty one."""
-    return max(1, min(rows, max(layout.min_files, -(-rows // layout.rows_per_file))))
+    """Files for `rows`: enough to respect rows_per_file, at least min_files, a multiple of each of world_sizes, and
+    never an empty one."""
+    unit = math.lcm(*layout.world_sizes)
+    files = max(layout.min_files, -(-rows // layout.rows_per_file))
+    return max(1, min(rows, -(-files // unit) * unit))
 
 
 def boundaries(rows: int, files: int) -> IntArray:
@@ -50,7 +54,8 @@ def write_train(
     placed = placed.withColumn("_file", F.explode(F.sequence("_first", "_last"))).select(
         "_file", "order_hash", *contract.columns
     )
-    placed = placed.repartition("_file").sortWithinPartitions("_file", "order_hash", "user_idx", "item_idx")
+    # Sorted by one small number, which Spark does by radix; a file's own rows are sorted where they are written.
+    placed = placed.repartition("_file").sortWithinPartitions("_file")
     starts = ranks[np.minimum(np.searchsorted(last, np.arange(files)), ORDER_BUCKETS - 1)]
     writer = _writer(f"{run}/{contract.name}", contract.schema, starts, ends)
     written = placed.mapInArrow(writer, WRITTEN).collect()
@@ -64,17 +69,25 @@ def _writer(
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         sink = FileSink(folder, schema, rows_per_file=int(np.diff(ends).max()) + 1)
-        file, rank = -1, 0
+        held: list[pa.Table] = []
+        file = -1
+
+        def flush() -> None:
+            if held:
+                table = pa.concat_tables(held).combine_chunks()
+                low, high = int(ends[file]) - int(starts[file]), int(ends[file + 1]) - int(starts[file])
+                keys = [table.column(name).to_numpy() for name in ("item_idx", "user_idx", "order_hash")]
+                sink.add(file, table.take(pa.array(np.lexsort(keys)[low:high])).select(schema.names))
+                held.clear()
+
         for batch in batches:
             table = pa.Table.from_batches([batch])
             for number, start, end in runs_of(table.column("_file").to_numpy()):
                 if number != file:
-                    file, rank = number, int(starts[number])
-                low = max(0, int(ends[file]) - rank)
-                high = min(end - start, int(ends[file + 1]) - rank)
-                if high > low:
-                    sink.add(file, table.slice(start + low, high - low).select(schema.names))
-                rank += end - start
+                    flush()
+                    file = number
+                held.append(table.slice(start, end - start))
+        flush()
         yield written_batch(sink.close())
 
     return write

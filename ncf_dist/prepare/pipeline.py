@@ -1,51 +1,50 @@
-"""The job prepare: clean → index → split → negatives → trainer-ready Parquet.
+"""The job prepare: read → clean → index → split → negatives → trainer-ready Parquet.
 
-Every input line ends in exactly one place:
-accepted, a duplicate of an accepted row, filtered by the config, or the quarantine.
+Every input row ends in exactly one place: accepted, a duplicate of an accepted row, or the quarantine. Accepted rows
+that a filter of the config leaves out are counted by rule.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 import posixpath
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import (
-    FileInfo,
-    Lake,
-    Manifest,
-    Outcome,
-    TableInfo,
-    file_url,
-    fingerprint,
-    input_files,
-    read_manifest,
-    remove,
-    run_key,
-)
-from ncf_dist.config import Config
+from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, fingerprint, read_manifest, remove, run_key
+from ncf_dist.config import Config, SideTable
 from ncf_dist.errors import InputError
+from ncf_dist.prepare import clean
+from ncf_dist.prepare.given import candidate_rows
 from ncf_dist.prepare.index import extend_index
 from ncf_dist.prepare.layout import write_train
-from ncf_dist.prepare.parse import (
+from ncf_dist.prepare.rows import LATE, RowSpec, day_start, read_pass, staged_schema
+from ncf_dist.prepare.sides import SideSpec, side_columns, side_contract, write_side
+from ncf_dist.prepare.source import (
     FORMATS,
-    positives,
-    quarantine,
-    read_interactions,
-    read_titles,
-    select_files,
+    Source,
+    find_files,
+    id_types,
+    interactions_source,
+    plan,
+    side_files,
+    side_source,
 )
-from ncf_dist.prepare.users import UserPass, staging_schema, user_pass
-from ncf_dist.spark_io import ROWS_PER_FILE, read_files, read_table, spark_path, spark_session, table_info, write_table
+from ncf_dist.prepare.splits import SplitRule, day_of, temporal_rule
+from ncf_dist.prepare.users import UserPass, count_pass, staging_schema, train_contract, user_pass
+from ncf_dist.spark_io import ROWS_PER_FILE, read_files, read_table, spark_session, table_info, write_table
 
 log = logging.getLogger(__name__)
 
@@ -54,19 +53,20 @@ SECTIONS = ("input", "split", "negatives", "layout", "seed")
 """What of the config decides the bytes of this stage's tables."""
 ROWS_PER_USER_FILE = 500_000
 MIN_USER_FILES = 8
+MAX_TASKS = 10_000
+WEIGHT_TOTAL = 2**36
+"""About what all items weigh together as negatives: fine enough for a tail, small enough for users x weight."""
 
 
 def prepare(config: Config, ds: str) -> Outcome:
-    """Make the tables of night `ds`, or find them made. Raises InputError, ContractError."""
+    """Make the tables of night `ds`, or find them made. Raises ConfigError, InputError, ContractError."""
     start = time.monotonic()
     lake = Lake(config.paths.lake)
-    files = select_files(input_files(config.input.path), config.input.format)
-    titles = input_files(config.input.items) if config.input.items else []
+    files = _Files.find(config)
     before = _base(lake, ds)
     used = config.model_dump(mode="json", include=set(SECTIONS))
     inputs = {
-        "interactions": fingerprint(files),
-        "items": fingerprint(titles),
+        **files.fingerprints(),
         "index": {"ds": before.ds, "run_key": before.run_key} if before else None,
     }
     key = run_key(STAGE, ds, used, inputs)
@@ -77,176 +77,340 @@ def prepare(config: Config, ds: str) -> Outcome:
 
     run = runs.begin(key)
     with spark_session("ncf-prepare", config.spark) as spark:
-        tables, facts = _make_tables(spark, config, files, titles, before, run)
-    remove(_staging(run))
+        tables, facts = _Night(spark, config, ds, files, before, run).make()
+    remove(posixpath.join(run, "_staging"))
     seconds = round(time.monotonic() - start, 3)
     manifest = runs.finish(Manifest(STAGE, ds, key, run, used, inputs, tables, facts, {}, seconds))
     log.info("prepared %s in %.1f s: %s", run, seconds, json.dumps(facts["rows"]))
     return Outcome.of(manifest, rows=facts["rows"])
 
 
-def _make_tables(
-    spark: SparkSession,
-    config: Config,
-    files: list[str],
-    titles: list[str],
-    before: Manifest | None,
-    run: str,
-) -> tuple[dict[str, TableInfo], dict[str, Any]]:
-    id_type = FORMATS[config.input.format].id_type
-    staged = _stage_rows(spark, config, files, run)
-    tables, rejected, total = _reject(staged, config, run, files)
-    accepted = positives(staged, config.input)
-    made, indexes = _indexes(spark, accepted, before, id_type, run)
-    tables |= made
-    n_users, n_items = tables["user_index"].rows, tables["item_index"].rows
-    if not n_users:
-        raise InputError(
-            f"input {config.input.path} has no positive row ({total:,} rows read); needed at least one: "
-            "check input.min_rating"
+@dataclass(frozen=True)
+class _Files:
+    """Every file that the tables are made from."""
+
+    log: list[str]
+    test: list[str]
+    candidates: list[str]
+    items: list[str]
+    users: list[str]
+
+    @classmethod
+    def find(cls, config: Config) -> _Files:
+        """Raises InputError where one is missing."""
+        form, name = FORMATS[config.input.format], config.input.format
+        sides = {kind: _side(config, kind) for kind in ("items", "users")}
+        return cls(
+            find_files(config.input.path, form, name),
+            find_files(config.split.test, form, name) if config.split.test else [],
+            find_files(config.split.candidates, None, name) if config.split.candidates else [],
+            *(side_files(kind, side, name) if side else [] for kind, side in sides.items()),
         )
 
-    joined = accepted.join(indexes["item_index"], "item_id").join(indexes["user_index"], "user_id")
-    stats = _pass_over_users(joined, config, run, n_users, n_items, total)
-    for contract in (contracts.INTERACTIONS, contracts.HISTORY, contracts.VALIDATION, contracts.TEST):
-        tables[contract.name] = table_info(contract, _collected(stats, contract.name), run)
-    tables["train"] = _train_table(spark, config, stats, run)
-    tables |= _item_tables(spark, config, tables, indexes["item_index"], titles, id_type, run)
-    return tables, {"users": n_users, "items": n_items, **_facts(config, stats, rejected, total)}
+    def fingerprints(self) -> dict[str, str]:
+        named = {"interactions": self.log, "items": self.items}
+        further = {"test": self.test, "candidates": self.candidates, "users": self.users}
+        return {name: fingerprint(files) for name, files in (named | {k: v for k, v in further.items() if v}).items()}
 
 
-def _indexes(
-    spark: SparkSession, accepted: DataFrame, before: Manifest | None, id_type: pa.DataType, run: str
-) -> tuple[dict[str, TableInfo], dict[str, DataFrame]]:
-    """user_index and item_index: the night before's, and after it every new id."""
-    tables, frames = {}, {}
-    for contract in (contracts.user_index(id_type), contracts.item_index(id_type)):
-        id_column, index_column = contract.columns
-        old = read_table(spark, before, contract) if before else None
-        indexed = extend_index(spark, accepted, old, id_column, index_column)
-        file = F.floor(F.col(index_column) / F.lit(ROWS_PER_FILE))
-        tables[contract.name] = write_table(indexed, run, contract, file)
-        frames[contract.name] = read_files(spark, _paths(run, tables[contract.name]), contract.schema)
-    return tables, frames
+def _side(config: Config, kind: str) -> SideTable | None:
+    given = config.input.items if kind == "items" else config.input.users
+    return SideTable(path=given) if isinstance(given, str) else given
 
 
-def _train_table(spark: SparkSession, config: Config, stats: list[dict[str, Any]], run: str) -> TableInfo:
-    """The train table, from what the pass over users staged."""
-    contract = contracts.train(config.negatives.per_positive, config.negatives.draws)
-    files = [posixpath.join(_staging(run), "train", f.path) for f in _collected(stats, "staging")]
-    staged = read_files(spark, files, staging_schema(config.negatives))
-    buckets = np.sum([task["buckets"] for task in stats], axis=0)
-    return write_train(spark, staged, buckets, run, contract, config.layout)
+class _Night:
+    """One night's tables, step by step."""
 
+    def __init__(
+        self, spark: SparkSession, config: Config, ds: str, files: _Files, before: Manifest | None, run: str
+    ) -> None:
+        self.spark, self.config, self.files, self.before, self.run = spark, config, files, before, run
+        self.staging = posixpath.join(run, "_staging")
+        self.id_types = id_types(config.input, files.log)
+        self.until = config.input.until or dt.date.fromisoformat(ds)
+        self.tables: dict[str, TableInfo] = {}
+        self.frames: dict[str, DataFrame] = {}
 
-def _facts(config: Config, stats: list[dict[str, Any]], rejected: dict[str, int], total: int) -> dict[str, Any]:
-    """The accounting of rows, and what later stages and people want to know."""
-    counts: Counter[str] = Counter()
-    for task in stats:
-        counts.update(task["counts"])
-    rows: dict[str, Any] = {
-        "input": total,
-        "accepted": counts["accepted"],
-        "duplicates": counts["duplicates"],
-        "quarantined": dict(sorted(rejected.items())),
-    }
-    if filtered := total - sum(rejected.values()) - counts["rows"]:
-        assert config.input.min_rating is not None, f"{filtered:,} of {total:,} rows were lost on the way"
-        rows["filtered"] = {"below min_rating": filtered}
-    kept = ("tied_users", "train", "validation", "test", "users_without_negatives")
-    short = ("validation_short_candidates", "test_short_candidates")
-    return {"rows": rows, "active_users": counts["users"], **{name: counts[name] for name in (*kept, *short)}}
+    def make(self) -> tuple[dict[str, TableInfo], dict[str, Any]]:
+        """Every table of the contracts; (tables, facts)."""
+        config = self.config
+        rows, counts = self._read()
+        sound, unique, filtered = counts["sound"], None, dict[str, int]()
+        if config.input.filters or (config.split.strategy == "temporal" and config.split.test_from is None):
+            rows, unique, filtered = clean.keep(
+                self.spark, rows, config.input, self.id_types, config.seed, self.staging
+            )
+            self.frames |= {name: rows.select(name) for name in ("user_id", "item_id")}
+        kept = None if unique is None else unique - sum(filtered.values())
+        if kept == 0:
+            raise InputError(
+                f"input {config.input.path} has no row left ({counts['input']:,} rows read, {filtered} left out); "
+                "needed at least one: check the filters of input"
+            )
+        given = self._candidates()
+        self._indexes(given)
+        n_users, n_items = self.tables["user_index"].rows, self.tables["item_index"].rows
+        indexed = self._indexed(rows)
+        rule = SplitRule(config.split, config.seed)
+        if config.split.strategy == "temporal":
+            rule = temporal_rule(rule, rows, indexed, kept or 0)
+        stats, spec = self._pass_over_users(indexed, given, rule, n_users, n_items, counts["sound"])
+        for contract in (contracts.INTERACTIONS, contracts.HISTORY, contracts.VALIDATION, contracts.TEST):
+            self.tables[contract.name] = table_info(contract, _collected(stats, contract.name), self.run)
+        self.tables["train"] = self._train_table(stats)
+        self.tables["item_stats"] = self._item_stats(spec.weights)
+        passed = Counter[str]()
+        for task in stats:
+            passed.update(task["counts"])
+        if passed["rows"] != (sound if kept is None else kept):
+            raise AssertionError(f"{passed['rows']:,} rows reached the users of {kept or sound:,}: rows were lost")
+        accepted = passed["accepted"] if unique is None else unique
+        report: dict[str, Any] = {
+            "input": counts["input"],
+            "accepted": accepted,
+            "duplicates": sound - accepted,
+            "quarantined": counts["quarantined"],
+        }
+        if filtered:
+            report["filtered"] = filtered
+        facts = {"users": n_users, "items": n_items, "rows": report, "feedback": config.input.feedback}
+        facts |= _split_facts(rule)
+        kept_counts = ("tied_users", "train", "validation", "test", "users_without_negatives")
+        short = ("validation_short_candidates", "test_short_candidates")
+        facts |= {"active_users": passed["users"], **{name: passed[name] for name in (*kept_counts, *short)}}
+        facts["tied_users_share"] = round(passed["tied_users"] / max(1, passed["users"]), 6)
+        return self.tables, facts | self._sides()
 
+    # ---- read
 
-def _stage_rows(spark: SparkSession, config: Config, files: list[str], run: str) -> DataFrame:
-    """Parse the text once; later passes read columns."""
-    rows = read_interactions(spark, files, config.input)
-    path = posixpath.join(_staging(run), "rows")
-    rows.withColumn("raw", F.when(F.col("reason").isNotNull(), F.col("raw"))).write.parquet(file_url(path))
-    return spark.read.schema(rows.schema).parquet(spark_path(path))
-
-
-def _reject(
-    staged: DataFrame, config: Config, run: str, files: list[str]
-) -> tuple[dict[str, TableInfo], dict[str, int], int]:
-    """Write the quarantine; (its table, rejected rows by reason, rows in all).
-    Raises InputError when too many are bad."""
-    by_reason = {row["reason"]: int(row["count"]) for row in staged.groupBy("reason").count().collect()}
-    total = sum(by_reason.values())
-    if not total:
-        raise InputError(
-            f"input {', '.join(files[:3])} is empty (0 rows); needed an interaction log of format {config.input.format}"
+    def _read(self) -> tuple[DataFrame, dict[str, Any]]:
+        """Type every row once, stage the sound ones, write the quarantine; (sound rows, counts).
+        Raises InputError when too many are bad."""
+        config = self.config.input
+        spec = RowSpec(
+            interactions_source(config, self.files.log),
+            *self.id_types,
+            time_unit=config.time_unit,
+            until=day_start(self.until),
+            rating_range=config.rating_range,
+            staging=self.staging,
         )
-    rejected = {str(k): n for k, n in by_reason.items() if k is not None}
-    file = F.pmod(F.xxhash64("raw"), F.lit(1 + sum(rejected.values()) // ROWS_PER_FILE))
-    table = write_table(quarantine(staged), run, contracts.QUARANTINE, file)
-    bad = sum(rejected.values())
-    if bad:
-        log.warning("%s of %s rows quarantined: %s (%s/quarantine)", f"{bad:,}", f"{total:,}", rejected, run)
-    if bad > config.input.max_bad_fraction * total:
-        example = quarantine(staged).orderBy("reason", "raw").first()
-        raw = example["raw"][:80] if example else ""
-        raise InputError(
-            f"{bad:,} of {total:,} rows ({bad / total:.1%}) of {config.input.path} do not fit "
-            f"format {config.input.format}: {rejected}, for example {raw!r}; "
-            f"needed lines like {FORMATS[config.input.format].example!r} and "
-            f"at most {config.input.max_bad_fraction:.1%} bad: set input.format to what the file is, or mend it; "
-            f"every rejected row and its reason is in {run}/quarantine"
+        stats = self._run_read(spec)
+        if self.files.test:
+            source = interactions_source(config, self.files.test)
+            stats += self._run_read(RowSpec(**{**vars(spec), "source": source, "part": 1}))
+        reasons = Counter[str]()
+        for unit in stats:
+            reasons.update(unit["reasons"])
+        total, rejected = sum(unit["rows"] for unit in stats), sum(reasons.values())
+        if not total:
+            raise InputError(
+                f"input {', '.join(self.files.log[:3])} is empty (0 rows); "
+                f"needed an interaction log of format {config.format}"
+            )
+        log.info("read %s rows of %d files, %s rejected", f"{total:,}", len(self.files.log), f"{rejected:,}")
+        rejects = self._staged(
+            [path for unit in stats for path in unit["files"]["rejects"]], contracts.QUARANTINE.schema
         )
-    return {"quarantine": table}, rejected, total
+        file = F.pmod(F.xxhash64("file", "place"), F.lit(1 + rejected // ROWS_PER_FILE))
+        self.tables["quarantine"] = write_table(rejects, self.run, contracts.QUARANTINE, file)
+        self._judge(rejects, reasons, total)
+        schema = staged_schema(*self.id_types)
+        rows = self._staged([path for unit in stats for path in unit["files"]["rows"]], schema)
+        for name in ("user_id", "item_id"):
+            keys = [path for unit in stats for path in unit["files"][name]]
+            self.frames[name] = self._staged(keys, pa.schema([schema.field(name)]))
+        return rows, {"input": total, "sound": total - rejected, "quarantined": dict(sorted(reasons.items()))}
 
+    def _run_read(self, spec: RowSpec) -> list[dict[str, Any]]:
+        units = len(spec.source.units)
+        if not units:
+            return []
+        numbers = self.spark.range(0, units, 1, min(units, MAX_TASKS))
+        stats = [json.loads(row["stats"]) for row in numbers.mapInArrow(read_pass(spec), "stats string").collect()]
+        for unit in stats:
+            if "error" in unit:
+                raise InputError(f"{unit['error']}; needed whole files of format {self.config.input.format}: mend them")
+        return sorted(stats, key=lambda unit: json.dumps(unit["files"]))
 
-def _pass_over_users(
-    joined: DataFrame, config: Config, run: str, n_users: int, n_items: int, rows: int
-) -> list[dict[str, Any]]:
-    """Run `users.user_pass` and return its statistics, one a task."""
-    user_files = max(MIN_USER_FILES, -(-rows // ROWS_PER_USER_FILE))
-    spec = UserPass(
-        run=run,
-        staging=posixpath.join(_staging(run), "train"),
-        n_items=n_items,
-        users_per_file=-(-n_users // user_files),
-        min_interactions=config.split.min_interactions,
-        negatives=config.negatives,
-        seed=config.seed,
-    )
-    file = F.floor(F.col("user_idx") / F.lit(spec.users_per_file))
-    grouped = (
-        joined.select("user_idx", "item_idx", "rating", "timestamp", file.alias("_file"))
-        .repartition(config.spark.shuffle_partitions, "_file")
-        .drop("_file")
-        .sortWithinPartitions("user_idx")
-    )
-    return [json.loads(row["stats"]) for row in grouped.mapInArrow(user_pass(spec), "stats string").collect()]
+    def _judge(self, rejects: DataFrame, reasons: Counter[str], total: int) -> None:
+        config = self.config.input
+        late = reasons[LATE]
+        bad, judged = sum(reasons.values()) - late, total - late
+        if late:
+            log.info(
+                "%s rows are from %s on, after this night's window: left for later nights", f"{late:,}", self.until
+            )
+        if bad:
+            log.warning(
+                "%s of %s rows quarantined: %s (%s/quarantine)", f"{bad:,}", f"{total:,}", dict(reasons), self.run
+            )
+        if bad > config.max_bad_fraction * judged:
+            example = rejects.where(F.col("reason") != LATE).orderBy("file", "place").first()
+            assert example is not None
+            wanted = FORMATS[config.format].example or f"{config.format} with {config.columns.model_dump()}"
+            raise InputError(
+                f"{bad:,} of {judged:,} rows ({bad / judged:.1%}) of {config.path} do not fit "
+                f"format {config.format}: {dict(sorted(reasons.items()))}, for example {example['raw'][:80]!r} "
+                f"({example['reason']}); needed lines like {wanted!r} and at most {config.max_bad_fraction:.1%} bad: "
+                f"set input.format to what the file is, or mend it; every rejected row and its reason is in "
+                f"{self.run}/quarantine"
+            )
+        if not judged:
+            raise InputError(
+                f"all {total:,} rows of {config.path} are from {self.until} on; needed rows from before it: "
+                "check --ds, input.until and input.time_unit"
+            )
 
+    # ---- index
 
-def _item_tables(
-    spark: SparkSession,
-    config: Config,
-    tables: dict[str, TableInfo],
-    index: DataFrame,
-    titles: list[str],
-    id_type: pa.DataType,
-    run: str,
-) -> dict[str, TableInfo]:
-    """item_stats, and the items' titles where there are any."""
-    file = F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE))
-    interactions = read_files(spark, _paths(run, tables["interactions"]), contracts.INTERACTIONS.schema)
-    counted = (
-        interactions.where(F.col("split") != contracts.TEST_SPLIT)
-        .groupBy("item_idx")
-        .agg(F.count("*").alias("train_count"))
-    )
-    stats = index.join(counted, "item_idx", "left").select(
-        "item_idx", F.coalesce("train_count", F.lit(0)).cast("bigint").alias("train_count")
-    )
-    made = {"item_stats": write_table(stats, run, contracts.ITEM_STATS, file)}
-    if titles:
-        contract = contracts.items(id_type)
-        named = index.join(read_titles(spark, titles, config.input.format), "item_id", "left")
-        named = named.withColumn("title", F.coalesce("title", F.col("item_id").cast("string")))
-        made["items"] = write_table(named, run, contract, file)
-    return made
+    def _indexes(self, given: DataFrame | None) -> None:
+        """user_index and item_index: the night before's, and after it every new id."""
+        made = zip(self.id_types, (contracts.user_index, contracts.item_index), strict=True)
+        for contract in (of(id_type) for id_type, of in made):
+            id_column, index_column = contract.columns
+            old = read_table(self.spark, self.before, contract) if self.before else None
+            keys = self.frames[id_column]
+            if given is not None and id_column == "item_id":
+                keys = keys.union(given.select(F.col("candidate").alias("item_id")))
+            indexed = extend_index(self.spark, keys, old, id_column, index_column)
+            file = F.floor(F.col(index_column) / F.lit(ROWS_PER_FILE))
+            self.tables[contract.name] = write_table(indexed, self.run, contract, file)
+            self.frames[contract.name] = read_files(self.spark, self._paths(contract.name), contract.schema)
+
+    def _indexed(self, rows: DataFrame) -> DataFrame:
+        joined = rows.join(self.frames["item_index"], "item_id").join(self.frames["user_index"], "user_id")
+        return joined.select("user_idx", "item_idx", "rating", "timestamp", "part")
+
+    def _candidates(self) -> DataFrame | None:
+        if not self.files.candidates:
+            return None
+        files = tuple(self.files.candidates)
+        none = (None,) * len(files)
+        line: dict[str, str | int] = {"line": 0}
+        source = Source(files, "text", (line,) * len(files), plan(files, "text"), "\t", counts=none,
+                        headers=(False,) * len(files), max_line_bytes=2**24)  # fmt: skip
+        return candidate_rows(self.spark, source, *self.id_types, self.staging)
+
+    def _with_candidates(self, indexed: DataFrame, given: DataFrame) -> DataFrame:
+        """A column `candidates`: item indexes, ascending; null on rows that have none."""
+        items = self.frames["item_index"]
+        of = items.select(F.col("item_id").alias("candidate"), F.col("item_idx").alias("_candidate"))
+        lists = (
+            given.join(of, "candidate")
+            .join(items, "item_id")
+            .join(self.frames["user_index"], "user_id")
+            .groupBy("user_idx", "item_idx")
+            .agg(F.sort_array(F.collect_list("_candidate")).alias("candidates"))
+        )
+        return indexed.join(lists, ["user_idx", "item_idx"], "left")
+
+    # ---- users
+
+    def _pass_over_users(
+        self, indexed: DataFrame, given: DataFrame | None, rule: SplitRule, n_users: int, n_items: int, rows: int
+    ) -> tuple[list[dict[str, Any]], UserPass]:
+        """Run `users.user_pass`; (its statistics, one a task, what it was told)."""
+        config = self.config
+        user_files = max(MIN_USER_FILES, -(-rows // ROWS_PER_USER_FILE))
+        spec = UserPass(
+            run=self.run,
+            staging=posixpath.join(self.staging, "train"),
+            n_items=n_items,
+            users_per_file=-(-n_users // user_files),
+            rule=rule,
+            negatives=config.negatives,
+            seed=config.seed,
+            explicit=config.input.feedback == "explicit",
+            given=given is not None,
+        )
+        if given is not None:
+            indexed = self._with_candidates(indexed, given)
+        file = F.floor(F.col("user_idx") / F.lit(spec.users_per_file))
+        grouped = (
+            indexed.withColumn("_file", file)
+            .repartition(config.spark.shuffle_partitions, "_file")
+            .drop("_file")
+            .sortWithinPartitions("user_idx")
+        )
+        if config.negatives.alpha > 0 and not spec.explicit:
+            spec = UserPass(**{**vars(spec), "weights": self._weights(grouped, spec)})
+        passed = grouped.mapInArrow(user_pass(spec), "stats string").collect()
+        return [json.loads(row["stats"]) for row in passed], spec
+
+    def _weights(self, grouped: DataFrame, spec: UserPass) -> tuple[str, ...]:
+        """Files of (item_idx, train_count, negative_weight): popularity^alpha in integers, so that a sum does not
+        depend on its order. An item without train rows counts as one with a single row."""
+        counts = grouped.mapInArrow(count_pass(spec), "item_idx int, train_count bigint")
+        counts = counts.groupBy("item_idx").agg(F.sum("train_count").alias("train_count"))
+        counts = self.frames["item_index"].select("item_idx").join(counts, "item_idx", "left")
+        counts = counts.withColumn("train_count", F.coalesce("train_count", F.lit(0)))
+        power = F.pow(F.greatest("train_count", F.lit(1)), F.lit(self.config.negatives.alpha))
+        counts = counts.withColumn("_power", F.floor(power * F.lit(float(2**20))).cast("bigint"))
+        total = int(counts.agg(F.sum("_power")).collect()[0][0])
+        weight = F.greatest(F.lit(1), F.floor(F.col("_power") / F.lit(float(total)) * F.lit(float(WEIGHT_TOTAL))))
+        weighted = counts.select("item_idx", "train_count", weight.cast("bigint").alias("negative_weight"))
+        folder = posixpath.join(self.staging, "weights")
+        file = F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE))
+        table = write_table(weighted, folder, contracts.ITEM_STATS, file)
+        return tuple(posixpath.join(folder, table.path, info.path) for info in table.files)
+
+    def _train_table(self, stats: list[dict[str, Any]]) -> TableInfo:
+        """The train table, from what the pass over users staged."""
+        explicit = self.config.input.feedback == "explicit"
+        contract = train_contract(self.config.negatives, explicit)
+        files = [posixpath.join(self.staging, "train", info.path) for info in _collected(stats, "staging")]
+        staged = self._staged(files, staging_schema(self.config.negatives, explicit))
+        buckets = np.sum([task["buckets"] for task in stats], axis=0)
+        return write_train(self.spark, staged, buckets, self.run, contract, self.config.layout)
+
+    # ---- items and users
+
+    def _item_stats(self, weights: tuple[str, ...]) -> TableInfo:
+        contract = contracts.ITEM_STATS
+        interactions = read_files(self.spark, self._paths("interactions"), contracts.INTERACTIONS.schema)
+        counted = (
+            interactions.where(F.col("split") != contracts.TEST_SPLIT)
+            .groupBy("item_idx")
+            .agg(F.count("*").alias("train_count"))
+        )
+        stats = self.frames["item_index"].select("item_idx").join(counted, "item_idx", "left")
+        if weights:
+            weighted = read_files(self.spark, list(weights), contract.schema).select("item_idx", "negative_weight")
+            stats = stats.join(weighted, "item_idx")
+        else:
+            stats = stats.withColumn("negative_weight", F.lit(1).cast("bigint"))
+        stats = stats.withColumn("train_count", F.coalesce("train_count", F.lit(0)).cast("bigint"))
+        return write_table(stats, self.run, contract, F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE)))
+
+    def _sides(self) -> dict[str, Any]:
+        """Write the side tables; what was found in each."""
+        facts: dict[str, Any] = {}
+        for kind, id_type in zip(("users", "items"), self.id_types, strict=True):
+            side = _side(self.config, kind)
+            if side is None:
+                continue
+            files = self.files.items if kind == "items" else self.files.users
+            source = side_source(kind, side, self.config.input.format, files)
+            spec = SideSpec(source, id_type, side_columns(side, kind))
+            contract = side_contract(side, kind, id_type)
+            index = self.frames[f"{kind[:-1]}_index"]
+            self.tables[kind], found = write_side(self.spark, spec, contract, index, self.run, self.staging)
+            facts[f"side_{kind}"] = found
+            if found["unusable"] or found["repeated"] or found["bad_values"]:
+                log.warning("input.%s: %s", kind, found)
+        return facts
+
+    # ---- paths
+
+    def _paths(self, table: str) -> list[str]:
+        info = self.tables[table]
+        return [posixpath.join(self.run, info.path, file.path) for file in info.files]
+
+    def _staged(self, files: Sequence[str], schema: pa.Schema) -> DataFrame:
+        if files:
+            return read_files(self.spark, list(files), schema)
+        return self.spark.createDataFrame([], from_arrow_schema(schema))
 
 
 def _base(lake: Lake, ds: str) -> Manifest | None:
@@ -262,12 +426,10 @@ def _base(lake: Lake, ds: str) -> Manifest | None:
     return lake.stage(earlier[-1], STAGE).current() if earlier else None
 
 
-def _staging(run: str) -> str:
-    return posixpath.join(run, "_staging")
-
-
-def _paths(run: str, table: TableInfo) -> list[str]:
-    return [posixpath.join(run, table.path, file.path) for file in table.files]
+def _split_facts(rule: SplitRule) -> dict[str, Any]:
+    """Where a temporal split cut."""
+    cuts = {"test_cutoff": rule.test, "validation_cutoff": rule.validation}
+    return {name: day_of(cut.time) for name, cut in cuts.items() if cut is not None and cut.time < 2**62}
 
 
 def _collected(stats: list[dict[str, Any]], name: str) -> list[FileInfo]:

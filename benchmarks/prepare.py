@@ -1,0 +1,188 @@
+"""Prepare at scale: interactions/s, growth with rows, the live heap, skew; beside the usual way, in the same run.
+
+    .venv/bin/python benchmarks/prepare.py [--millions 1 5 25] [--skew-millions 5]
+
+Each size is a synthetic CSV log (ids drawn from power laws, seed 1), prepared on local[2] with a 2 GiB heap by this
+project (4 negatives × 1 draw, 99 candidates, quarantine, checksums) and by `_usual_prepare.py`. Then one user, and one
+item, is given 30 % of a log's rows. Prints one table and writes benchmarks/results/prepare.json.
+
+seconds: the job's wall clock, launcher and JVM included. exponent: log(time ratio) / log(rows ratio) against the size
+before. live heap: the most that was left after a full collection or a concurrent marking (in local mode the driver's
+heap is also the executors'); Python: the largest resident size of any Python process below the job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.csv
+import yaml
+
+ROOT = Path(__file__).parent.parent
+MASTER, HEAP, PARTITIONS = "local[2]", "2g", 16
+NAMES = ["userId", "movieId", "rating", "timestamp"]
+SKEW = 0.3
+
+
+def write_log(path: Path, rows: int, skew: str | None = None) -> None:
+    """`rows` lines: users of about 100 rows each, a catalogue that grows with the square root, both long-tailed.
+    `skew`: user or item, of which number 1 gets 30 % of the rows."""
+    rng = np.random.default_rng(1)
+    users, items = rows // 100, int(8 * math.sqrt(rows))
+    with open(path, "wb") as out:
+        out.write((",".join(NAMES) + "\n").encode())
+        for start in range(0, rows, 1_000_000):
+            n = min(1_000_000, rows - start)
+            columns = [
+                1 + (users * rng.random(n) ** 1.5).astype(np.int64),
+                1 + (items * rng.random(n) ** 3).astype(np.int64),
+                rng.integers(1, 6, n),
+                rng.integers(1_000_000_000, 1_100_000_000, n),
+            ]
+            if skew:
+                columns[("user", "item").index(skew)][rng.random(n) < SKEW] = 1
+            options = pa.csv.WriteOptions(include_header=False)
+            pa.csv.write_csv(pa.table(columns, names=NAMES), out, options)
+
+
+class Watch(threading.Thread):
+    """The largest resident size of any Python process below the given one, MiB."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.process, self.most, self.ended = psutil.Process(pid), 0.0, threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.5):
+            try:
+                for child in self.process.children(recursive=True):
+                    if "python" in child.name():
+                        self.most = max(self.most, child.memory_info().rss / 2**20)
+            except psutil.Error:
+                continue
+
+
+def live_heap(folder: Path) -> float:
+    """MiB in use after the fullest collection that looked at the whole heap, of any JVM that logged here."""
+    whole = r"(?:Pause Full|Pause Cleanup|Pause Remark).*?\d+M->(\d+)M"
+    found = [float(m) for log in folder.glob("gc-*.log") for m in re.findall(whole, log.read_text())]
+    return max(found, default=0.0)
+
+
+def timed(command: list[str], folder: Path) -> tuple[dict[str, float], str]:
+    """(seconds, heap and python in MiB; stdout). Stops the benchmark when the command fails."""
+    for old in folder.glob("gc-*.log"):
+        old.unlink()
+    environment = {**os.environ, "JAVA_TOOL_OPTIONS": f"-XX:+UseG1GC -Xlog:gc:file={folder}/gc-%p.log"}
+    start = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    watch = Watch(process.pid)
+    watch.start()
+    out, _ = process.communicate()
+    seconds = time.monotonic() - start
+    watch.ended.set()
+    if process.returncode:
+        sys.exit(f"{command[:3]} exited {process.returncode}; its log is above")
+    return {"seconds": seconds, "heap": live_heap(folder), "python": watch.most}, out
+
+
+def ours(log: Path, folder: Path) -> dict[str, float]:
+    named = {"user": "userId", "item": "movieId", "rating": "rating", "timestamp": "timestamp"}
+    config = {
+        "paths": {"lake": str(folder / "lake"), "work": str(folder / "work")},
+        "input": {"path": str(log), "format": "csv", "columns": named, "user_type": "int", "item_type": "int"},
+        "negatives": {"per_positive": 4, "draws": 1, "candidates": 99},
+        "spark": {"master": MASTER, "driver_memory": HEAP, "shuffle_partitions": PARTITIONS},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    found, out = timed([str(ROOT / "spark-submit.sh"), "prepare", "--config", str(path), "--ds", "2026-01-31"], folder)
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert rows["input"] == rows["accepted"] + rows["duplicates"], rows
+    shutil.rmtree(folder / "lake")
+    return found
+
+
+def usual(log: Path, folder: Path) -> dict[str, float]:
+    python = str(ROOT / ".venv/bin/python")
+    settings = {
+        "spark.pyspark.python": python,
+        "spark.pyspark.driver.python": python,
+        "spark.local.dir": str(folder),
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.shuffle.partitions": str(PARTITIONS),
+    }
+    options = ["--master", MASTER, "--driver-memory", HEAP]
+    options += [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
+    script = str(ROOT / "benchmarks/_usual_prepare.py")
+    found, _ = timed([str(ROOT / ".venv/bin/spark-submit"), *options, script, str(log), str(folder / "usual")], folder)
+    shutil.rmtree(folder / "usual")
+    return found
+
+
+def measure(rows: int, ways: dict[str, Any], skew: str | None = None) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        log = Path(name) / "ratings.csv"
+        write_log(log, rows, skew)
+        return [{"rows": rows, "way": way, "skew": skew, **run(log, Path(name))} for way, run in ways.items()]
+
+
+def show(found: dict[str, Any]) -> None:
+    skew = f"30 % one {found['skew']}" if found["skew"] else ""
+    ratio = found.get("exponent", found.get("times", float("nan")))
+    print(
+        f"{found['rows']:12,} {found['way']:6} {skew:14} {found['seconds']:8.1f} "
+        f"{found['rows'] / found['seconds']:9,.0f} {ratio:8.2f} {found['heap']:9.0f} {found['python']:7.0f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--millions", type=float, nargs="+", default=[1, 5, 25])
+    parser.add_argument("--skew-millions", type=float, default=5)
+    parser.add_argument("--skip-usual", action="store_true")
+    args = parser.parse_args()
+    ways = {"ours": ours} if args.skip_usual else {"ours": ours, "usual": usual}
+    results: list[dict[str, Any]] = []
+    print(f"{'rows':>12} {'way':6} {'':14} {'seconds':>8} {'rows/s':>9} {'exponent':>8} {'heap MiB':>9} {'Python':>7}")
+    for millions in args.millions:
+        for found in measure(int(millions * 1e6), ways):
+            if before := [r for r in results if r["way"] == found["way"]]:
+                last = before[-1]
+                growth = math.log(found["seconds"] / last["seconds"])
+                found["exponent"] = growth / math.log(found["rows"] / last["rows"])
+            results.append(found)
+            show(found)
+    even: float | None = None
+    print("skew; in place of the exponent, how many times the time of an even log")
+    for skew in (None, "user", "item") if args.skew_millions else ():
+        [found] = measure(int(args.skew_millions * 1e6), {"ours": ours}, skew)
+        even = even or found["seconds"]
+        found["times"] = found["seconds"] / even
+        results.append(found)
+        show(found)
+    path = ROOT / "benchmarks/results/prepare.json"
+    path.parent.mkdir(exist_ok=True)
+    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    path.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

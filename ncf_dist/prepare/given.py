@@ -1,0 +1,67 @@
+"""Candidates that come with a split, as the NCF paper's test.negative: `(user,item)`, then items, tab-separated."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import pyarrow as pa
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from ncf_dist.artifacts import file_url
+from ncf_dist.errors import InputError
+from ncf_dist.prepare.reading import read_unit
+from ncf_dist.prepare.source import Source
+from ncf_dist.spark_io import batch_of, spark_path
+
+_PAIR = re.compile(r"^\(\s*([^,]+?)\s*,\s*(.+?)\s*\)$")
+
+
+def candidate_rows(
+    spark: SparkSession, source: Source, user_id: pa.DataType, item_id: pa.DataType, staging: str
+) -> DataFrame:
+    """One row a candidate: user_id, item_id (the held-out one), candidate. Raises InputError for a line that is not
+    of this form: a wrong candidate list makes a wrong metric, so none is left out."""
+    schema = pa.schema([("user_id", user_id), ("item_id", item_id), ("candidate", item_id), ("bad", pa.string())])
+    path = posixpath.join(staging, "candidates")
+    units = len(source.units)
+    frame = spark.range(0, units, 1, max(1, units)).mapInArrow(_pass(source, schema), from_arrow_schema(schema))
+    frame.write.parquet(file_url(path))
+    rows = spark.read.schema(frame.schema).parquet(spark_path(path))
+    if wrong := rows.where(F.col("bad").isNotNull()).select(F.min("bad")).collect()[0][0]:
+        raise InputError(
+            f"split.candidates {source.files[0]} has the line {wrong[:80]!r}; needed `(user,item)` and then items, "
+            "tab-separated"
+        )
+    return rows.drop("bad")
+
+
+def _pass(source: Source, schema: pa.Schema) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for unit in batch.column(0).to_pylist():
+                for chunk in read_unit(source, source.units[unit]):
+                    lines = chunk.raw.lines
+                    assert lines is not None
+                    yield batch_of([row for line in lines.to_pylist() for row in _line(line, schema)], schema)
+
+    return run
+
+
+def _line(line: str, schema: pa.Schema) -> list[dict[str, object]]:
+    pair, *items = line.split("\t")
+    match = _PAIR.match(pair)
+    try:
+        if match is None or not items:
+            raise ValueError
+        user, item = (
+            int(text) if schema.field(name).type == pa.int64() else text
+            for name, text in zip(("user_id", "item_id"), match.groups(), strict=True)
+        )
+        found = [int(text) if schema.field("candidate").type == pa.int64() else text for text in items if text]
+    except ValueError:
+        return [{"user_id": None, "item_id": None, "candidate": None, "bad": line}]
+    return [{"user_id": user, "item_id": item, "candidate": value, "bad": None} for value in found]

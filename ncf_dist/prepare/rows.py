@@ -1,0 +1,284 @@
+"""From columns of text to typed interactions: each row is whole, or rejected with a reason.
+
+A chunk is tried whole first (one cast a column); only chunks that hold something odd are looked at value by value.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ncf_dist.artifacts import write_parquet
+from ncf_dist.contracts import QUARANTINE
+from ncf_dist.prepare.reading import Chunk, Mask, as_mask, read_unit
+from ncf_dist.prepare.source import Source
+
+NULLS = pa.array(["\\N", "NULL", "null"])
+"""What writes a missing id as text."""
+MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
+YEAR_2200 = 7_258_118_400_000_000
+"""In microseconds since 1970. A later time is a wrong unit."""
+LATE = "timestamp is at or after the end of the window"
+"""The one reason that does not speak against the file: the log goes on after ds."""
+_INTEGER = r"^[+-]?[0-9]+$"
+_FLOAT = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
+_NOT_FINITE = r"^[+-]?(nan|inf|infinity)$"
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What a row must be; travels to the workers. until: microseconds since 1970. part: 0 train file, 1 test file."""
+
+    source: Source
+    user_id: pa.DataType
+    item_id: pa.DataType
+    time_unit: str
+    until: int
+    rating_range: tuple[float, float] | None
+    staging: str
+    part: int = 0
+
+    @property
+    def schema(self) -> pa.Schema:
+        return staged_schema(self.user_id, self.item_id)
+
+
+def staged_schema(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
+    """Accepted rows on their way to the tables. part: 0, or 1 where the row is from the test file."""
+    kinds = {
+        "user_id": user_id, "item_id": item_id, "rating": pa.float32(), "timestamp": pa.int64(), "part": pa.int8(),
+    }  # fmt: skip
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
+
+
+def read_pass(spec: RowSpec) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """For mapInArrow over unit numbers (column `id`): writes each unit's rows under `staging` and yields `stats`
+    (JSON): counts by reason, files of rows and of rejects, or the error that kept a file from being read."""
+
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        found = [read_one(spec, unit) for batch in batches for unit in batch.column(0).to_pylist()]
+        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats) for stats in found]})
+
+    return run
+
+
+def read_one(spec: RowSpec, unit: int) -> dict[str, Any]:
+    """Read, type and stage one unit."""
+    counts: Counter[str] = Counter()
+    good, bad = [], []
+    total = 0
+    try:
+        for chunk in read_unit(spec.source, spec.source.units[unit]):
+            rows, rejects = typed(chunk, spec)
+            good.append(rows)
+            total += len(chunk.place)
+            if rejects is not None:
+                bad.append(rejects)
+                counts.update(rejects.column("reason").to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        files = ", ".join(spec.source.files[piece.file] for piece in spec.source.units[unit][:3])
+        return {"error": f"{files} cannot be read: {error}"}
+    staged = {"rows": good, "rejects": bad}
+    for kind in ("user_id", "item_id"):
+        # What an index is made of is small beside the rows: distinct here, so that Spark sees each key once a unit.
+        staged[kind] = [pa.table({kind: pc.unique(pa.concat_tables(good)[kind])})] if good else []
+    files: dict[str, list[str]] = {kind: [] for kind in staged}
+    name = f"part-{spec.part}-{unit:06d}.parquet"
+    for kind, tables in staged.items():
+        if sum(table.num_rows for table in tables):
+            write_parquet(pa.concat_tables(tables).combine_chunks(), f"{spec.staging}/{kind}", name)
+            files[kind].append(f"{spec.staging}/{kind}/{name}")
+    return {"rows": total, "reasons": counts, "files": files}
+
+
+def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
+    """(the whole rows, the rejected ones or None)."""
+    size = len(chunk.place)
+    columns = {
+        "user_id": _id(chunk, "user", spec.user_id),
+        "item_id": _id(chunk, "item", spec.item_id),
+        "rating": _rating(chunk, spec.rating_range),
+        "timestamp": _timestamp(chunk, spec.time_unit, spec.until),
+        "part": pa.array(np.full(size, spec.part, dtype=np.int8)),
+    }
+    rejected: Mask = chunk.reason != None  # noqa: E711 - elementwise
+    if not rejected.any():
+        return pa.table(list(columns.values()), schema=spec.schema), None
+    keep = pa.array(~rejected)
+    rows = pa.table([column.filter(keep) for column in columns.values()], schema=spec.schema)
+    at = np.flatnonzero(rejected)
+    rejects = pa.table(
+        [
+            pa.array([spec.source.files[chunk.file]] * len(at), pa.string()),
+            pa.array(chunk.place[at], pa.int64()),
+            pa.array(chunk.reason[at], pa.string()),
+            pa.array(chunk.raw.take(at), pa.string()),
+        ],
+        schema=QUARANTINE.schema,
+    )
+    return rows, rejects
+
+
+def _id(chunk: Chunk, name: str, kind: pa.DataType) -> pa.Array:
+    """(R,) ids of the wanted type; anything where the row is rejected."""
+    column = chunk.columns[name]
+    if not pa.types.is_string(column.type) and kind == pa.string():
+        column = column.cast(pa.string())
+    if pa.types.is_string(column.type):
+        column = pc.if_else(pc.is_in(column, NULLS), None, column)
+    chunk.reject(pc.is_null(column), f"{name} id is null")
+    if kind == pa.string():
+        chunk.reject(pc.equal(pc.utf8_trim_whitespace(column), ""), f"empty {name} id")
+        return pc.fill_null(column, "")
+    values, ok = integers(column)
+    if not ok.all():
+        if pa.types.is_string(column.type):
+            chunk.reject(pc.equal(pc.utf8_trim_whitespace(column), ""), f"empty {name} id")
+        chunk.reject(~ok, f"{name} id is not an integer")
+    return pa.array(values)
+
+
+def _rating(chunk: Chunk, bounds: tuple[float, float] | None) -> pa.Array:
+    if "rating" not in chunk.columns:
+        return pa.array(np.ones(len(chunk.place), dtype=np.float32))
+    values, ok = floats(chunk.columns["rating"])
+    finite = np.isfinite(values)
+    chunk.reject(~ok, "rating is not a number")
+    chunk.reject(~finite, "rating is not finite")
+    if bounds is not None:
+        low, high = (np.float32(bound) for bound in bounds)
+        chunk.reject((values < low) | (values > high), "rating is out of range")
+    # Plus zero: -0.0 and 0.0 are equal, but not the same bytes.
+    return pa.array(np.where(finite, values, 0).astype(np.float32) + np.float32(0))
+
+
+def _timestamp(chunk: Chunk, unit: str, until: int) -> pa.Array:
+    """Microseconds since 1970; 0 where the log has no times."""
+    if "timestamp" not in chunk.columns:
+        return pa.array(np.zeros(len(chunk.place), dtype=np.int64))
+    column = chunk.columns["timestamp"]
+    if pa.types.is_timestamp(column.type):
+        missing = as_mask(pc.is_null(column))
+        chunk.reject(missing, "timestamp is null")
+        values = pc.fill_null(column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), 0).to_numpy()
+        scale = 1
+    elif unit == "iso":
+        values, ok = iso_times(column)
+        chunk.reject(~ok, "timestamp is not ISO 8601")
+        scale = 1
+    else:
+        values, ok = integers(column)
+        chunk.reject(~ok, "timestamp is not an integer")
+        scale = MICROSECONDS[unit]
+    chunk.reject(values < 0, "timestamp is negative")
+    implausible = values >= YEAR_2200 // scale
+    chunk.reject(implausible, "timestamp is after the year 2199")
+    found = np.where(implausible | (values < 0), 0, values) * scale
+    chunk.reject(found >= until, LATE)
+    return pa.array(found)
+
+
+def integers(column: pa.Array) -> tuple[npt.NDArray[np.int64], Mask]:
+    """((R,) int64, (R,) which of them really are one). Text may have blanks around it and a sign."""
+    if pa.types.is_string(column.type):
+        return _integers_of_text(column)
+    if pa.types.is_integer(column.type) and column.type != pa.uint64():
+        values = pc.fill_null(column, 0).cast(pa.int64()).to_numpy(zero_copy_only=False)
+        return values, as_mask(pc.is_valid(column))
+    if pa.types.is_floating(column.type):
+        # pandas writes integers with a null among them as floats.
+        numbers = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        ok = np.isfinite(numbers) & (np.abs(np.nan_to_num(numbers)) < 2**53) & (numbers == np.floor(numbers))
+        return np.where(ok, numbers, 0).astype(np.int64), ok
+    if pa.types.is_boolean(column.type):
+        return np.zeros(len(column), dtype=np.int64), np.zeros(len(column), dtype=bool)
+    return _integers_of_text(column.cast(pa.string()))
+
+
+def _integers_of_text(column: pa.Array) -> tuple[npt.NDArray[np.int64], Mask]:
+    if not column.null_count and not as_mask(pc.match_substring(column, "x", ignore_case=True)).any():
+        try:
+            return column.cast(pa.int64()).to_numpy(), np.ones(len(column), dtype=bool)
+        except pa.ArrowInvalid:
+            pass
+    text = pc.ascii_trim_whitespace(column)
+    ok = as_mask(pc.match_substring_regex(text, _INTEGER)).copy()
+    plain = pc.fill_null(pc.match_substring_regex(text, r"^-?[0-9]{1,18}$"), False)
+    values = pc.fill_null(pc.if_else(plain, text, "0").cast(pa.int64()), 0).to_numpy().copy()
+    for row in np.flatnonzero(ok & ~as_mask(plain)):
+        number = int(text[int(row)].as_py())
+        ok[row] = -(2**63) <= number < 2**63
+        values[row] = number if ok[row] else 0
+    return values, ok
+
+
+def floats(column: pa.Array) -> tuple[npt.NDArray[np.float32], Mask]:
+    """((R,) float32, which of them are a number at all; NaN and infinity are)."""
+    if pa.types.is_boolean(column.type):
+        return np.zeros(len(column), dtype=np.float32), np.zeros(len(column), dtype=bool)
+    if not pa.types.is_string(column.type):
+        ok = as_mask(pc.is_valid(column))
+        with np.errstate(over="ignore"):
+            values = pc.fill_null(column.cast(pa.float64()), 0).to_numpy().astype(np.float32)
+        return values, ok
+    if not column.null_count:
+        try:
+            return column.cast(pa.float32()).to_numpy(), np.ones(len(column), dtype=bool)
+        except pa.ArrowInvalid:
+            pass
+    text = pc.ascii_trim_whitespace(column)
+    number = pc.fill_null(pc.match_substring_regex(text, _FLOAT), False)
+    odd = as_mask(pc.match_substring_regex(text, _NOT_FINITE, ignore_case=True))
+    values = pc.if_else(number, text, "0").cast(pa.float32()).to_numpy().copy()
+    values[odd] = np.nan
+    return values, as_mask(number) | odd
+
+
+def iso_times(column: pa.Array) -> tuple[npt.NDArray[np.int64], Mask]:
+    """((R,) microseconds since 1970, which of them are ISO 8601). Without a zone it is UTC."""
+    text = pc.ascii_trim_whitespace(column.cast(pa.string()))
+    zoned = pc.fill_null(pc.match_substring_regex(text, r"(Z|[+-][0-9]{2}:?[0-9]{2})$"), False)
+    zoned = pc.and_(zoned, pc.fill_null(pc.match_substring(text, ":"), False))
+    values, ok = np.zeros(len(text), dtype=np.int64), np.zeros(len(text), dtype=bool)
+    for mask, kind in ((as_mask(zoned), pa.timestamp("us", "UTC")), (~as_mask(zoned), pa.timestamp("us"))):
+        part = text.filter(pa.array(mask))
+        try:
+            found = part.cast(kind).cast(pa.int64())
+            good = as_mask(pc.is_valid(found))
+            values[mask], ok[mask] = pc.fill_null(found, 0).to_numpy(), good
+        except pa.ArrowInvalid:
+            each = [_iso(value) for value in part.to_pylist()]
+            values[mask] = [0 if value is None else value for value in each]
+            ok[mask] = [value is not None for value in each]
+    return values, ok
+
+
+def _iso(text: str | None) -> int | None:
+    if text is None:
+        return None
+    for kind in (pa.timestamp("us"), pa.timestamp("us", "UTC")):
+        try:
+            return int(pa.array([text]).cast(kind).cast(pa.int64())[0].as_py())
+        except pa.ArrowInvalid:
+            continue
+    try:
+        # More than six digits of a second, or hours without minutes.
+        moment = dt.datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
+    return round((moment - dt.datetime(1970, 1, 1, tzinfo=dt.timezone.utc)) / dt.timedelta(microseconds=1))
+
+
+def day_start(day: dt.date) -> int:
+    """Microseconds since 1970 at which `day` begins in UTC."""
+    return (day - dt.date(1970, 1, 1)).days * 86_400_000_000
