@@ -7,8 +7,8 @@ project (4 negatives × 1 draw, 99 candidates, quarantine, checksums) and by `_u
 item, is given 30 % of a log's rows. Prints one table and writes benchmarks/results/prepare.json.
 
 seconds: the job's wall clock, launcher and JVM included. exponent: log(time ratio) / log(rows ratio) against the size
-before. live heap: the most that was left after a full collection or a concurrent marking (in local mode the driver's
-heap is also the executors'); Python: the largest resident size of any Python process below the job.
+before. heap: the most that was alive at a full collection, asked for every 5 seconds (in local mode the driver's heap
+is also the executors'); Python: the largest resident size of any Python process below the job.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ import yaml
 ROOT = Path(__file__).parent.parent
 MASTER, HEAP, PARTITIONS = "local[2]", "2g", 16
 NAMES = ["userId", "movieId", "rating", "timestamp"]
-SKEW = 0.3
+SKEW, COLLECT_S = 0.3, 5.0
+JAVA_HOME = subprocess.run([str(ROOT / "spark-submit.sh"), "--java-home"], capture_output=True, text=True, check=True)
+JCMD = JAVA_HOME.stdout.strip() + "/bin/jcmd"
 
 
 def write_log(path: Path, rows: int, skew: str | None = None) -> None:
@@ -62,25 +64,31 @@ def write_log(path: Path, rows: int, skew: str | None = None) -> None:
 
 
 class Watch(threading.Thread):
-    """The largest resident size of any Python process below the given one, MiB."""
+    """Looks at the processes below the given one: the largest resident size of a Python process, MiB; and asks its JVM
+    for a full collection every COLLECT_S seconds, so that its log says what is alive."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.process, self.most, self.ended = psutil.Process(pid), 0.0, threading.Event()
 
     def run(self) -> None:
+        collected = time.monotonic()
         while not self.ended.wait(0.5):
             try:
-                for child in self.process.children(recursive=True):
-                    if "python" in child.name():
-                        self.most = max(self.most, child.memory_info().rss / 2**20)
+                below = self.process.children(recursive=True)
+                sizes = [p.memory_info().rss / 2**20 for p in below if "python" in p.name()]
+                self.most = max([self.most, *sizes])
+                if time.monotonic() - collected > COLLECT_S:
+                    collected = time.monotonic()
+                    for java in [p for p in [self.process, *below] if p.name() == "java"]:
+                        subprocess.run([JCMD, str(java.pid), "GC.run"], capture_output=True, check=False)
             except psutil.Error:
                 continue
 
 
 def live_heap(folder: Path) -> float:
-    """MiB in use after the fullest collection that looked at the whole heap, of any JVM that logged here."""
-    whole = r"(?:Pause Full|Pause Cleanup|Pause Remark).*?\d+M->(\d+)M"
+    """MiB alive at the fullest of the full collections of any JVM that logged here."""
+    whole = r"Pause Full.*?\d+M->(\d+)M"
     found = [float(m) for log in folder.glob("gc-*.log") for m in re.findall(whole, log.read_text())]
     return max(found, default=0.0)
 

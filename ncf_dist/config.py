@@ -87,7 +87,9 @@ class Columns(Section):
     """Where an interaction's fields are. Formats of MovieLens know their own."""
 
     user: Place = "user_id"
+    """The customer's user id."""
     item: Place = "item_id"
+    """The customer's item id."""
     rating: Place | None = None
     """None: the log has no ratings; every row counts as 1."""
     timestamp: Place | None = None
@@ -98,7 +100,9 @@ class SideColumn(Section):
     """One typed column of a side table. A value that is not of its type is null, and counted."""
 
     source: Place = Field(alias="from")
+    """Where it is in the file."""
     type: Literal["string", "int", "float", "bool"] = "string"
+    """What it becomes."""
 
 
 class SideTable(Section):

@@ -129,11 +129,20 @@ HISTORY = _contract(
 
 ITEM_STATS = _contract(
     "item_stats",
-    {"item_idx": INDEX, "train_count": pa.int64(), "negative_weight": pa.int64()},
+    {"item_idx": INDEX, "train_count": pa.int64()},
     ("item_idx",),
     "prepare",
-    "train and validation interactions of every item, the popularity baseline, ordered by item_idx, 0 for items with "
-    "none; and its weight as a negative (1 for all where they are uniform)",
+    "train and validation interactions of every item; the popularity baseline; "
+    "ordered by item_idx, 0 for items with none",
+)
+
+ITEM_WEIGHTS = _contract(
+    "item_weights",
+    {"item_idx": INDEX, "weight": pa.int64()},
+    ("item_idx",),
+    "prepare",
+    "what every item weighs as a negative: train popularity to the power of negatives.alpha, in integers; "
+    "absent where negatives are uniform",
 )
 
 

@@ -11,7 +11,6 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,21 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Lake, Manifest, Outcome, read_manifest
-from ncf_dist.config import Config, Input, Layout, Negatives
+from ncf_dist.artifacts import Lake, read_manifest
+from ncf_dist.config import Config, Layout, Negatives, Split
 from ncf_dist.errors import ContractError, InputError
-from ncf_dist.prepare import index, layout, parse
+from ncf_dist.prepare import index, layout
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.prepare.users import Block, UserPass, deduplicate, leave_one_out, order_bucket, user_pass, whole_users
+from ncf_dist.prepare.source import FORMATS, select_files
+from ncf_dist.prepare.splits import SplitRule
+from ncf_dist.prepare.users import Block, UserPass, deduplicate, order_bucket, user_pass, whole_users
 from ncf_dist.sampling import Purpose, hash64, negatives
+from tests.nights import Night, run
 
 law = settings(deadline=None, max_examples=40)
 BEFORE_FIRST = "2025-12-31"
 FIRST, SECOND = "2026-01-01", "2026-01-02"
+SECOND_US = 1_000_000
 SEED, PER_POSITIVE, DRAWS, CANDIDATES, ROWS_PER_FILE = 3, 2, 2, 12, 50
 TRAIN, VALIDATION, TEST = contracts.TRAIN_SPLIT, contracts.VALIDATION_SPLIT, contracts.TEST_SPLIT
 Row = tuple[int, int, int, int]
@@ -61,7 +64,7 @@ BAD: dict[Fields, str] = {
     ("1.5", "2", "3", "4"): "user id is not an integer",
     ("9223372036854775808", "2", "3", "4"): "user id is not an integer",
     ("x" * 1500, "2", "3", "4"): "user id is not an integer",
-    ("caf\udce9", "2", "3", "4"): "user id is not an integer",  # the byte E9, which is not UTF-8
+    ("caf\udce9", "2", "3", "4"): "text is not in the charset",  # the byte E9, which is not UTF-8
     ("1", "B002", "3", "4"): "item id is not an integer",
     ("1", "2", "good", "4"): "rating is not a number",
     ("1", "2", "", "4"): "rating is not a number",
@@ -154,40 +157,6 @@ def small(root: Path, path: Path, **sections: Any) -> Config:
     return Config.model_validate(tree)
 
 
-@dataclass(frozen=True)
-class Night:
-    """A finished run, read back file by file."""
-
-    config: Config
-    outcome: Outcome
-    manifest: Manifest
-
-    def stored(self, name: str) -> list[pa.Table]:
-        return [pq.ParquetFile(path).read() for path in self.manifest.files(name)]
-
-    def rows(self, name: str) -> list[tuple[Any, ...]]:
-        return [tuple(row.values()) for table in self.stored(name) for row in table.to_pylist()]
-
-    def index(self, side: str) -> dict[int, int]:
-        return dict(self.rows(f"{side}_index"))
-
-    @property
-    def train_rows(self) -> list[dict[str, int]]:
-        return [row for table in self.stored("train") for row in table.to_pylist()]
-
-    def items_by_user(self, *splits: int) -> dict[int, set[int]]:
-        found: dict[int, set[int]] = {user: set() for user, *_ in self.rows("interactions")}
-        for user, item, _, _, split in self.rows("interactions"):
-            if split in splits:
-                found[user].add(item)
-        return found
-
-
-def run(config: Config, ds: str = FIRST) -> Night:
-    outcome = prepare(config, ds)
-    return Night(config, outcome, Lake(config.paths.lake).stage(ds, "prepare").current())
-
-
 Writer = Callable[[Path], tuple[Path, Path]]
 Nights = Callable[[str], Night]
 VARIANTS: dict[str, tuple[Writer, str, int]] = {
@@ -237,15 +206,21 @@ def test_input_is_accepted_plus_duplicates_plus_quarantined(night: Night) -> Non
 
 def test_every_bad_line_is_kept_with_its_file_and_the_first_thing_wrong_with_it(night: Night) -> None:
     found = night.rows("quarantine")
-    [file] = {file for file, _, _ in found}
-    assert file.endswith(f"{night.config.input.path}/ratings.dat")
-    assert sorted((reason, raw) for _, reason, raw in found) == sorted(
-        (reason, shown("::", fields)) for fields, reason in BAD.items()
-    )
+    [file] = {row[0] for row in found}
+    assert file == f"{night.config.input.path}/ratings.dat"
+    data = Path(file).read_bytes()
+    for _, place, reason, raw in found:
+        line = data[place:].split(b"\n")[0]
+        assert place == 0 or data[place - 1 : place] == b"\n"
+        assert line.decode(errors="replace")[:1000] == raw
+        assert reason == BAD[tuple(line.decode(errors="surrogateescape").split("::"))]
+    assert len(found) == len(BAD)
 
 
 def test_train_validation_and_test_are_the_accepted_rows_and_disjoint(night: Night) -> None:
     positives = {name: [row[:2] for row in night.rows(name)] for name in ("train", "validation", "test")}
+    ratings = {row[:2]: row[2] for row in night.rows("interactions")}
+    assert all(row[2] == ratings[row[:2]] for name in ("validation", "test") for row in night.rows(name))
     together = [pair for pairs in positives.values() for pair in pairs]
     assert len(together) == len(set(together)) == DISTINCT
     assert set(together) == {row[:2] for row in night.rows("interactions")}
@@ -270,7 +245,10 @@ def by_hand(rows: list[Row], user_idx: dict[int, int], item_idx: dict[int, int])
             if other == user
         )
         split = {order[-1][2]: TEST, order[-2][2]: VALIDATION} if len(order) >= 3 else {}
-        table += [(user, item, float(kept[user, item][1]), time, split.get(item, TRAIN)) for time, _, item in order]
+        table += [
+            (user, item, float(kept[user, item][1]), time * SECOND_US, split.get(item, TRAIN))
+            for time, _, item in order
+        ]
     return sorted(table)
 
 
@@ -336,7 +314,7 @@ def test_negatives_are_those_of_the_sampler(night: Night) -> None:
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_candidates_are_distinct_and_never_interacted_with(night: Night, name: str) -> None:
     everything, n_items, short = night.items_by_user(TRAIN, VALIDATION, TEST), len(night.index("item")), 0
-    for user, _, found in night.rows(name):
+    for user, _, _, found in night.rows(name):
         unseen = n_items - len(everything[user])
         assert len(found) == len(set(found)) == min(CANDIDATES, unseen)
         assert not set(found) & everything[user]
@@ -350,7 +328,7 @@ def test_candidates_are_distinct_and_never_interacted_with(night: Night, name: s
 def test_train_files_are_equal_one_row_group_each_and_in_hashed_order(night: Night) -> None:
     tables, paths = night.stored("train"), night.manifest.files("train")
     total = sum(table.num_rows for table in tables)
-    assert len(tables) == -(-total // ROWS_PER_FILE) > 4
+    assert len(tables) == math.ceil(total / ROWS_PER_FILE / 8) * 8 > 4, "a multiple of 8 ranks"
     sizes = {table.num_rows for table in tables}
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) <= ROWS_PER_FILE
@@ -407,7 +385,7 @@ def test_order_files_partitions_and_format_change_no_byte(nights: Nights, varian
         if name != "quarantine":
             assert table == other.manifest.tables[name], name
     separator = SEPARATORS[other.config.input.format]
-    assert sorted((reason, raw) for _, reason, raw in other.rows("quarantine")) == sorted(
+    assert sorted((reason, raw) for _, _, reason, raw in other.rows("quarantine")) == sorted(
         (reason, shown(separator, fields)) for fields, reason in BAD.items()
     )
 
@@ -506,7 +484,7 @@ def test_another_format_shows_a_line_and_what_was_needed(spark: SparkSession, tm
     message = refused(small(tmp_path, path, input={"max_bad_fraction": 0.01}))
     assert "3 of 3 rows (100.0%)" in message
     assert "'too few fields': 3" in message
-    assert "'1\\t2\\t3\\t4'; needed lines like '1::1193::5::978300760'" in message
+    assert "'1\\t2\\t3\\t4' (too few fields); needed lines like '1::1193::5::978300760'" in message
     assert "set input.format" in message
 
 
@@ -524,7 +502,7 @@ def test_a_log_without_rows_is_refused(
 def test_a_log_without_positives_is_refused(spark: SparkSession, tmp_path: Path) -> None:
     path = write_log(tmp_path, "ratings.dat", ["1::2::3::4", "1::3::2::5"])
     message = refused(small(tmp_path, path, input={"min_rating": 3.5}))
-    assert "has no positive row (2 rows read); needed at least one: check input.min_rating" in message
+    assert "has no row left (2 rows read, {'below min_rating': 2} left out); needed at least one" in message
 
 
 def test_a_missing_log_and_a_folder_of_other_files_are_refused(tmp_path: Path) -> None:
@@ -544,12 +522,12 @@ def test_the_smallest_log_has_every_table_and_counts_what_min_rating_leaves_out(
     night = run(small(tmp_path, path, input={"min_rating": 4}))
     assert night.outcome.extra["rows"] == {
         "input": 2,
-        "accepted": 1,
+        "accepted": 2,
         "duplicates": 0,
         "quarantined": {},
         "filtered": {"below min_rating": 1},
     }
-    assert night.rows("interactions") == [(0, 0, 4.0, 1, TRAIN)]
+    assert night.rows("interactions") == [(0, 0, 4.0, SECOND_US, TRAIN)]
     assert night.rows("history") == [(0, [0], [])]
     assert night.rows("item_stats") == [(0, 1)]
     assert [night.rows(name) for name in ("train", "validation", "test", "quarantine")] == [[], [], [], []]
@@ -567,21 +545,12 @@ def test_the_smallest_log_has_every_table_and_counts_what_min_rating_leaves_out(
         ("movielens-dat", ["b.dat", "a.dat"], ["b.dat", "a.dat"]),
         ("movielens-tsv", ["u.data", "u.item", "u1.base", "more.tsv"], ["u.data", "more.tsv"]),
         ("movielens-csv", ["ratings.csv", "movies.csv", "links.csv", "tags.csv"], ["ratings.csv"]),
-        ("movielens-dat", ["anything.txt"], ["anything.txt"]),
+        ("movielens-dat", ["a.dat.gz", "movies.dat.gz", "b.zip"], ["a.dat.gz"]),
     ],
 )
 def test_of_a_folder_the_files_of_the_format_are_read(form: str, names: list[str], expected: list[str]) -> None:
-    assert parse.select_files([f"raw/{name}" for name in names], form) == [f"raw/{name}" for name in expected]
-
-
-def test_rows_and_rejects_part_the_lines_of_any_file_name(spark: SparkSession, tmp_path: Path) -> None:
-    path = write_log(tmp_path, "a b%20{c}[d].dat", ["1::2::3::4", "1::2::x::4", " 5 :: 6 :: 1.5 :: 7 ", "8::9::-0::0"])
-    rows = parse.read_interactions(spark, [f"file://{path}"], Input(path="unused"))
-    found = [tuple(row) for row in parse.positives(rows, Input(path="x")).collect()]
-    assert found == [(1, 2, 3.0, 4), (5, 6, 1.5, 7), (8, 9, 0.0, 0)]
-    assert math.copysign(1, found[2][2]) == 1
-    assert parse.positives(rows, Input(path="x", min_rating=3)).count() == 1
-    assert [row["raw"] for row in parse.quarantine(rows).collect()] == ["1::2::x::4"]
+    found = select_files([f"raw/{name}" for name in names], FORMATS[form], form)
+    assert found == [f"raw/{name}" for name in expected]
 
 
 # ---- steps: one pass over users ----------------------------------------------------------------------------
@@ -603,6 +572,7 @@ def columns(rows: list[Event]) -> dict[str, np.ndarray]:
         "item_idx": np.array(item, dtype=np.int32),
         "rating": np.array(rating, dtype=np.float32),
         "timestamp": np.array(time, dtype=np.int64),
+        "part": np.zeros(len(user), dtype=np.int8),
     }
 
 
@@ -631,7 +601,7 @@ def test_duplicates_worked_example() -> None:
 
 def splits(rows: list[Event], seed: int = SEED) -> tuple[dict[tuple[int, int], int], int]:
     block = deduplicate(columns(rows), N_ITEMS)
-    split, tied = leave_one_out(block, 3, seed)
+    split, tied = block.split(SplitRule(Split(), seed))
     return dict(zip([(user, item) for user, item, _, _ in events(block)], split.tolist(), strict=True)), tied
 
 
@@ -698,7 +668,8 @@ def test_whole_users_cut_no_user_and_lose_no_row(rows: list[Event], block_rows: 
 def passed(rows: list[Event], cuts: list[int], **changes: Any) -> tuple[dict[str, Any], dict[str, list[pa.Table]]]:
     """Run the pass in this process; (its statistics, its tables)."""
     with tempfile.TemporaryDirectory() as run:
-        options: dict[str, Any] = {"n_items": N_ITEMS, "users_per_file": 2, "min_interactions": 3, "seed": SEED}
+        rule = SplitRule(Split(min_interactions=changes.pop("min_interactions", 3)), SEED)
+        options: dict[str, Any] = {"n_items": N_ITEMS, "users_per_file": 2, "rule": rule, "seed": SEED}
         drawn = Negatives(per_positive=1, draws=1, candidates=4)
         spec = UserPass(run=run, staging=f"{run}/staging", negatives=drawn, **(options | changes))
         [batch] = user_pass(spec)(batches(columns(rows), cuts))
@@ -735,9 +706,10 @@ def test_files_hold_ranges_of_users() -> None:
 # ---- steps: layout -----------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 10**6), st.integers(1, 10**4), st.integers(1, 100))
-def test_files_share_the_rows_evenly(rows: int, rows_per_file: int, min_files: int) -> None:
-    files = layout.file_count(rows, Layout(rows_per_file=rows_per_file, min_files=min_files))
+@given(st.integers(0, 10**6), st.integers(1, 10**4), st.integers(1, 100), st.sampled_from([(1,), (1, 2, 4, 8), (3, 4)]))
+def test_files_share_the_rows_evenly(rows: int, rows_per_file: int, min_files: int, world: tuple[int, ...]) -> None:
+    files = layout.file_count(rows, Layout(rows_per_file=rows_per_file, min_files=min_files, world_sizes=world))
+    assert files == rows or all(files % size == 0 for size in world) or rows == 0
     sizes = np.diff(layout.boundaries(rows, files))
     assert sizes.sum() == rows
     assert sizes.max() - sizes.min() <= 1
@@ -770,7 +742,9 @@ def test_a_bucket_may_lie_in_many_files(spark: SparkSession, tmp_path: Path, buc
     )
     counts = np.bincount(order_bucket(np.array(hashes)), minlength=4096)
     assert {n: int(size) for n, size in enumerate(counts) if size} == buckets
-    table = layout.write_train(spark, frame, counts, str(tmp_path), contract, Layout(min_files=1, rows_per_file=15))
+    table = layout.write_train(
+        spark, frame, counts, str(tmp_path), contract, Layout(min_files=1, rows_per_file=15, world_sizes=(1,))
+    )
     assert [file.rows for file in table.files] == [14, 14, 14, 15, 14, 14, 15]
     stored = [pq.ParquetFile(tmp_path / "train" / file.path).read().to_pylist() for file in table.files]
     found = [(row["user_idx"], row["item_idx"]) for file in stored for row in file]

@@ -154,11 +154,11 @@ class _Night:
         rule = SplitRule(config.split, config.seed)
         if config.split.strategy == "temporal":
             rule = temporal_rule(rule, rows, indexed, kept or 0)
-        stats, spec = self._pass_over_users(indexed, given, rule, n_users, n_items, counts["sound"])
+        stats = self._pass_over_users(indexed, given, rule, n_users, n_items, counts["sound"])
         for contract in (contracts.INTERACTIONS, contracts.HISTORY, contracts.VALIDATION, contracts.TEST):
             self.tables[contract.name] = table_info(contract, _collected(stats, contract.name), self.run)
         self.tables["train"] = self._train_table(stats)
-        self.tables["item_stats"] = self._item_stats(spec.weights)
+        self.tables["item_stats"] = self._item_stats()
         passed = Counter[str]()
         for task in stats:
             passed.update(task["counts"])
@@ -213,7 +213,10 @@ class _Night:
             [path for unit in stats for path in unit["files"]["rejects"]], contracts.QUARANTINE.schema
         )
         file = F.pmod(F.xxhash64("file", "place"), F.lit(1 + rejected // ROWS_PER_FILE))
-        self.tables["quarantine"] = write_table(rejects, self.run, contracts.QUARANTINE, file)
+        if rejected:
+            self.tables["quarantine"] = write_table(rejects, self.run, contracts.QUARANTINE, file)
+        else:
+            self.tables["quarantine"] = table_info(contracts.QUARANTINE, [], self.run)
         self._judge(rejects, reasons, total)
         schema = staged_schema(*self.id_types)
         rows = self._staged([path for unit in stats for path in unit["files"]["rows"]], schema)
@@ -309,8 +312,8 @@ class _Night:
 
     def _pass_over_users(
         self, indexed: DataFrame, given: DataFrame | None, rule: SplitRule, n_users: int, n_items: int, rows: int
-    ) -> tuple[list[dict[str, Any]], UserPass]:
-        """Run `users.user_pass`; (its statistics, one a task, what it was told)."""
+    ) -> list[dict[str, Any]]:
+        """Run `users.user_pass` and return its statistics, one a task."""
         config = self.config
         user_files = max(MIN_USER_FILES, -(-rows // ROWS_PER_USER_FILE))
         spec = UserPass(
@@ -336,24 +339,22 @@ class _Night:
         if config.negatives.alpha > 0 and not spec.explicit:
             spec = UserPass(**{**vars(spec), "weights": self._weights(grouped, spec)})
         passed = grouped.mapInArrow(user_pass(spec), "stats string").collect()
-        return [json.loads(row["stats"]) for row in passed], spec
+        return [json.loads(row["stats"]) for row in passed]
 
     def _weights(self, grouped: DataFrame, spec: UserPass) -> tuple[str, ...]:
-        """Files of (item_idx, train_count, negative_weight): popularity^alpha in integers, so that a sum does not
-        depend on its order. An item without train rows counts as one with a single row."""
+        """Write item_weights: popularity^alpha in integers, so that a sum does not depend on its order. An item
+        without train rows counts as one with a single row."""
         counts = grouped.mapInArrow(count_pass(spec), "item_idx int, train_count bigint")
         counts = counts.groupBy("item_idx").agg(F.sum("train_count").alias("train_count"))
         counts = self.frames["item_index"].select("item_idx").join(counts, "item_idx", "left")
-        counts = counts.withColumn("train_count", F.coalesce("train_count", F.lit(0)))
-        power = F.pow(F.greatest("train_count", F.lit(1)), F.lit(self.config.negatives.alpha))
-        counts = counts.withColumn("_power", F.floor(power * F.lit(float(2**20))).cast("bigint"))
-        total = int(counts.agg(F.sum("_power")).collect()[0][0])
+        power = F.pow(F.coalesce("train_count", F.lit(1)), F.lit(self.config.negatives.alpha))
+        powers = counts.select("item_idx", F.floor(power * F.lit(float(2**20))).cast("bigint").alias("_power"))
+        total = int(powers.agg(F.sum("_power")).collect()[0][0])
         weight = F.greatest(F.lit(1), F.floor(F.col("_power") / F.lit(float(total)) * F.lit(float(WEIGHT_TOTAL))))
-        weighted = counts.select("item_idx", "train_count", weight.cast("bigint").alias("negative_weight"))
-        folder = posixpath.join(self.staging, "weights")
+        weighted = powers.select("item_idx", weight.cast("bigint").alias("weight"))
         file = F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE))
-        table = write_table(weighted, folder, contracts.ITEM_STATS, file)
-        return tuple(posixpath.join(folder, table.path, info.path) for info in table.files)
+        self.tables["item_weights"] = write_table(weighted, self.run, contracts.ITEM_WEIGHTS, file)
+        return tuple(self._paths("item_weights"))
 
     def _train_table(self, stats: list[dict[str, Any]]) -> TableInfo:
         """The train table, from what the pass over users staged."""
@@ -366,22 +367,19 @@ class _Night:
 
     # ---- items and users
 
-    def _item_stats(self, weights: tuple[str, ...]) -> TableInfo:
-        contract = contracts.ITEM_STATS
+    def _item_stats(self) -> TableInfo:
         interactions = read_files(self.spark, self._paths("interactions"), contracts.INTERACTIONS.schema)
         counted = (
             interactions.where(F.col("split") != contracts.TEST_SPLIT)
             .groupBy("item_idx")
             .agg(F.count("*").alias("train_count"))
         )
-        stats = self.frames["item_index"].select("item_idx").join(counted, "item_idx", "left")
-        if weights:
-            weighted = read_files(self.spark, list(weights), contract.schema).select("item_idx", "negative_weight")
-            stats = stats.join(weighted, "item_idx")
-        else:
-            stats = stats.withColumn("negative_weight", F.lit(1).cast("bigint"))
-        stats = stats.withColumn("train_count", F.coalesce("train_count", F.lit(0)).cast("bigint"))
-        return write_table(stats, self.run, contract, F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE)))
+        stats = (
+            self.frames["item_index"]
+            .join(counted, "item_idx", "left")
+            .select("item_idx", F.coalesce("train_count", F.lit(0)).cast("bigint").alias("train_count"))
+        )
+        return write_table(stats, self.run, contracts.ITEM_STATS, F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE)))
 
     def _sides(self) -> dict[str, Any]:
         """Write the side tables; what was found in each."""

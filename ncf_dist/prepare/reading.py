@@ -85,14 +85,14 @@ def read_unit(source: Source, unit: tuple[Piece, ...]) -> Iterator[Chunk]:
 
 
 def _text(source: Source, piece: Piece) -> Iterator[Chunk]:
-    header = bool(source.headers) and source.headers[piece.file]
+    header = piece.start == 0 and bool(source.headers) and source.headers[piece.file]
     for offset, block in _blocks(source, piece):
         data = np.frombuffer(block, dtype=np.uint8)
         ends = np.flatnonzero(data == 10) + 1
         if not len(ends) or ends[-1] != len(data):
             ends = np.append(ends, len(data))
         starts = np.concatenate([[0], ends[:-1]])
-        if header and piece.start == 0 and offset == 0:
+        if header:
             starts, ends, header = starts[1:], ends[1:], False
         if len(starts):
             yield _lines(source, piece.file, block, starts, ends, offset)
@@ -282,6 +282,8 @@ def _objects(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Arra
         wrong[row] = not isinstance(body, dict)
         for name, key in names.items():
             value = body.get(key) if isinstance(body, dict) else ""
+            if isinstance(value, bool) and name.startswith("column "):
+                value = str(value)
             if value is not None and not isinstance(value, str):
                 odd[row] = True
                 value = ""

@@ -85,8 +85,8 @@ def read_one(spec: RowSpec, unit: int) -> dict[str, Any]:
                 bad.append(rejects)
                 counts.update(rejects.column("reason").to_pylist())
     except (OSError, pa.ArrowException) as error:
-        files = ", ".join(spec.source.files[piece.file] for piece in spec.source.units[unit][:3])
-        return {"error": f"{files} cannot be read: {error}"}
+        named = ", ".join(spec.source.files[piece.file] for piece in spec.source.units[unit][:3])
+        return {"error": f"{named} cannot be read: {error}"}
     staged = {"rows": good, "rejects": bad}
     for kind in ("user_id", "item_id"):
         # What an index is made of is small beside the rows: distinct here, so that Spark sees each key once a unit.

@@ -38,7 +38,7 @@ Batches = Iterable[pa.RecordBatch]
 
 @dataclass(frozen=True)
 class UserPass:
-    """What the pass needs to know; travels to the workers. weights: files of (item_idx, weight), none for uniform
+    """What the pass needs to know; travels to the workers. weights: files of item_weights, none for uniform
     negatives. explicit: ratings in place of negatives. given: candidates come with the rows."""
 
     run: str
@@ -289,6 +289,6 @@ def _weights(files: tuple[str, ...], n_items: int) -> IntArray:
     """(I,) weight of each item as a negative."""
     weights = np.ones(n_items, dtype=np.int64)
     for path in files:
-        table = read_table(path, ["item_idx", "negative_weight"])
-        weights[table.column("item_idx").to_numpy()] = table.column("negative_weight").to_numpy()
+        table = read_table(path)
+        weights[table.column("item_idx").to_numpy()] = table.column("weight").to_numpy()
     return weights
