@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,18 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.csv
+import pyspark
 import yaml
 
 ROOT = Path(__file__).parent.parent
 MASTER, HEAP, PARTITIONS = "local[2]", "2g", 16
 NAMES = ["userId", "movieId", "rating", "timestamp"]
 SKEW, COLLECT_S = 0.3, 5.0
-JAVA_HOME = subprocess.run([str(ROOT / "spark-submit.sh"), "--java-home"], capture_output=True, text=True, check=True)
-JCMD = JAVA_HOME.stdout.strip() + "/bin/jcmd"
+JAVA = subprocess.run(
+    [str(ROOT / "spark-submit.sh"), "--java-home"], capture_output=True, text=True, check=True
+).stdout.strip()
+JCMD = f"{JAVA}/bin/jcmd"
+SPARK = str(Path(pyspark.__file__).parent)
 
 
 def write_log(path: Path, rows: int, skew: str | None = None) -> None:
@@ -97,7 +102,8 @@ def timed(command: list[str], folder: Path) -> tuple[dict[str, float], str]:
     """(seconds, heap and python in MiB; stdout). Stops the benchmark when the command fails."""
     for old in folder.glob("gc-*.log"):
         old.unlink()
-    environment = {**os.environ, "JAVA_TOOL_OPTIONS": f"-XX:+UseG1GC -Xlog:gc:file={folder}/gc-%p.log"}
+    options = f"-XX:+UseG1GC -Xlog:gc:file={folder}/gc-%p.log"
+    environment = {**os.environ, "JAVA_HOME": JAVA, "SPARK_HOME": SPARK, "JAVA_TOOL_OPTIONS": options}
     start = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     watch = Watch(process.pid)
@@ -139,16 +145,17 @@ def usual(log: Path, folder: Path) -> dict[str, float]:
     options = ["--master", MASTER, "--driver-memory", HEAP]
     options += [part for key, value in settings.items() for part in ("--conf", f"{key}={value}")]
     script = str(ROOT / "benchmarks/_usual_prepare.py")
-    found, _ = timed([str(ROOT / ".venv/bin/spark-submit"), *options, script, str(log), str(folder / "usual")], folder)
+    found, _ = timed([f"{SPARK}/bin/spark-submit", *options, script, str(log), str(folder / "usual")], folder)
     shutil.rmtree(folder / "usual")
     return found
 
 
-def measure(rows: int, ways: dict[str, Any], skew: str | None = None) -> list[dict[str, Any]]:
+def measure(rows: int, ways: dict[str, Any], skew: str | None = None) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "ratings.csv"
         write_log(log, rows, skew)
-        return [{"rows": rows, "way": way, "skew": skew, **run(log, Path(name))} for way, run in ways.items()]
+        for way, run in ways.items():
+            yield {"rows": rows, "way": way, "skew": skew, **run(log, Path(name))}
 
 
 def show(found: dict[str, Any]) -> None:

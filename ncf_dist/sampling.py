@@ -232,10 +232,25 @@ def candidates(
     `seen` must hold the positive too. Returns (values, offsets (M+1,)):
     a user with fewer than k unseen items gets all of them.
     """
-    unseen = n_items - np.diff(offsets)[row]
+    gaps = seen_gaps(seen, offsets, n_items + 1)
+    values, sizes = [np.empty(0, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
+    step = max(1, _CANDIDATES_AT_ONCE // max(1, k))
+    for start in range(0, len(row), step):
+        part = slice(start, start + step)
+        size, chosen = _floyd(seed, k, user[part], item[part], n_items - np.diff(offsets)[row[part]])
+        values.append(unseen_items(chosen, np.repeat(row[part], size), gaps, offsets, n_items + 1))
+        sizes.append(size)
+    return np.concatenate(values), np.cumsum(np.concatenate(sizes))
+
+
+_CANDIDATES_AT_ONCE = 2**22
+
+
+def _floyd(seed: int, k: int, user: IntArray, item: IntArray, unseen: IntArray) -> tuple[IntArray, IntArray]:
+    """((M,) candidates of each positive, their ranks among its user's `unseen` items, in one line)."""
     size = np.minimum(unseen, k)
     key = hash64(seed, int(Purpose.CANDIDATE), user, item)
-    chosen = np.full((len(row), k), -1, dtype=np.int64)
+    chosen = np.full((len(user), k), -1, dtype=np.int64)
     for slot in range(k):
         # Floyd: the upper end grows by one each step; a number that was drawn before is replaced
         # by the upper end itself.
@@ -244,7 +259,4 @@ def candidates(
         drawn = hash64(slot, seed=key) % (np.maximum(upper, 0) + 1)
         repeated = (chosen[:, :slot] == drawn[:, None]).any(axis=1)
         chosen[:, slot] = np.where(active, np.where(repeated, upper, drawn), -1)
-    filled = chosen >= 0
-    rows = np.repeat(row, size)
-    values = unseen_items(chosen[filled], rows, seen_gaps(seen, offsets, n_items + 1), offsets, n_items + 1)
-    return values, np.concatenate([[0], np.cumsum(size)])
+    return size, chosen[chosen >= 0]

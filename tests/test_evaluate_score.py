@@ -213,15 +213,27 @@ def test_a_model_worse_than_popularity_is_warned_of(line: Line, caplog: pytest.L
     assert "THE MODEL DOES NOT BEAT POPULARITY over the full catalogue in mrr, hr@1, ndcg@1, hr@5" in caplog.text
 
 
-def test_an_empty_test_table_is_refused(line: Line, tmp_path: Path) -> None:
-    """No user has enough items to hold one out."""
-    lake = Lake(str(tmp_path))
+def without_test_rows(lake: Lake, strategy: str) -> None:
     runs = lake.stage(DS, "prepare")
     root = runs.begin("p1")
     tables = {"test": table_info(TEST, [], root)}
-    runs.finish(Manifest("prepare", DS, "p1", root, {}, {}, tables))
+    runs.finish(Manifest("prepare", DS, "p1", root, {"split": {"strategy": strategy}}, {}, tables))
     runs = lake.stage(DS, "train")
     runs.finish(Manifest("train", DS, "t1", runs.begin("t1"), {}, {"prepare": "p1"}))
+
+
+def test_a_night_that_trains_on_everything_has_nothing_to_judge(
+    line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_test_rows(Lake(str(tmp_path)), "none")
+    config = line.config(paths={"lake": str(tmp_path)})
+    assert [evaluate(config, DS).status for _ in range(2)] == ["done", "already-done"]
+    assert "nothing is held out" in caplog.text
+
+
+def test_an_empty_test_table_is_refused(line: Line, tmp_path: Path) -> None:
+    """No user has enough items to hold one out."""
+    without_test_rows(Lake(str(tmp_path)), "leave-one-out")
     with pytest.raises(ContractError, match=r"test table is empty.*split\.min_interactions"):
         evaluate(line.config(paths={"lake": str(tmp_path)}), DS)
 

@@ -16,7 +16,21 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import sampling
-from ncf_dist.sampling import Purpose, candidates, code, hash64, hash64_column, negatives, negatives_of, seen_gaps
+from ncf_dist.sampling import (
+    Purpose,
+    Weighted,
+    candidates,
+    code,
+    hash64,
+    hash64_column,
+    negatives,
+    negatives_of,
+    prefix,
+    seen_gaps,
+    unseen_items,
+    unseen_total,
+    weighted_gaps,
+)
 
 IntArray = npt.NDArray[np.int64]
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -295,3 +309,82 @@ def test_the_p_value_is_that_of_the_chi_square_table() -> None:
     """df 1: chi-square 6.635 has p = 0.01. Counts 50 ± x: 2 x² / 50 = 6.635."""
     x = (6.635 * 50 / 2) ** 0.5
     assert p_value(np.array([50 - x, 50 + x])) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_candidates_in_parts_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    users = Users([set(range(n % 7)) for n in range(50)], 30)
+    drawn = [(1, 9, np.arange(50), np.full(50, 29), np.arange(50), users.seen, users.offsets, 30)] * 2
+    whole = candidates(*drawn[0])
+    monkeypatch.setattr(sampling, "_CANDIDATES_AT_ONCE", 20)
+    for found, expected in zip(candidates(*drawn[1]), whole, strict=True):
+        assert found.tolist() == expected.tolist()
+
+
+# ---- weighted negatives ------------------------------------------------------------------------------------
+
+WEIGHTS = st.lists(st.integers(1, 5), min_size=9, max_size=9)
+
+
+@law
+@given(st.lists(st.sets(st.integers(0, 8), max_size=8), min_size=1, max_size=4), WEIGHTS)
+def test_a_weighted_rank_falls_on_the_item_that_owns_it(sets: list[set[int]], weights: list[int]) -> None:
+    """Each unseen item written as often as it weighs, in one line: rank r is the r-th entry."""
+    users = Users(sets, 9)
+    weight = np.array(weights)
+    gaps, weighted = weighted_gaps(users.seen, users.offsets, weight)
+    total = unseen_total(users.offsets, 9, weighted)
+    for row, seen in enumerate(sets):
+        line = [item for item in range(9) if item not in seen for _ in range(weights[item])]
+        assert total[row] == len(line)
+        rank = np.arange(len(line))
+        found = unseen_items(
+            rank, np.full(len(line), row), gaps, users.offsets, int(weight.sum()) + 1, weighted=weighted
+        )
+        assert found.tolist() == line
+
+
+@law
+@given(st.lists(st.sets(st.integers(0, 8), max_size=8), min_size=1, max_size=4), st.integers(1, 2**40))
+def test_weights_of_one_are_uniform(sets: list[set[int]], seed: int) -> None:
+    users = Users(sets, 9)
+    row = np.repeat(np.arange(len(sets)), 5)
+    key = prefix(seed, row, np.tile(np.arange(5), len(sets)))
+    gaps, weighted = weighted_gaps(users.seen, users.offsets, np.ones(9, dtype=np.int64))
+    plain = negatives_of(key, 1, 2, row, seen_gaps(users.seen, users.offsets, 10), users.offsets, 9)
+    assert negatives_of(key, 1, 2, row, gaps, users.offsets, 9, weighted=weighted).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
+def test_weighted_negatives_come_as_often_as_they_weigh(seed: int) -> None:
+    """200 unseen items that weigh 1..200; counts over weight are even."""
+    n_items, draws = 210, 200_000
+    seen, offsets = np.arange(10), np.array([0, 10])
+    weights = np.concatenate([np.full(10, 10**6), np.arange(1, 201)])
+    gaps, weighted = weighted_gaps(seen, offsets, weights)
+    row = np.zeros(draws, dtype=np.int64)
+    found = negatives_of(prefix(seed, row, np.arange(draws)), 0, 0, row, gaps, offsets, n_items, weighted=weighted)
+    assert found.min() >= 10
+    counts = torch.tensor(np.bincount(found, minlength=n_items)[10:], dtype=torch.float64)
+    expected = torch.arange(1, 201, dtype=torch.float64) * draws / (200 * 201 / 2)
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert float(torch.special.gammaincc(torch.tensor(199 / 2, dtype=torch.float64), chi_square / 2)) > 0.01
+
+
+def test_torch_draws_the_same_weighted_negatives() -> None:
+    users = Users([set(range(0, 900, 3)), {5}, set()], 1000)
+    weights = np.random.default_rng(1).integers(1, 10**6, 1000)
+    gaps, weighted = weighted_gaps(users.seen, users.offsets, weights)
+    row = np.arange(30_000) % 3
+    key = prefix(7, row, np.arange(30_000))
+    expected = negatives_of(key, 3, 1, row, gaps, users.offsets, 1000, weighted=weighted)
+    in_torch = Weighted(*[torch.from_numpy(part) for part in weighted])
+    found = negatives_of(
+        torch.from_numpy(key), 3, 1, torch.from_numpy(row), torch.from_numpy(gaps), torch.from_numpy(users.offsets),
+        1000, torch.searchsorted, in_torch,
+    )  # fmt: skip
+    assert found.tolist() == expected.tolist()
+
+
+def test_weights_that_would_overflow_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 users x weight 4,611,686,018,427,387,905 do not fit 63 bits"):
+        weighted_gaps(np.empty(0, dtype=np.int64), np.array([0, 0, 0]), np.array([2**62]))

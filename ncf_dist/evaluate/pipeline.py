@@ -36,6 +36,10 @@ def evaluate(config: Config, ds: str) -> Outcome:
     if done := runs.find(key):
         log.info("already evaluated: %s", done.root)
         return Outcome.of(done, "already-done")
+    if prepare.config["split"]["strategy"] == "none":
+        log.warning("nothing is held out (split.strategy none): there is nothing to judge the model by")
+        inputs = {"prepare": prepare.run_key, "train": train.run_key}
+        return Outcome.of(runs.finish(Manifest(STAGE, ds, key, runs.begin(key), used, inputs)))
     if not prepare.table(contracts.TEST).rows:
         raise ContractError(
             "the test table is empty: no user has enough items to hold one out; "

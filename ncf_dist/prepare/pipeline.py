@@ -13,7 +13,7 @@ import posixpath
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,29 @@ def _side(config: Config, kind: str) -> SideTable | None:
     return SideTable(path=given) if isinstance(given, str) else given
 
 
+@dataclass
+class _Counts:
+    """Where rows went. unique, filtered: where the rows were cleaned before the pass over users."""
+
+    input: int
+    sound: int
+    quarantined: dict[str, int]
+    unique: int | None = None
+    filtered: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        """Rows that must reach the pass over users."""
+        return self.sound if self.unique is None else self.unique - sum(self.filtered.values())
+
+
+def _needs_unique(config: Config) -> bool:
+    """Whether duplicates must be gone before the pass over users removes them on its way."""
+    split = config.split
+    by_share = split.test_from is None or (split.validation and split.validation_from is None)
+    return config.input.filters or (split.strategy == "temporal" and by_share)
+
+
 class _Night:
     """One night's tables, step by step."""
 
@@ -133,57 +156,70 @@ class _Night:
 
     def make(self) -> tuple[dict[str, TableInfo], dict[str, Any]]:
         """Every table of the contracts; (tables, facts)."""
-        config = self.config
         rows, counts = self._read()
-        sound, unique, filtered = counts["sound"], None, dict[str, int]()
-        if config.input.filters or (config.split.strategy == "temporal" and config.split.test_from is None):
-            rows, unique, filtered = clean.keep(
-                self.spark, rows, config.input, self.id_types, config.seed, self.staging
-            )
-            self.frames |= {name: rows.select(name) for name in ("user_id", "item_id")}
-        kept = None if unique is None else unique - sum(filtered.values())
-        if kept == 0:
-            raise InputError(
-                f"input {config.input.path} has no row left ({counts['input']:,} rows read, {filtered} left out); "
-                "needed at least one: check the filters of input"
-            )
+        if _needs_unique(self.config):
+            rows = self._clean(rows, counts)
         given = self._candidates()
         self._indexes(given)
-        n_users, n_items = self.tables["user_index"].rows, self.tables["item_index"].rows
         indexed = self._indexed(rows)
-        rule = SplitRule(config.split, config.seed)
-        if config.split.strategy == "temporal":
-            rule = temporal_rule(rule, rows, indexed, kept or 0)
-        stats = self._pass_over_users(indexed, given, rule, n_users, n_items, counts["sound"])
+        rule = SplitRule(self.config.split, self.config.seed)
+        if rule.split.strategy == "temporal":
+            rule = temporal_rule(rule, rows, indexed, counts.kept)
+        stats = self._pass_over_users(indexed, given, rule, counts.kept)
         for contract in (contracts.INTERACTIONS, contracts.HISTORY, contracts.VALIDATION, contracts.TEST):
             self.tables[contract.name] = table_info(contract, _collected(stats, contract.name), self.run)
+        log.info("split: %s", {name: self.tables[name].rows for name in ("interactions", "validation", "test")})
         self.tables["train"] = self._train_table(stats)
+        log.info("train: %s rows in %d files", f"{self.tables['train'].rows:,}", len(self.tables["train"].files))
         self.tables["item_stats"] = self._item_stats()
+        return self.tables, {**self._facts(counts, stats), **_split_facts(rule), **self._sides()}
+
+    def _clean(self, rows: DataFrame, counts: _Counts) -> DataFrame:
+        """Unique rows that pass the filters."""
+        config = self.config.input
+        rows, counts.unique, counts.filtered = clean.keep(
+            self.spark, rows, config, self.id_types, self.config.seed, self.staging
+        )
+        self.frames |= {name: rows.select(name) for name in ("user_id", "item_id")}
+        log.info("%s unique rows, left out: %s", f"{counts.unique:,}", counts.filtered or "none")
+        if not counts.kept:
+            raise InputError(
+                f"input {config.path} has no row left ({counts.input:,} rows read, {counts.filtered} left out); "
+                "needed at least one: check the filters of input"
+            )
+        return rows
+
+    def _facts(self, counts: _Counts, stats: list[dict[str, Any]]) -> dict[str, Any]:
+        """The accounting of rows, and what later stages and people want to know."""
         passed = Counter[str]()
         for task in stats:
             passed.update(task["counts"])
-        if passed["rows"] != (sound if kept is None else kept):
-            raise AssertionError(f"{passed['rows']:,} rows reached the users of {kept or sound:,}: rows were lost")
-        accepted = passed["accepted"] if unique is None else unique
-        report: dict[str, Any] = {
-            "input": counts["input"],
+        if passed["rows"] != counts.kept:
+            raise AssertionError(f"{passed['rows']:,} rows reached the users of {counts.kept:,}: rows were lost")
+        accepted = passed["accepted"] if counts.unique is None else counts.unique
+        rows: dict[str, Any] = {
+            "input": counts.input,
             "accepted": accepted,
-            "duplicates": sound - accepted,
-            "quarantined": counts["quarantined"],
+            "duplicates": counts.sound - accepted,
+            "quarantined": counts.quarantined,
         }
-        if filtered:
-            report["filtered"] = filtered
-        facts = {"users": n_users, "items": n_items, "rows": report, "feedback": config.input.feedback}
-        facts |= _split_facts(rule)
-        kept_counts = ("tied_users", "train", "validation", "test", "users_without_negatives")
+        if counts.filtered:
+            rows["filtered"] = counts.filtered
+        kept = ("tied_users", "train", "validation", "test", "users_without_negatives")
         short = ("validation_short_candidates", "test_short_candidates")
-        facts |= {"active_users": passed["users"], **{name: passed[name] for name in (*kept_counts, *short)}}
-        facts["tied_users_share"] = round(passed["tied_users"] / max(1, passed["users"]), 6)
-        return self.tables, facts | self._sides()
+        return {
+            "users": self.tables["user_index"].rows,
+            "items": self.tables["item_index"].rows,
+            "rows": rows,
+            "feedback": self.config.input.feedback,
+            "active_users": passed["users"],
+            **{name: passed[name] for name in (*kept, *short)},
+            "tied_users_share": round(passed["tied_users"] / max(1, passed["users"]), 6),
+        }
 
     # ---- read
 
-    def _read(self) -> tuple[DataFrame, dict[str, Any]]:
+    def _read(self) -> tuple[DataFrame, _Counts]:
         """Type every row once, stage the sound ones, write the quarantine; (sound rows, counts).
         Raises InputError when too many are bad."""
         config = self.config.input
@@ -223,7 +259,7 @@ class _Night:
         for name in ("user_id", "item_id"):
             keys = [path for unit in stats for path in unit["files"][name]]
             self.frames[name] = self._staged(keys, pa.schema([schema.field(name)]))
-        return rows, {"input": total, "sound": total - rejected, "quarantined": dict(sorted(reasons.items()))}
+        return rows, _Counts(total, total - rejected, dict(sorted(reasons.items())))
 
     def _run_read(self, spec: RowSpec) -> list[dict[str, Any]]:
         units = len(spec.source.units)
@@ -234,7 +270,7 @@ class _Night:
         for unit in stats:
             if "error" in unit:
                 raise InputError(f"{unit['error']}; needed whole files of format {self.config.input.format}: mend them")
-        return sorted(stats, key=lambda unit: json.dumps(unit["files"]))
+        return sorted(stats, key=lambda unit: int(unit["unit"]))
 
     def _judge(self, rejects: DataFrame, reasons: Counter[str], total: int) -> None:
         config = self.config.input
@@ -280,6 +316,7 @@ class _Night:
             file = F.floor(F.col(index_column) / F.lit(ROWS_PER_FILE))
             self.tables[contract.name] = write_table(indexed, self.run, contract, file)
             self.frames[contract.name] = read_files(self.spark, self._paths(contract.name), contract.schema)
+        log.info("%s", ", ".join(f"{name}: {self.tables[name].rows:,}" for name in ("user_index", "item_index")))
 
     def _indexed(self, rows: DataFrame) -> DataFrame:
         joined = rows.join(self.frames["item_index"], "item_id").join(self.frames["user_index"], "user_id")
@@ -311,10 +348,11 @@ class _Night:
     # ---- users
 
     def _pass_over_users(
-        self, indexed: DataFrame, given: DataFrame | None, rule: SplitRule, n_users: int, n_items: int, rows: int
+        self, indexed: DataFrame, given: DataFrame | None, rule: SplitRule, rows: int
     ) -> list[dict[str, Any]]:
         """Run `users.user_pass` and return its statistics, one a task."""
         config = self.config
+        n_users, n_items = self.tables["user_index"].rows, self.tables["item_index"].rows
         user_files = max(MIN_USER_FILES, -(-rows // ROWS_PER_USER_FILE))
         spec = UserPass(
             run=self.run,

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ncf_dist.artifacts import write_parquet
 from ncf_dist.contracts import QUARANTINE
 from ncf_dist.prepare.reading import Chunk, Mask, as_mask, read_unit
 from ncf_dist.prepare.source import Source
+from ncf_dist.spark_io import ROWS_PER_FILE, FileSink
 
 NULLS = pa.array(["\\N", "NULL", "null"])
 """What writes a missing id as text."""
@@ -72,32 +72,51 @@ def read_pass(spec: RowSpec) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa
 
 
 def read_one(spec: RowSpec, unit: int) -> dict[str, Any]:
-    """Read, type and stage one unit."""
-    counts: Counter[str] = Counter()
-    good, bad = [], []
+    """Read, type and stage one unit, a block and a file's rows at a time."""
+    reasons: Counter[str] = Counter()
     total = 0
+    keys = [pa.schema([spec.schema.field(name)]) for name in ("user_id", "item_id")]
+    schemas = {"rows": spec.schema, "rejects": QUARANTINE.schema, "user_id": keys[0], "item_id": keys[1]}
+    sinks = {kind: FileSink(f"{spec.staging}/{kind}-{spec.part}", schema) for kind, schema in schemas.items()}
+    distinct = [_Distinct(sinks[name], unit) for name in ("user_id", "item_id")]
     try:
         for chunk in read_unit(spec.source, spec.source.units[unit]):
             rows, rejects = typed(chunk, spec)
-            good.append(rows)
             total += len(chunk.place)
+            sinks["rows"].add(unit, rows)
+            for one in distinct:
+                one.add(rows)
             if rejects is not None:
-                bad.append(rejects)
-                counts.update(rejects.column("reason").to_pylist())
+                sinks["rejects"].add(unit, rejects)
+                reasons.update(rejects.column("reason").to_pylist())
     except (OSError, pa.ArrowException) as error:
         named = ", ".join(spec.source.files[piece.file] for piece in spec.source.units[unit][:3])
         return {"error": f"{named} cannot be read: {error}"}
-    staged = {"rows": good, "rejects": bad}
-    for kind in ("user_id", "item_id"):
-        # What an index is made of is small beside the rows: distinct here, so that Spark sees each key once a unit.
-        staged[kind] = [pa.table({kind: pc.unique(pa.concat_tables(good)[kind])})] if good else []
-    files: dict[str, list[str]] = {kind: [] for kind in staged}
-    name = f"part-{spec.part}-{unit:06d}.parquet"
-    for kind, tables in staged.items():
-        if sum(table.num_rows for table in tables):
-            write_parquet(pa.concat_tables(tables).combine_chunks(), f"{spec.staging}/{kind}", name)
-            files[kind].append(f"{spec.staging}/{kind}/{name}")
-    return {"rows": total, "reasons": counts, "files": files}
+    for one in distinct:
+        one.flush()
+    files = {kind: [f"{sink.folder}/{info.path}" for info in sink.close()] for kind, sink in sinks.items()}
+    return {"unit": unit, "rows": total, "reasons": reasons, "files": files}
+
+
+class _Distinct:
+    """The ids of a unit, each about once: an index is small beside the rows, so Spark need not see each row's."""
+
+    def __init__(self, sink: FileSink, unit: int) -> None:
+        self.sink, self.unit = sink, unit
+        self._held: list[pa.Array] = []
+        self._size = 0
+
+    def add(self, rows: pa.Table) -> None:
+        [name] = self.sink.schema.names
+        self._held.append(pc.unique(rows[name]))
+        self._size += len(self._held[-1])
+        if self._size > ROWS_PER_FILE:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._size:
+            self.sink.add(self.unit, pa.table([pc.unique(pa.chunked_array(self._held))], schema=self.sink.schema))
+        self._held, self._size = [], 0
 
 
 def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
