@@ -7,8 +7,9 @@ project (4 negatives × 1 draw, 99 candidates, quarantine, checksums) and by `_u
 item, is given 30 % of a log's rows. Prints one table and writes benchmarks/results/prepare.json.
 
 seconds: the job's wall clock, launcher and JVM included. exponent: log(time ratio) / log(rows ratio) against the size
-before. heap: the most that was alive at a full collection, asked for every 5 seconds (in local mode the driver's heap
-is also the executors'); Python: the largest resident size of any Python process below the job.
+before. heap: the most that was alive in the driver at a full collection, asked for every 5 seconds (on local[2] the
+driver's heap is also the executors', sort buffers and all); Python: the largest resident size of any Python process
+below the job. The smallest and the largest log are then prepared once more with executors in processes of their own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 MASTER, HEAP, PARTITIONS = "local[2]", "2g", 16
+CLUSTER = "local-cluster[2,1,1024]"
 NAMES = ["userId", "movieId", "rating", "timestamp"]
 SKEW, COLLECT_S = 0.3, 5.0
 JAVA = subprocess.run(
@@ -75,6 +77,7 @@ class Watch(threading.Thread):
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self.process, self.most, self.ended = psutil.Process(pid), 0.0, threading.Event()
+        self.driver = 0
 
     def run(self) -> None:
         collected = time.monotonic()
@@ -86,16 +89,16 @@ class Watch(threading.Thread):
                 if time.monotonic() - collected > COLLECT_S:
                     collected = time.monotonic()
                     for java in [p for p in [self.process, *below] if p.name() == "java"]:
+                        self.driver = java.pid if "SparkSubmit" in " ".join(java.cmdline()) else self.driver
                         subprocess.run([JCMD, str(java.pid), "GC.run"], capture_output=True, check=False)
             except psutil.Error:
                 continue
 
 
-def live_heap(folder: Path) -> float:
-    """MiB alive at the fullest of the full collections of any JVM that logged here."""
+def live_heap(log: Path) -> float:
+    """MiB alive at the fullest of the full collections of the JVM that logged here."""
     whole = r"Pause Full.*?\d+M->(\d+)M"
-    found = [float(m) for log in folder.glob("gc-*.log") for m in re.findall(whole, log.read_text())]
-    return max(found, default=0.0)
+    return max((float(m) for m in re.findall(whole, log.read_text())), default=0.0)
 
 
 def timed(command: list[str], folder: Path) -> tuple[dict[str, float], str]:
@@ -103,7 +106,13 @@ def timed(command: list[str], folder: Path) -> tuple[dict[str, float], str]:
     for old in folder.glob("gc-*.log"):
         old.unlink()
     options = f"-XX:+UseG1GC -Xlog:gc:file={folder}/gc-%p.log"
-    environment = {**os.environ, "JAVA_HOME": JAVA, "SPARK_HOME": SPARK, "JAVA_TOOL_OPTIONS": options}
+    environment = {
+        **os.environ,
+        "SPARK_WORKER_DIR": str(folder / "workers"),
+        "JAVA_HOME": JAVA,
+        "SPARK_HOME": SPARK,
+        "JAVA_TOOL_OPTIONS": options,
+    }
     start = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     watch = Watch(process.pid)
@@ -113,16 +122,16 @@ def timed(command: list[str], folder: Path) -> tuple[dict[str, float], str]:
     watch.ended.set()
     if process.returncode:
         sys.exit(f"{command[:3]} exited {process.returncode}; its log is above")
-    return {"seconds": seconds, "heap": live_heap(folder), "python": watch.most}, out
+    return {"seconds": seconds, "heap": live_heap(folder / f"gc-{watch.driver}.log"), "python": watch.most}, out
 
 
-def ours(log: Path, folder: Path) -> dict[str, float]:
+def ours(log: Path, folder: Path, master: str = MASTER) -> dict[str, float]:
     named = {"user": "userId", "item": "movieId", "rating": "rating", "timestamp": "timestamp"}
     config = {
         "paths": {"lake": str(folder / "lake"), "work": str(folder / "work")},
         "input": {"path": str(log), "format": "csv", "columns": named, "user_type": "int", "item_type": "int"},
         "negatives": {"per_positive": 4, "draws": 1, "candidates": 99},
-        "spark": {"master": MASTER, "driver_memory": HEAP, "shuffle_partitions": PARTITIONS},
+        "spark": {"master": master, "driver_memory": HEAP, "executor_memory": "1g", "shuffle_partitions": PARTITIONS},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -150,6 +159,11 @@ def usual(log: Path, folder: Path) -> dict[str, float]:
     return found
 
 
+def apart(log: Path, folder: Path) -> dict[str, float]:
+    """`ours` with executors in processes of their own, to see the driver's heap alone."""
+    return ours(log, folder, CLUSTER)
+
+
 def measure(rows: int, ways: dict[str, Any], skew: str | None = None) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         log = Path(name) / "ratings.csv"
@@ -173,6 +187,7 @@ def main() -> None:
     parser.add_argument("--millions", type=float, nargs="+", default=[1, 5, 25])
     parser.add_argument("--skew-millions", type=float, default=5)
     parser.add_argument("--skip-usual", action="store_true")
+    parser.add_argument("--no-driver", dest="driver", action="store_false")
     args = parser.parse_args()
     ways = {"ours": ours} if args.skip_usual else {"ours": ours, "usual": usual}
     results: list[dict[str, Any]] = []
@@ -185,6 +200,11 @@ def main() -> None:
                 found["exponent"] = growth / math.log(found["rows"] / last["rows"])
             results.append(found)
             show(found)
+    print("the same with executors in processes of their own: the heap is the driver's alone")
+    for millions in (args.millions[0], args.millions[-1]) if args.driver else ():
+        [found] = measure(int(millions * 1e6), {"apart": apart})
+        results.append(found)
+        show(found)
     even: float | None = None
     print("skew; in place of the exponent, how many times the time of an even log")
     for skew in (None, "user", "item") if args.skew_millions else ():

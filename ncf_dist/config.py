@@ -399,6 +399,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _apply(tree, override)
+    # A section with nothing in it (all its keys commented out) has its defaults.
+    tree = {name: {} if value is None and name in Config.model_fields else value for name, value in tree.items()}
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -417,9 +419,21 @@ def parse_ds(text: str | None) -> str:
     raise ConfigError(f"--ds is {text!r}; needed a date that exists, written YYYY-MM-DD, for example 2026-01-31")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML lets a key be written twice and keeps the last; a config that does so is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0]} is there twice; needed once", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(
             f"config {path} cannot be read ({error.strerror}); give --config a YAML file such as conf/demo.yaml"

@@ -270,7 +270,8 @@ def test_killed_tasks_and_executors_change_no_byte(base: Night, tmp_path: Path, 
     settings = config(tmp_path, csv_log(tmp_path / "raw", LOG), spark={"master": master, "executor_memory": "1g"})
     (tmp_path / "config.json").write_text(settings.model_dump_json(by_alias=True))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SPARK", "PYSPARK"))}
-    env |= {"PYTHONPATH": str(ROOT), "SPARK_HOME": str(Path(pyspark.__file__).parent)}
+    spark = {"SPARK_HOME": str(Path(pyspark.__file__).parent), "SPARK_WORKER_DIR": str(tmp_path / "workers")}
+    env |= {"PYTHONPATH": str(ROOT), **spark}
     command = [sys.executable, "-c", FAULTS, mode, str(tmp_path / "config.json"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from ncf_dist import config as settings
-from ncf_dist.config import Config, Section, load_config, parse_ds
+from ncf_dist.config import Config, Model, Section, load_config, parse_ds
 from ncf_dist.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def test_every_mistake_is_reported_at_once(load: Load) -> None:
     [
         ("paths: {lake: l}\n", "input is missing"),
         ("paths: {}\ninput: {path: x}\n", "paths.lake is missing"),
-        ("paths:\ninput: {path: x}\n", "paths is None: input should be"),
+        ("paths:\ninput: {path: x}\n", "paths.lake is missing; add it"),
         ("- paths\n- input\n", "holds list; needed sections"),
         ("", "holds NoneType; needed sections"),
         ("paths: {lake: l\n", "is not valid YAML"),
@@ -194,6 +194,16 @@ def test_a_config_never_changes(load: Load) -> None:
     for section, key in ((config, "seed"), (config.train, "epochs"), (config.fetch, "source")):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, key, 2)
+
+
+def test_a_key_that_is_there_twice_is_refused(load: Load) -> None:
+    message = refused(load, "paths: {lake: l}\ninput: {path: a, path: b}\n")
+    assert "is not valid YAML: the key path is there twice; needed once" in message
+    assert "the key seed is there twice" in refused(load, SMALL + "seed: 1\nseed: 2\n")
+
+
+def test_a_section_with_nothing_in_it_has_its_defaults(load: Load) -> None:
+    assert load(SMALL + "model:\n# name: mlp\n").model == Model()
 
 
 def test_every_field_is_documented_where_it_is_declared() -> None:
