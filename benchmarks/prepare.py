@@ -1,10 +1,10 @@
 """Prepare at scale: interactions/s, growth with rows, the live heap, skew; beside the usual way, in the same run.
 
-    .venv/bin/python benchmarks/prepare.py [--millions 1 5 25] [--skew-millions 5]
+    .venv/bin/python benchmarks/prepare.py [--millions 1 5 25] [--driver-millions 1 25] [--skew-millions 5]
 
 Each size is a synthetic CSV log (ids drawn from power laws, seed 1), prepared on local[2] with a 2 GiB heap by this
 project (4 negatives × 1 draw, 99 candidates, quarantine, checksums) and by `_usual_prepare.py`. Then one user, and one
-item, is given 30 % of a log's rows. Prints one table and writes benchmarks/results/prepare.json.
+item, is given 30 % of a log's rows. Prints one table and writes its parts into benchmarks/results/prepare.json.
 
 seconds: the job's wall clock, launcher and JVM included. exponent: log(time ratio) / log(rows ratio) against the size
 before. heap: the most that was alive in the driver at a full collection, asked for every 5 seconds (on local[2] the
@@ -182,41 +182,48 @@ def show(found: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--millions", type=float, nargs="+", default=[1, 5, 25])
-    parser.add_argument("--skew-millions", type=float, default=5)
-    parser.add_argument("--skip-usual", action="store_true")
-    parser.add_argument("--no-driver", dest="driver", action="store_false")
-    args = parser.parse_args()
-    ways = {"ours": ours} if args.skip_usual else {"ours": ours, "usual": usual}
+def growth(millions: list[float], ways: dict[str, Any]) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
-    print(f"{'rows':>12} {'way':6} {'':14} {'seconds':>8} {'rows/s':>9} {'exponent':>8} {'heap MiB':>9} {'Python':>7}")
-    for millions in args.millions:
-        for found in measure(int(millions * 1e6), ways):
+    for size in millions:
+        for found in measure(int(size * 1e6), ways):
             if before := [r for r in results if r["way"] == found["way"]]:
                 last = before[-1]
-                growth = math.log(found["seconds"] / last["seconds"])
-                found["exponent"] = growth / math.log(found["rows"] / last["rows"])
+                times = math.log(found["seconds"] / last["seconds"])
+                found["exponent"] = times / math.log(found["rows"] / last["rows"])
             results.append(found)
             show(found)
-    print("the same with executors in processes of their own: the heap is the driver's alone")
-    for millions in (args.millions[0], args.millions[-1]) if args.driver else ():
-        [found] = measure(int(millions * 1e6), {"apart": apart})
+    return results
+
+
+def skewed(millions: float) -> list[dict[str, Any]]:
+    results: list[dict[str, Any]] = []
+    for skew in (None, "user", "item"):
+        [found] = measure(int(millions * 1e6), {"ours": ours}, skew)
         results.append(found)
+        found["times"] = found["seconds"] / results[0]["seconds"]
         show(found)
-    even: float | None = None
-    print("skew; in place of the exponent, how many times the time of an even log")
-    for skew in (None, "user", "item") if args.skew_millions else ():
-        [found] = measure(int(args.skew_millions * 1e6), {"ours": ours}, skew)
-        even = even or found["seconds"]
-        found["times"] = found["seconds"] / even
-        results.append(found)
-        show(found)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--millions", type=float, nargs="*", default=[1, 5, 25], help="sizes of part growth")
+    parser.add_argument("--driver-millions", type=float, nargs="*", default=[1, 25], help="sizes of part driver")
+    parser.add_argument("--skew-millions", type=float, default=5, help="size of part skew; 0 leaves it out")
+    args = parser.parse_args()
+    print(f"{'rows':>12} {'way':6} {'':14} {'seconds':>8} {'rows/s':>9} {'exponent':>8} {'heap MiB':>9} {'Python':>7}")
+    parts = {"growth": growth(args.millions, {"ours": ours, "usual": usual})} if args.millions else {}
+    if args.driver_millions:
+        print("executors in processes of their own: the heap is the driver's alone")
+        parts["driver"] = growth(args.driver_millions, {"apart": apart})
+    if args.skew_millions:
+        print("skew; in place of the exponent, how many times the time of an even log")
+        parts["skew"] = skewed(args.skew_millions)
     path = ROOT / "benchmarks/results/prepare.json"
     path.parent.mkdir(exist_ok=True)
+    old = json.loads(path.read_text()) if path.exists() else {}
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-    path.write_text(json.dumps({**machine, "results": results}, indent=1) + "\n")
+    path.write_text(json.dumps({**old, **machine, **parts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
