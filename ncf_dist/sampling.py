@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     TRAIN_ORDER = 4
     SYNTHETIC = 5
     INDEX_ORDER = 6
+    SHARED_NEGATIVE = 16
 
 
 def _signed(value: int) -> int:

@@ -203,7 +203,8 @@ class _Writers:
             )
             counts[f"{name}_short_candidates"] += int((np.diff(offsets) < spec.negatives.candidates).sum())
             counts[name] += len(user)
-            self._add(name, user, {"user_idx": user, "item_idx": item, "candidates": _lists(values, offsets)})
+            columns = [user, item, block.rating[chosen], _lists(values, offsets)]
+            self._add(name, user, dict(zip(contracts.held_out(name).columns, columns, strict=True)))
         self._train(block, in_train, row, users, counts)
 
     def _train(
