@@ -25,9 +25,9 @@ from pyspark.sql import SparkSession
 from torch import Tensor, nn
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo, read_table, write_parquet
+from ncf_dist.artifacts import Lake, Manifest, read_table
 from ncf_dist.bundle import load_model, read_bundle, verify_weights
-from ncf_dist.config import Config, Loader, Model, Negatives, Train
+from ncf_dist.config import Config, Loader, Model, Train
 from ncf_dist.errors import ConfigError, ContractError, ExitCode, TrainingFailed
 from ncf_dist.models import GMF, build_model
 from ncf_dist.prepare.pipeline import prepare
@@ -42,11 +42,21 @@ from ncf_dist.train.trainer import History, Trainer
 from ncf_dist.train.validation import Validator, candidate_ranks, read_held_out
 from ncf_dist.train.world import World
 from tests.gloo import Ranks
+from tests.tables import (
+    DRAWS,
+    DS,
+    ITEMS,
+    USERS,
+    N,
+    prepare_run,
+    prepared,
+    small_config,
+    some_rows,
+    table_of,
+    validation_files,
+)
 
 GOLDEN = Path(__file__).with_name("golden_losses.txt")
-DS = "2026-01-31"
-N, DRAWS = 2, 2
-USERS, ITEMS = 12, 20
 TINY = {name: Model(name=name, factors=4, layers=(8, 6, 4)) for name in ("gmf", "mlp", "neumf")}
 TINY["mf"] = Model(name="mf", factors=4, biases=True)
 TINY["dot"] = Model(name="mf", factors=4)  # Biases have no gradient under bpr but rounding, which Adam enlarges.
@@ -79,15 +89,6 @@ class Fixed:
 
     def epoch(self, epoch: int, done: Sequence[Phase] = (), skip: int = 0) -> Iterator[Batch]:
         yield from self.batches[skip:]
-
-
-def some_rows(count: int) -> npt.NDArray[np.int64]:
-    """User u likes items of its own parity; the negatives are of the other one."""
-    rng = np.random.default_rng(7)
-    user = rng.integers(USERS, size=count)
-    item = rng.integers(ITEMS // 2, size=(count, 1 + N)) * 2 + (user % 2)[:, None]
-    item[:, 1:] ^= 1
-    return np.column_stack([user, item])
 
 
 def nothing_held_out(model: nn.Module) -> dict[str, float]:
@@ -156,55 +157,6 @@ def test_two_ranks_of_batch_b_are_one_process_of_2b(ranks: Ranks, name: str, los
         np.testing.assert_allclose(first[key], wanted, atol=1e-6, rtol=0, err_msg=key)
     for left, right, record in zip(first_history.epochs, second_history.epochs, one_history.epochs, strict=True):
         assert left["loss"] == right["loss"] == pytest.approx(record["loss"], abs=1e-6)
-
-
-def table_of(folder: Path, contract: contracts.Contract, files: list[dict[str, Any]]) -> TableInfo:
-    infos: list[FileInfo] = [
-        write_parquet(pa.table(columns, schema=contract.schema), str(folder / contract.name), f"part-{number}.parquet")
-        for number, columns in enumerate(files)
-    ]
-    return TableInfo(contract.name, contract.fingerprint, tuple(infos))
-
-
-def validation_files(lists: list[list[tuple[int, int, list[int]]]]) -> list[dict[str, Any]]:
-    """Files of (user, item, candidates) rows as columns."""
-    user, item, rating, candidates = contracts.VALIDATION.columns
-    return [
-        {
-            user: [row[0] for row in rows],
-            item: [row[1] for row in rows],
-            rating: [float(row[1] % 5 + 1) for row in rows],
-            candidates: [row[2] for row in rows],
-        }
-        for rows in lists
-    ]
-
-
-def prepare_run(folder: Path, rows: int, files: int, held_out: int) -> Manifest:
-    """A hand-made prepare run: `rows` train rows cut unevenly into `files`, and one validation row for
-    `held_out` users.
-    """
-    contract, data = contracts.train(N, DRAWS), some_rows(rows)
-    cuts = np.sort(np.random.default_rng(rows).integers(0, rows + 1, size=files - 1))
-    parts = [part for part in np.split(data, cuts) if len(part)]
-    columns = [
-        dict(
-            zip(
-                contract.columns,
-                np.column_stack([p] + [p[:, 2:]] * (DRAWS - 1)).astype(np.int32).T,
-                strict=True,
-            )
-        )
-        for p in parts
-    ]
-    held = [[(user, user, [(user + 1) % ITEMS, (user + 3) % ITEMS])] for user in range(held_out)]
-    tables = {
-        "train": table_of(folder, contract, columns),
-        "validation": table_of(folder, contracts.VALIDATION, validation_files(held or [[]])),
-    }
-    facts = {"users": USERS, "items": ITEMS}
-    config = {"negatives": Negatives(per_positive=N, draws=DRAWS).model_dump()}
-    return Manifest("prepare", DS, "p1", str(folder), config, {}, tables, facts)
 
 
 Run = tuple[Manifest, dict[str, Any], dict[str, Any]]
@@ -390,22 +342,8 @@ def test_without_validation_rows_the_last_epoch_stands() -> None:
 def spec_of(folder: Path, model: Model = TINY["mlp"], rows: int = 10, **train: Any) -> worker.Spec:
     """The spec of a training over a hand-made prepare run."""
     config = small_config(folder, model, **train)
-    runs = Lake(config.paths.lake).stage(DS, "prepare")
-    run = runs.finish(prepare_run(Path(runs.begin("p1")), rows, files=2, held_out=2))
+    run = prepared(config, rows)
     return worker.Spec(config.model_dump_json(by_alias=True), run.root, str(folder / "run"))
-
-
-def small_config(folder: Path, model: Model, **train: Any) -> Config:
-    return Config.model_validate(
-        {
-            "paths": {"lake": str(folder / "lake"), "work": str(folder / "work")},
-            "input": {"path": "unused"},
-            "negatives": {"per_positive": N, "draws": DRAWS},
-            "model": model,
-            "loader": {"backend": "arrow"},
-            "train": {"epochs": 1, "batch_size": 4, "device": "cpu", "timeout_s": 30, **train},
-        }
-    )
 
 
 def start_of(world: World, spec: worker.Spec) -> tuple[npt.NDArray[np.float32], list[list[float]]]:

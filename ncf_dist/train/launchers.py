@@ -15,7 +15,7 @@ from collections.abc import Callable
 from ncf_dist.config import Config
 
 WORKER = "ncf_dist.train.worker"
-SHUTDOWN_S = 10
+SHUTDOWN_S = 5
 """What torchrun leaves a rank between SIGTERM and SIGKILL when another one has failed."""
 
 

@@ -45,7 +45,7 @@ NOT_THE_RESULT = {
 RANKS, PLOT = "ranks", "history.svg"
 STOP_S = 20.0
 """What the ranks have, once asked, to save and end."""
-FAILED_S = 15.0
+FAILED_S = 8.0
 """What the others have to end by themselves once one has reported a failure."""
 
 

@@ -260,8 +260,9 @@ class Trainer:
         try:
             self._load(checkpoint)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            why = " ".join(str(error).split())
             raise ContractError(
-                f"checkpoint {checkpoint.path} does not fit this training ({error}); needed one of the same model and "
+                f"checkpoint {checkpoint.path} does not fit this training ({why}); needed one of the same model and "
                 "tables: delete the folder to start afresh"
             ) from None
 

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from typing import NoReturn
 
 import torch
 
@@ -162,8 +163,8 @@ def report(path: str, rank: str, kind: str, message: str) -> None:
         log.exception("the failure could not be reported")
 
 
-def run(path: str) -> int:
-    """Run this process as a rank. Never returns after a failure: it ends the process."""
+def run(path: str) -> NoReturn:
+    """Run this process as a rank, and end it."""
     rank = os.environ.get("RANK", "0")
     try:
         spec = Spec(**json.loads(read_bytes(path)))
@@ -174,6 +175,7 @@ def run(path: str) -> int:
         world.join(config.train.timeout_s)
         train_rank(spec, world, stop)
         world.leave()
+        code = int(ExitCode.DONE)
     except NcfError as error:
         report(path, rank, type(error).__name__, str(error))
         code = int(error.exit_code)
@@ -181,15 +183,13 @@ def run(path: str) -> int:
         log.exception("rank %s failed", rank)
         report(path, rank, UNEXPECTED, f"{type(error).__name__}: {error}"[:1000])
         code = int(ExitCode.UNEXPECTED)
-    else:
-        return 0
     logging.shutdown()
     sys.stderr.flush()
-    # No clean-up of the process group: it would wait for ranks that are waiting for us.
+    # No clean-up after a failure: the process group would wait for ranks that are waiting for us.
     os._exit(code)
 
 
-def main() -> int:
+def main() -> NoReturn:
     die_with_parent()
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True)
@@ -201,8 +201,8 @@ def main() -> int:
         datefmt="%H:%M:%S",
     )
     logging.getLogger("petastorm").setLevel(logging.WARNING)
-    return run(path)
+    run(path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

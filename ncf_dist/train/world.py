@@ -47,7 +47,9 @@ class World:
             dist.init_process_group(backend, timeout=dt.timedelta(seconds=timeout_s))
 
     def leave(self) -> None:
+        """Leave together: a rank that is gone breaks the connections of one that is still busy."""
         if dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
