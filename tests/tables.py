@@ -71,11 +71,12 @@ def prepare_run(folder: Path, rows: int, files: int, held_out: int, explicit: bo
     return Manifest("prepare", DS, "p1", str(folder), config, {}, tables, {"users": USERS, "items": ITEMS})
 
 
-def small_config(folder: Path, model: Model, **train: Any) -> Config:
+def small_config(folder: Path, model: Model, feedback: str = "implicit", **train: Any) -> Config:
+    """A config whose lake is in `folder`, for a training of seconds."""
     return Config.model_validate(
         {
             "paths": {"lake": str(folder / "lake"), "work": str(folder / "work")},
-            "input": {"path": "unused"},
+            "input": {"path": "unused", "feedback": feedback},
             "negatives": {"per_positive": N, "draws": DRAWS},
             "model": model,
             "loader": {"backend": "arrow"},
@@ -84,7 +85,7 @@ def small_config(folder: Path, model: Model, **train: Any) -> Config:
     )
 
 
-def prepared(config: Config, rows: int, files: int = 2, held_out: int = 2) -> Manifest:
-    """A finished prepare run in the config's lake."""
-    runs = Lake(config.paths.lake).stage(DS, "prepare")
-    return runs.finish(prepare_run(Path(runs.begin("p1")), rows, files, held_out))
+def prepared(config: Config, rows: int, ds: str = DS) -> Manifest:
+    """A finished prepare run in the config's lake, with two validation rows."""
+    runs, explicit = Lake(config.paths.lake).stage(ds, "prepare"), config.input.feedback == "explicit"
+    return runs.finish(prepare_run(Path(runs.begin("p1")), rows, 2, 2, explicit))
