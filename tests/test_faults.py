@@ -328,7 +328,13 @@ def test_clipping_bounds_the_gradient_and_nothing_else(tmp_path: Path) -> None:
 
     for clip, wanted in ((2.0, [-3 * 2 / 5, -4 * 2 / 5]), (6.0, [-3.0, -4.0]), (None, [-3.0, -4.0])):
         line = Line()
-        settings: dict[str, Any] = {"optimiser": "sgd", "momentum": 0.0, "lr": 1.0, "schedule": "constant", "clip_norm": clip}
+        settings: dict[str, Any] = {
+            "optimiser": "sgd",
+            "momentum": 0.0,
+            "lr": 1.0,
+            "schedule": "constant",
+            "clip_norm": clip,
+        }
         config = small_config(tmp_path, GMF, **settings).train
         it = Trainer(line, Source(), lambda model: {}, config, World())  # type: ignore[arg-type]
         it.objective = line

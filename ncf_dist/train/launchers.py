@@ -46,5 +46,5 @@ LAUNCHERS: dict[str, Callable[[Config, str], list[str]]] = {"torchrun": torchrun
 
 def threads(config: Config) -> int:
     """Threads of each rank: its share of this machine's cores."""
-    ranks = config.train.ranks if config.train.launcher == "torchrun" else 1
+    ranks = 1 if config.train.launcher == "none" else config.train.ranks
     return max(1, (os.cpu_count() or 1) // ranks)
