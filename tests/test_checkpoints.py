@@ -263,9 +263,9 @@ def part(world: World, run: Manifest, folder: str, updates: int) -> tuple[list[t
     rows: list[tuple[int, int]] = []
     step = trainer.train_step
 
-    def noting(batch: Batch, done: float) -> tuple[float, float]:
+    def noting(batch: Batch, done: float, asked: tuple[bool, bool] = (False, False)) -> tuple[float, float, list[bool]]:
         rows.extend(zip(batch.user.tolist(), batch.items[:, 0].tolist(), strict=True))
-        return step(batch, done)
+        return step(batch, done, asked)
 
     trainer.train_step = noting  # type: ignore[method-assign]
     with contextlib.suppress(Preempted):

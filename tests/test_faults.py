@@ -28,7 +28,7 @@ from ncf_dist.bundle import read_bundle
 from ncf_dist.config import Config, Model
 from ncf_dist.errors import ExitCode, Preempted, TrainingFailed
 from ncf_dist.models import build_model
-from ncf_dist.train import checkpoints, worker
+from ncf_dist.train import checkpoints, losses, worker
 from ncf_dist.train.checkpoints import Checkpoint
 from ncf_dist.train.loaders import Batch
 from ncf_dist.train.order import Phase
@@ -308,7 +308,7 @@ def test_poison_ends_the_job_and_nothing_is_published(tmp_path: Path) -> None:
     assert not list(Path(config.paths.lake).glob("runs/*/train/*/bundle"))
 
 
-def test_clipping_bounds_the_gradient_and_nothing_else(tmp_path: Path) -> None:
+def test_clipping_bounds_the_gradient_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """sgd without momentum at rate 1: the step is the gradient. Norm 5 clipped to 2 keeps its direction: 3-4-5."""
 
     class Source:
@@ -323,9 +323,10 @@ def test_clipping_bounds_the_gradient_and_nothing_else(tmp_path: Path) -> None:
             super().__init__()
             self.a, self.b = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
 
-        def forward(self, batch: Batch) -> Tensor:
-            return (3 * self.a + 4 * self.b).sum()
+        def forward(self, user: Tensor, item: Tensor) -> Tensor:
+            return (3 * self.a + 4 * self.b) * torch.tensor([[2.0, 0.0]])
 
+    monkeypatch.setitem(losses.LOSSES, "bce", lambda model, batch: model(batch.user, batch.items).mean())
     for clip, wanted in ((2.0, [-3 * 2 / 5, -4 * 2 / 5]), (6.0, [-3.0, -4.0]), (None, [-3.0, -4.0])):
         line = Line()
         settings: dict[str, Any] = {
@@ -337,6 +338,5 @@ def test_clipping_bounds_the_gradient_and_nothing_else(tmp_path: Path) -> None:
         }
         config = small_config(tmp_path, GMF, **settings).train
         it = Trainer(line, Source(), lambda model: {}, config, World())  # type: ignore[arg-type]
-        it.objective = line
         it.train_step(Batch(torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)), 0.0)
         assert [line.a.item(), line.b.item()] == pytest.approx(wanted, rel=1e-5)

@@ -175,10 +175,12 @@ def train_one(world: World, run: Manifest, config: Train, how: Loader) -> tuple[
     trainer = Trainer(model, loader, Validator(run, 10, world), config, world)
     taken, step = 0, trainer.train_step
 
-    def counting(batch: Batch, done: float) -> tuple[float, float]:
+    def counting(
+        batch: Batch, done: float, asked: tuple[bool, bool] = (False, False)
+    ) -> tuple[float, float, list[bool]]:
         nonlocal taken
         taken += 1
-        return step(batch, done)
+        return step(batch, done, asked)
 
     trainer.train_step = counting  # type: ignore[method-assign]
     epochs = trainer.fit().epochs

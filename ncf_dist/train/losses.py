@@ -13,7 +13,7 @@ s(u, i) is the model's score, i a row's item, j a negative.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,13 +70,19 @@ LOSSES: dict[str, Callable[[Recommender, Batch], Tensor]] = {
 
 
 class Objective(nn.Module):
-    """A model and its loss as one module, so that what DDP wraps is all that a step computes."""
+    """A model and its loss as one module, so that what DDP wraps is all that a step computes.
 
-    def __init__(self, model: Recommender, loss: str, precision: str = "fp32") -> None:
+    `signals`, a parameter that stays zero, carries flags from rank to rank: its gradient is the mean of what the ranks
+    gave, so a flag of any rank is seen by all, after the gradients' own exchange and without another one.
+    """
+
+    def __init__(self, model: Recommender, loss: str, precision: str = "fp32", signals: int = 1) -> None:
         super().__init__()
         self.model, self.loss, self.bf16 = model, LOSSES[loss], precision == "bf16"
+        self.signals = nn.Parameter(torch.zeros(signals))
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, flags: Sequence[bool] = (False,)) -> Tensor:
         """The mean loss of a batch, a scalar in float32."""
         with torch.autocast(batch.user.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.loss(self.model, batch)
+            loss = self.loss(self.model, batch)
+        return loss + self.signals @ torch.tensor(flags, dtype=torch.float32, device=loss.device)

@@ -34,7 +34,7 @@ def rate_curve(trainer: Trainer) -> list[tuple[float, float]]:
             batches = trainer.loader.epoch(epoch)
             batch = next(batches)
         try:
-            value, _ = trainer.train_step(batch, 0.0)
+            value, _, _ = trainer.train_step(batch, 0.0)
         except TrainingFailed:
             break
         trainer.progress.updates += 1

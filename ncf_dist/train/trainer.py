@@ -89,7 +89,8 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model.to(world.device)
-        self.objective: nn.Module = Objective(self.model, loss, config.precision)
+        self.signals = Objective(self.model, loss, config.precision, signals=2).to(world.device)
+        self.objective: nn.Module = self.signals
         if world.size > 1:
             devices = [world.local_rank] if world.device.startswith("cuda") else None
             self.objective = DistributedDataParallel(self.objective, device_ids=devices, gradient_as_bucket_view=True)
@@ -137,26 +138,29 @@ class Trainer:
         batches = self.loader.epoch(self.progress.epoch, done, phase.steps)
         meter = Meter(self.world, self.progress.epoch, self.config.epochs, steps, phase.steps)
         for step in range(phase.steps, steps):
-            flags = self.world.any([self.stop(), self._time_to_save()])
             with meter.waiting():
                 batch = next(batches)
             share = (used + step * phase.batch_size * phase.ranks) / self.loader.rows
-            value, rate = self.train_step(batch, (self.progress.epoch + share) / self.config.epochs)
+            asked = (self.stop(), self._time_to_save())
+            value, rate, flags = self.train_step(batch, (self.progress.epoch + share) / self.config.epochs, asked)
             self._note(step, steps, value, rate, batch)
             meter.step(batch, value)
-            self._save_or_stop(*flags())
+            self._save_or_stop(*flags)
         meter.close()
         loss, rows = self.world.sum(
             torch.tensor([self.progress.loss, float(self.progress.rows)], dtype=torch.float64)
         ).tolist()
         return {"loss": loss / rows if rows else math.nan, **meter.summary()}
 
-    def train_step(self, batch: Batch, done: float) -> tuple[float, float]:
-        """One update, when the share `done` of the training is done. Returns this rank's loss and the learning rate."""
+    def train_step(
+        self, batch: Batch, done: float, asked: tuple[bool, bool] = (False, False)
+    ) -> tuple[float, float, list[bool]]:
+        """One update, when the share `done` of the training is done.
+        Returns this rank's loss, the learning rate, and which of the flags `asked` any rank has set."""
         rate = set_rate(self.optimiser, self.config, done)
         self._seed_step()
-        loss = self.objective(batch)
-        self.optimiser.zero_grad(set_to_none=True)
+        loss = self.objective(batch, asked)
+        self.objective.zero_grad(set_to_none=True)
         finite = loss.detach().isfinite()
         if batch.rating is not None:
             finite = finite & batch.rating.isfinite().all()
@@ -169,7 +173,9 @@ class Trainer:
         if self.config.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         self.optimiser.step()
-        return value, rate
+        signals = self.signals.signals.grad
+        assert signals is not None
+        return value, rate, [flag > 0 for flag in signals.tolist()]
 
     def _seed_step(self) -> None:
         """Dropout draws what the seed, the update and the rank say."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,19 +56,6 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
-
-    def any(self, flags: Sequence[bool]) -> Callable[[], list[bool]]:
-        """Ask all ranks whether a flag is set on any of them. The returned function gives the answer, the same on all;
-        what is done between the two calls overlaps with the asking."""
-        values = torch.tensor(flags, dtype=torch.int32)
-        work = dist.all_reduce(values, dist.ReduceOp.MAX, async_op=True) if self.size > 1 else None
-
-        def answer() -> list[bool]:
-            if work is not None:
-                work.wait()
-            return [bool(value) for value in values.tolist()]
-
-        return answer
 
     def gather(self, value: Any) -> list[Any]:
         """The value (JSON-like) of every rank, by rank, on all of them."""
