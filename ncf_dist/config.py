@@ -125,6 +125,11 @@ class Layout(Section):
     """At least this many files where there are rows for them, so that re-dealing files mixes them."""
 
 
+def embedding_size(rows: int) -> int:
+    """fastai's rule of thumb, min(600, round(1.6 · n^0.56)): 944 → 74, 1625 → 101."""
+    return min(600, round(1.6 * float(rows**0.56)))
+
+
 class Model(Section):
     """Which model, and its shape; the formulas are in ncf_dist/models.py."""
 
@@ -143,7 +148,7 @@ class Model(Section):
     """Explicit feedback, mf and embedding_nn: a sigmoid maps scores into (low, high). A little more than the scale of
     the ratings, such as [0, 5.5] for 1 to 5, lets the best ones be reached."""
     embedding_sizes: tuple[PositiveInt, PositiveInt] | None = None
-    """embedding_nn: of users and of items; default: by the number of each, see `models.embedding_size`."""
+    """embedding_nn: of users and of items; default: by the number of each, see `embedding_size`."""
     batch_norm: bool = True
     """embedding_nn: batch normalisation after each hidden layer."""
     init_std: Annotated[float, Field(gt=0)] = 0.01

@@ -269,11 +269,6 @@ class MF(Recommender):
         return into_range(score, self.y_range)
 
 
-def embedding_size(rows: int) -> int:
-    """fastai's rule of thumb, min(600, round(1.6 · n^0.56)): 944 → 74, 1625 → 101."""
-    return min(600, round(1.6 * float(rows**0.56)))
-
-
 class EmbeddingNN(Recommender):
     """Hidden layers over a user's and an item's embedding, each of a size of its own."""
 
@@ -289,7 +284,7 @@ class EmbeddingNN(Recommender):
         std: float = 0.01,
     ) -> None:
         super().__init__()
-        sizes = sizes or (embedding_size(n_users), embedding_size(n_items))
+        sizes = sizes or (settings.embedding_size(n_users), settings.embedding_size(n_items))
         self.user, self.item = Table(n_users, sizes[0], std), Table(n_items, sizes[1], std)
         widths = (sum(sizes), *layers)
         # Batch norm has a shift of its own, so the layer before it needs no bias.

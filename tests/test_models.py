@@ -16,7 +16,7 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from torch import nn
 
-from ncf_dist.config import Model
+from ncf_dist.config import Model, embedding_size
 from ncf_dist.models import (
     GMF,
     MF,
@@ -27,7 +27,6 @@ from ncf_dist.models import (
     Recommender,
     Tower,
     build_model,
-    embedding_size,
     parameter_count,
 )
 

@@ -191,6 +191,8 @@ def run(path: str) -> NoReturn:
 
 def main() -> NoReturn:
     die_with_parent()
+    # Run by its path, as Spark does, Python puts this folder first: our `order` and `memory` are no top-level modules.
+    sys.path[:] = [place for place in sys.path if place != os.path.dirname(os.path.abspath(__file__))]
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True)
     path: str = parser.parse_args().spec
