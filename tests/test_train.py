@@ -637,4 +637,4 @@ def test_memory_is_refused_by_default_where_the_machine_has_too_little(
 
 def test_memory_is_checked_before_anything_starts(line: Line) -> None:
     with pytest.raises(ConfigError, match="GiB"):
-        train(line.config(train={"max_model_bytes": 1000}), DS)
+        train(line.config(train={"max_model_bytes": 1000, "lr": 0.3}), DS)
