@@ -336,7 +336,7 @@ def test_negatives_are_those_of_the_sampler(night: Night) -> None:
 @pytest.mark.parametrize("name", ["validation", "test"])
 def test_candidates_are_distinct_and_never_interacted_with(night: Night, name: str) -> None:
     everything, n_items, short = night.items_by_user(TRAIN, VALIDATION, TEST), len(night.index("item")), 0
-    for user, _, found in night.rows(name):
+    for user, _, _, found in night.rows(name):
         unseen = n_items - len(everything[user])
         assert len(found) == len(set(found)) == min(CANDIDATES, unseen)
         assert not set(found) & everything[user]
