@@ -17,7 +17,7 @@ import os
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,10 +203,12 @@ class StageRuns:
         """Whether this stage has ever finished for this ds."""
         return self._current_key() is not None
 
-    def begin(self, run_key: str) -> str:
-        """An empty folder for this run; what an attempt that died left there is removed."""
+    def begin(self, run_key: str, keep: Sequence[str] = ()) -> str:
+        """A folder for this run; what an attempt that died left there is removed, but for the names in `keep`."""
         path = self.run_path(run_key)
-        remove(path)
+        for name in list_names(path):
+            if name not in keep:
+                remove(posixpath.join(path, name))
         make_dirs(path)
         return path
 

@@ -24,6 +24,7 @@ Place = str | Annotated[int, Field(ge=0)]
 """Where a field is: a column's name (header, JSON key, Parquet column), or its position in a line, from 0."""
 Dataset = Literal["synthetic", "ml-100k", "ml-1m", "ml-20m"]
 PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 MEMORY_PATTERN = r"^[1-9][0-9]*[kmgt]$"
 
 
@@ -254,13 +255,14 @@ class Split(Section):
 
 
 class Negatives(Section):
-    per_positive: Annotated[int, Field(ge=0)] = 4
+    per_positive: NonNegativeInt = 4
     """Negatives drawn for each positive (N)."""
-    draws: Annotated[int, Field(ge=0)] = 4
-    """Independent draws kept in the train table; epoch e reads draw `e mod draws`."""
+    draws: NonNegativeInt = 4
+    """Independent draws kept in the train table; epoch e reads draw `e mod draws`. 0 keeps none: the trainer draws them
+    itself (train.negatives=online)."""
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Weight of an item as a negative: its train popularity to this power; 0 is uniform."""
-    candidates: Annotated[int, Field(ge=0)] = 99
+    candidates: NonNegativeInt = 99
     """Unseen items that a held-out positive is ranked among (the NCF protocol)."""
 
 
@@ -275,54 +277,156 @@ class Layout(Section):
     """Numbers of ranks that shall get whole files: the file count is a multiple of each."""
 
 
+def embedding_size(rows: int) -> int:
+    """fastai's rule of thumb, min(600, round(1.6 · n^0.56)): 944 → 74, 1625 → 101."""
+    return min(600, round(1.6 * float(rows**0.56)))
+
+
 class Model(Section):
-    name: Literal["gmf", "mlp", "neumf"] = "neumf"
-    """GMF, MLP or NeuMF of He et al. 2017."""
+    """Which model, and its shape; the formulas are in ncf_dist/models.py."""
+
+    name: Literal["gmf", "mlp", "neumf", "mf", "embedding_nn"] = "neumf"
+    """`gmf`, `mlp`, `neumf`: He et al. 2017 · `mf`: dot product · `embedding_nn`: layers over embeddings (fastai)."""
     factors: PositiveInt = 8
-    """Embedding size of the GMF part (D)."""
+    """Embedding size of GMF, of NeuMF's GMF part and of mf (D)."""
     layers: tuple[PositiveInt, ...] = (64, 32, 16, 8)
-    """MLP tower: the first entry is the width of the concatenated user and item embeddings, so it must be even."""
+    """mlp, neumf: the first entry is the width of the concatenated user and item embeddings, so it must be even, the
+    rest are hidden layers · embedding_nn: hidden layers, such as [100, 50]."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before each MLP layer."""
+    """mlp, neumf: dropout before each layer · embedding_nn: after each hidden layer."""
+    biases: bool = False
+    """mf: a bias a user and a bias an item."""
+    y_range: tuple[float, float] | None = None
+    """Explicit feedback, mf and embedding_nn: a sigmoid maps scores into (low, high). A little more than the scale of
+    the ratings, such as [0, 5.5] for 1 to 5, lets the best ones be reached."""
+    embedding_sizes: tuple[PositiveInt, PositiveInt] | None = None
+    """embedding_nn: of users and of items; default: by the number of each, see `embedding_size`."""
+    batch_norm: bool = True
+    """embedding_nn: batch normalisation after each hidden layer."""
+    init_std: Annotated[float, Field(gt=0)] = 0.01
+    """Standard deviation of the initial embeddings, around 0."""
 
     @model_validator(mode="after")
-    def _tower_starts_even(self) -> Model:
-        if not self.layers or self.layers[0] % 2:
+    def _shape_fits_model(self) -> Model:
+        if self.name in ("mlp", "neumf") and (not self.layers or self.layers[0] % 2):
             raise ValueError(
                 f"model.layers starts with {self.layers[:1]}: its first entry is split evenly between user and item, "
                 "give an even width"
             )
+        if self.y_range is not None:
+            if self.name not in ("mf", "embedding_nn"):
+                raise ValueError(
+                    f"model.y_range is {list(self.y_range)} with model.name={self.name}; "
+                    "only mf and embedding_nn have one: leave it out"
+                )
+            if not self.y_range[0] < self.y_range[1]:
+                raise ValueError(f"model.y_range is {list(self.y_range)}; needed the lower bound first, as [0, 5.5]")
         return self
 
 
-class Train(Section):
-    launcher: Literal["torchrun", "none"] = "torchrun"
-    """`torchrun`: `ranks` processes under DistributedDataParallel · `none`: one process, no process group."""
-    ranks: PositiveInt = 1
-    """Processes on this machine; one a GPU, or a share of the cores each without GPUs."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: CUDA (NCCL) where there is a GPU for every rank, else CPU (gloo)."""
-    epochs: PositiveInt = 20
-    """Upper bound of epochs; the validation rows choose which one is kept."""
-    batch_size: PositiveInt = 1_024
-    """Positives a step on each rank (B); a step sees B x (1 + negatives.per_positive) examples."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Adam's learning rate (decayed to zero along a half cosine)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """L2 term of Adam."""
-    patience: PositiveInt = 5
-    """Stop after this many epochs without a better validation NDCG@10."""
-    timeout_s: PositiveInt = 300
-    """A collective that waits longer than this fails the run instead of hanging it."""
-    reader: Literal["petastorm", "arrow"] = "petastorm"
+class Loader(Section):
+    """How a rank reads the train table. Nothing here but shuffle_files changes a batch."""
+
+    backend: Literal["petastorm", "arrow"] = "petastorm"
     """What reads the Parquet files: Petastorm, or its plain pyarrow twin with the same batches."""
-    reader_workers: PositiveInt = 2
+    cache: Literal["none", "host", "device"] = "none"
+    """`none`: read every epoch, `shuffle_files` files at a time · `host`: read once, kept in each rank's memory ·
+    `device`: the same on its GPU. A table that does not fit in `cache_bytes` is read every epoch after all."""
+    cache_bytes: PositiveInt = 2**31
+    """Upper bound of a rank's cache."""
+    workers: PositiveInt = 2
     """Petastorm threads a rank."""
     shuffle_files: PositiveInt = 8
     """Files a rank holds in memory at once to mix their rows."""
+
+
+class Pretrained(Section):
+    """NeuMF's start from two trained models (He et al. 2017, section 3.4.1)."""
+
+    gmf: str
+    """Bundle folder of a gmf with the same factors."""
+    mlp: str
+    """Bundle folder of an mlp with the same layers."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of GMF in the output layer; MLP gets 1 - alpha."""
+
+
+class Train(Section):
+    launcher: Literal["torchrun", "spark", "none"] = "torchrun"
+    """`torchrun`: `ranks` processes a node under DistributedDataParallel · `spark`: `ranks` barrier tasks of Spark's
+    TorchDistributor · `none`: one process, no process group."""
+    ranks: PositiveInt = 1
+    """Processes on each node; one a GPU, or a share of the cores each without GPUs."""
+    nodes: PositiveInt = 1
+    """torchrun: machines. The job starts its own ranks and prints the command that the other machines need."""
+    rendezvous: str | None = None
+    """torchrun, several nodes: HOST:PORT of this machine, as the others reach it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA (NCCL) where there is a GPU for every rank, else CPU (gloo)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: matrix products in bfloat16 under autocast; weights, optimiser and loss stay float32."""
+    loss: Literal["bce", "bpr", "sampled_softmax", "mse"] | None = None
+    """ncf_dist/train/losses.py has the formulas. Default: bce for implicit feedback, mse for explicit."""
+    negatives: Literal["table", "online"] = "table"
+    """`table`: those that prepare drew, draw `e mod negatives.draws` in epoch e · `online`: drawn by the same hash on
+    the training device, draw e in epoch e, so never repeated."""
+    shared_negatives: PositiveInt = 1_024
+    """sampled_softmax: items drawn for a step and shared by all its rows."""
+    epochs: PositiveInt = 20
+    """Upper bound of epochs; the validation rows choose which one is kept."""
+    batch_size: PositiveInt = 1_024
+    """Rows a step on each rank (B); with bce and bpr a step sees B x (1 + negatives.per_positive) examples."""
+    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
+    """adam: weight decay is an L2 term of the loss · adamw: it is apart from the gradient · sgd: with `momentum`."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """The schedule's highest learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "one_cycle"] = "cosine"
+    """ncf_dist/train/schedules.py has the formulas."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's decay rates; one_cycle moves the first one."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's term in the denominator."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """sgd; one_cycle moves it."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the layers' weights; never of biases and batch norm."""
+    embedding_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the embedding tables, rows that a step does not touch included."""
+    part_decay: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Weight decay of a part instead of the two above, embeddings and layers alike: by the beginning of its parameters'
+    names, such as {gmf: 1.0e-6, tower: 1.0e-5}."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Gradients with a larger norm (all parameters together) are scaled down to it."""
+    patience: PositiveInt = 5
+    """Stop after this many epochs without a better validation NDCG@10 (explicit feedback: MSE)."""
+    pretrained: Pretrained | None = None
+    """neumf: start from a trained gmf and a trained mlp."""
+    warm_start: str | None = None
+    """Start from an earlier bundle of the same model, whose users and items may be fewer: its folder, or `previous` for
+    that of the latest night before ds (none there: a fresh start)."""
+    checkpoint_steps: PositiveInt | None = None
+    """Save after this many steps."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = 5.0
+    """Save after this many minutes. A training that was cut short goes on from the latest checkpoint."""
+    timeout_s: PositiveInt = 300
+    """A collective that waits longer than this fails the run instead of hanging it."""
+    lr_find: bool = False
+    """Draw loss over learning rate, suggest a rate, and exit without training."""
     max_model_bytes: PositiveInt | None = None
-    """Refuse models that need more than this, weights, gradients and optimiser state of all ranks together;
+    """Refuse a training that needs more than this, all ranks of a machine together;
     default: 80 % of the machine's memory (or of the GPU's)."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Train:
+        if (self.nodes > 1) != (self.rendezvous is not None) or (self.nodes > 1 and self.launcher != "torchrun"):
+            raise ValueError(
+                f"train.nodes is {self.nodes} with train.rendezvous={self.rendezvous} and "
+                f"train.launcher={self.launcher}; needed launcher torchrun and HOST:PORT of this machine "
+                "for several nodes, and no rendezvous for one"
+            )
+        if self.pretrained and self.warm_start:
+            raise ValueError("train.pretrained and train.warm_start are both set; a model starts from one of them")
+        return self
 
 
 class Evaluate(Section):
@@ -367,6 +471,7 @@ class Config(Section):
     negatives: Negatives = Negatives()
     layout: Layout = Layout()
     model: Model = Model()
+    loader: Loader = Loader()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     score: Score = Score()
@@ -386,6 +491,35 @@ class Config(Section):
         if self.split.strategy == "temporal" and timeless:
             raise ValueError(
                 "split.strategy is temporal and input.columns.timestamp is not set; needed the column of the times"
+            )
+        if self.train.negatives == "online" and self.negatives.alpha > 0:
+            raise ValueError(
+                f"negatives.alpha is {self.negatives.alpha} with train.negatives online, which draws uniformly: "
+                "set train.negatives=table, or negatives.alpha=0"
+            )
+        return self
+
+    @property
+    def loss(self) -> str:
+        """The loss in force: `train.loss`, or what the feedback asks for."""
+        return self.train.loss or ("mse" if self.input.feedback == "explicit" else "bce")
+
+    @model_validator(mode="after")
+    def _loss_fits_the_data(self) -> Config:
+        explicit = self.input.feedback == "explicit"
+        if explicit != (self.loss == "mse"):
+            raise ValueError(
+                f"train.loss is {self.loss} with input.feedback={self.input.feedback}; "
+                "needed mse for explicit feedback and bce, bpr or sampled_softmax for implicit"
+            )
+        if not explicit and self.model.y_range is not None:
+            raise ValueError(
+                f"model.y_range is {list(self.model.y_range)} with input.feedback=implicit, where scores are logits: "
+                "leave it out"
+            )
+        if self.train.pretrained and self.model.name != "neumf":
+            raise ValueError(
+                f"train.pretrained is set with model.name={self.model.name}; only neumf is made of a gmf and an mlp"
             )
         return self
 

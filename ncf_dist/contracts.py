@@ -147,14 +147,14 @@ ITEM_WEIGHTS = _contract(
 
 
 def held_out(name: str) -> Contract:
-    """`validation` or `test`: a held-out positive and the unseen items it is ranked among
+    """`validation` or `test`: a held-out interaction, its rating, and the unseen items it is ranked among
     (unordered, without repeats)."""
     return _contract(
         name,
         {"user_idx": INDEX, "item_idx": INDEX, "rating": pa.float32(), "candidates": INDEX_LIST},
         ("user_idx", "item_idx"),
         "prepare",
-        "one held-out row with its rating and its candidates",
+        "one held-out interaction a row with its candidates",
     )
 
 
@@ -179,22 +179,18 @@ def negative_column(draw: int, slot: int) -> str:
 def train(per_positive: int, draws: int, explicit: bool = False) -> Contract:
     """Trainer-ready rows. Negatives are scalar columns, one a (draw, slot): Petastorm turns a list column
     into a matrix row by row in Python, about thirty times slower than it hands over a scalar column, and an
-    epoch reads only its own draw. `explicit`: the rating, and no negatives."""
+    epoch reads only its own draw. With no draws none are stored: the trainer draws them. Explicit feedback has
+    ratings in their place."""
     if explicit:
-        return _contract(
-            "train",
-            {"user_idx": INDEX, "item_idx": INDEX, "rating": pa.float32()},
-            ("user_idx", "item_idx"),
-            "prepare",
-            "one rating a row, in hashed order, equal rows and one row group a file",
-        )
-    negatives = {negative_column(d, s): INDEX for d in range(draws) for s in range(per_positive)}
+        more = {"rating": pa.float32()}
+    else:
+        more = {negative_column(d, s): INDEX for d in range(draws) for s in range(per_positive)}
     return _contract(
         "train",
-        {"user_idx": INDEX, "item_idx": INDEX, **negatives},
+        {"user_idx": INDEX, "item_idx": INDEX, **more},
         ("user_idx", "item_idx"),
         "prepare",
-        "one train positive a row with its negatives, in hashed order, equal rows and one row group a file",
+        "one train row each with its negatives or its rating, in hashed order, equal rows and one row group a file",
     )
 
 

@@ -703,5 +703,7 @@ def test_settings_that_do_not_fit_together(section: type[Any], values: dict[str,
 def test_sections_that_do_not_fit_together(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="do not go with split.strategy files"):
         config(tmp_path, "x", input={"k_core": 2}, split={"strategy": "files", "test": "y"})
+    with pytest.raises(ValueError, match="negatives.alpha is 0.5 with train.negatives online"):
+        config(tmp_path, "x", negatives={"alpha": 0.5}, train={"negatives": "online"})
     with pytest.raises(ValueError, match="needed the column of the times"):
         config(tmp_path, "x", input={"columns": {"user": "u", "item": "i"}}, split={"strategy": "temporal"})

@@ -72,6 +72,8 @@ def test_without_its_manifest_a_run_does_not_exist_and_the_next_attempt_starts_e
     with pytest.raises(ContractError, match=f"no finished run; needed the output of prepare for ds {DS}: run the job"):
         runs.current()
     assert artifacts.list_names(f"{path}/item_stats") == ["half.parquet"]
+    assert runs.begin("k1", keep=("item_stats",)) == path
+    assert artifacts.list_names(path) == ["item_stats"]
     assert runs.begin("k1") == path
     assert artifacts.list_names(path) == []
 

@@ -101,7 +101,7 @@ def test_a_config_that_cannot_be_read_says_so(tmp_path: Path) -> None:
         ("train.lr=0", "train.lr is 0: input should be greater than 0"),
         ("train.epochs=many", "train.epochs is 'many': input should be a valid integer"),
         ("model.dropout=1", "model.dropout is 1: input should be less than 1"),
-        ("model.name=svd", "model.name is 'svd': input should be 'gmf', 'mlp' or 'neumf'"),
+        ("model.name=svd", "model.name is 'svd': input should be 'gmf', 'mlp', 'neumf', 'mf' or 'embedding_nn'"),
         ("input.max_bad_fraction=1.5", "input.max_bad_fraction is 1.5"),
         ("split.min_interactions=2", "split.min_interactions is 2"),
         ("evaluate.ks=[10, 0]", "evaluate.ks.1 is 0"),
@@ -111,6 +111,31 @@ def test_a_config_that_cannot_be_read_says_so(tmp_path: Path) -> None:
 )
 def test_a_bad_value_is_shown_with_what_is_allowed(load: Load, override: str, message: str) -> None:
     assert message in refused(load, SMALL, override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["input.feedback=explicit", "train.loss=bce"], "train.loss is bce with input.feedback=explicit; needed mse"),
+        (["train.loss=mse"], "train.loss is mse with input.feedback=implicit; needed mse for explicit"),
+        (["model.name=mf", "model.y_range=[0, 5]"], "model.y_range is [0.0, 5.0] with input.feedback=implicit"),
+        (["model.y_range=[0, 5]"], "model.y_range is [0.0, 5.0] with model.name=neumf; only mf and embedding_nn"),
+        (["model.name=mf", "input.feedback=explicit", "model.y_range=[5, 1]"], "needed the lower bound first"),
+        (["model.name=gmf", "train.pretrained={gmf: a, mlp: b}"], "train.pretrained is set with model.name=gmf"),
+        (["train.warm_start=x", "train.pretrained={gmf: a, mlp: b}"], "a model starts from one of them"),
+        (["train.nodes=2"], "train.nodes is 2 with train.rendezvous=None"),
+        (["train.rendezvous=h:1"], "train.nodes is 1 with train.rendezvous=h:1"),
+        (["train.nodes=2", "train.rendezvous=h:1", "train.launcher=spark"], "needed launcher torchrun"),
+    ],
+)
+def test_settings_that_do_not_fit_together(load: Load, overrides: list[str], message: str) -> None:
+    assert message in refused(load, SMALL, *overrides)
+
+
+def test_the_loss_follows_the_feedback(load: Load) -> None:
+    assert load().loss == "bce"
+    assert load(SMALL, "input.feedback=explicit", "model.name=mf").loss == "mse"
+    assert load(SMALL, "train.loss=bpr").loss == "bpr"
 
 
 @pytest.mark.parametrize("layers", ["[]", "[15, 8]"])

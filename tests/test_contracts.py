@@ -78,6 +78,12 @@ def test_the_fingerprint_follows_names_types_and_order() -> None:
     assert contracts.train(2, 3).fingerprint == contracts.train(2, 3).fingerprint
 
 
+def test_the_train_table_of_ratings_and_of_online_negatives() -> None:
+    assert contracts.train(2, 3, explicit=True).columns == ["user_idx", "item_idx", "rating"]
+    assert contracts.train(2, 0).columns == contracts.train(0, 3).columns == ["user_idx", "item_idx"]
+    assert contracts.VALIDATION.columns == ["user_idx", "item_idx", "rating", "candidates"]
+
+
 def test_the_train_table_has_one_column_a_draw_and_slot() -> None:
     negatives = ["neg_0_0", "neg_0_1", "neg_1_0", "neg_1_1", "neg_2_0", "neg_2_1"]
     assert contracts.train(per_positive=2, draws=3).columns == ["user_idx", "item_idx", *negatives]

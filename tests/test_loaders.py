@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,25 +23,20 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from ncf_dist import contracts
+from ncf_dist import contracts, sampling
 from ncf_dist.artifacts import Manifest, TableInfo, write_parquet
-from ncf_dist.config import Train
+from ncf_dist.config import Loader
 from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.train import loaders
-from ncf_dist.train.loaders import (
-    Batch,
-    Columns,
-    TrainLoader,
-    deal,
-    rows_per_rank,
-    steps_per_epoch,
-    verify_files,
-)
+from ncf_dist.train.loaders import Batch, Columns, Task, TrainLoader, verify_files
+from ncf_dist.train.negatives import OnlineNegatives, shared_items
+from ncf_dist.train.order import EpochOrder, Phase, deal, rows_per_rank, steps_per_epoch
 from ncf_dist.train.world import World
 
 N, DRAWS = 2, 3
 CONTRACT = contracts.train(N, DRAWS)
-READERS = sorted(loaders.READERS)
+READERS = sorted(loaders.BACKENDS)
+CACHES = ("none", "host", "device")
 
 
 def train_run(folder: Path, file_rows: Sequence[int]) -> Manifest:
@@ -58,9 +54,17 @@ def train_run(folder: Path, file_rows: Sequence[int]) -> Manifest:
     return Manifest("prepare", "2026-01-31", "p1", str(folder), {}, {}, tables)
 
 
-def loader_of(run: Manifest, world: World | None = None, seed: int = 1, **settings: object) -> TrainLoader:
-    config = Train.model_validate({"batch_size": 4, "shuffle_files": 2, **settings})
-    return TrainLoader(run, CONTRACT, N, DRAWS, config, seed, world or World())
+def task_of(**settings: Any) -> Task:
+    """The task of `train_run`'s table: as many users and items as there are numbers in it."""
+    usual = {"n_users": 10**6, "n_items": 10**6, "batch_size": 4, "seed": 1, "negatives": N, "draws": DRAWS}
+    return Task(**(usual | settings))
+
+
+def loader_of(
+    run: Manifest, world: World | None = None, seed: int = 1, batch_size: int = 4, **settings: object
+) -> TrainLoader:
+    config = Loader.model_validate({"shuffle_files": 2, **settings})
+    return TrainLoader(run, CONTRACT, task_of(seed=seed, batch_size=batch_size), config, world or World())
 
 
 def worlds(size: int) -> list[World]:
@@ -73,7 +77,7 @@ def users(batches: Sequence[Batch]) -> list[int]:
 
 def plain(batches: Sequence[Batch]) -> list[list[list[int]]]:
     """Batches as lists, to compare."""
-    return [torch.column_stack([b.user, b.item, b.negatives]).tolist() for b in batches]
+    return [torch.column_stack([b.user, b.items]).tolist() for b in batches]
 
 
 # ---- laws of the deal --------------------------------------------------------------------------------------
@@ -146,6 +150,80 @@ def test_no_row_is_left_out_for_ever() -> None:
     assert left == set(range(7))
 
 
+# ---- an epoch that was cut short ----------------------------------------------------------------------------
+
+phases = st.lists(
+    st.builds(Phase, st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(0, 6)), max_size=3
+)
+
+
+def used_in(order: EpochOrder, phase: Phase) -> list[list[tuple[int, int]]]:
+    """For each rank of the phase, the (file, row) of every row in the order of their use, to the end of the epoch."""
+    ranks = []
+    for world in worlds(phase.ranks):
+        rows: list[tuple[int, int]] = []
+        for window in order.windows(world, phase.shuffle_files):
+            line = [(p.file, int(row)) for p in window.pieces for row in np.arange(1000)[order.rows_of(p)]]
+            rows += [line[place] for place in window.permutation()]
+        ranks.append(rows)
+    return ranks
+
+
+@given(tables, seeds, st.integers(0, 3), phases, st.integers(1, 4))
+@budget(max_examples=500, deadline=None)
+def test_an_epoch_that_goes_on_in_other_worlds_uses_every_row_once(
+    file_rows: list[int], seed: int, epoch: int, done: list[Phase], size: int
+) -> None:
+    """What each phase uses, simulated rank by rank, and what the last one then finds: nothing twice, and nothing
+    missing but fewer rows than it has ranks."""
+    seen: list[tuple[int, int]] = []
+    for number, phase in enumerate([*done, Phase(size, 5, 2, 10**6)]):
+        for rows in used_in(EpochOrder(file_rows, seed, epoch, done[:number]), phase):
+            seen += rows[: phase.steps * phase.batch_size]
+    assert len(seen) == len(set(seen))
+    assert set(seen) <= {(file, row) for file, rows in enumerate(file_rows) for row in range(rows)}
+    assert sum(file_rows) - len(seen) < size
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("backend", READERS)
+def test_an_epoch_goes_on_with_the_very_next_batch(tmp_path: Path, backend: str, cache: str) -> None:
+    run = train_run(tmp_path, [9, 1, 14, 6, 6, 3])
+    for world in worlds(2):
+        whole = plain(list(loader_of(run, world, backend=backend, cache=cache).epoch(1)))
+        assert len(whole) == 5  # ⌈(39 // 2) / 4⌉
+        for skip in range(6):
+            left = loader_of(run, world, backend=backend, cache=cache).epoch(1, skip=skip)
+            assert plain(list(left)) == whole[skip:]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_two_ranks_then_one_then_two_see_every_row_once(tmp_path: Path, cache: str) -> None:
+    run = train_run(tmp_path, [9, 1, 14, 6, 6, 4])
+    seen: list[int] = []
+    done: list[Phase] = []
+    for size, batch_size, steps in ((2, 4, 2), (1, 3, 3), (2, 2, None)):
+        for world in worlds(size):
+            loader = loader_of(run, world, batch_size=batch_size, cache=cache)
+            seen += users(list(itertools.islice(loader.epoch(0, done), steps)))
+        done.append(dataclasses.replace(loader.phase, steps=steps or 0))
+    # 2·4·2 = 16 rows, then 3·3 = 9, then 15 // 2 on each of two ranks: all 40 but one.
+    assert len(seen) == len(set(seen)) == 16 + 9 + 2 * (15 // 2)
+
+
+def test_files_that_are_used_up_are_not_opened_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Trap 11: a reader cannot be moved in mid-iteration, so what is left is opened afresh."""
+    run, opened = train_run(tmp_path, [8] * 6), list[str]()
+
+    def noting(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
+        opened.extend(files)
+        return loaders.arrow_tables(files, columns, workers)
+
+    monkeypatch.setitem(loaders.BACKENDS, "arrow", noting)
+    list(loader_of(run, backend="arrow", shuffle_files=1).epoch(0, skip=7))  # 28 rows: three files and a half
+    assert len(opened) == 3
+
+
 # ---- on real files -----------------------------------------------------------------------------------------
 
 SHAPES = {
@@ -164,7 +242,7 @@ def test_every_row_once_and_steps_batches(tmp_path: Path, shape: str, reader: st
     run, rows = train_run(tmp_path, file_rows), sum(file_rows)
     seen: list[int] = []
     for world in worlds(size):
-        loader = loader_of(run, world, reader=reader)
+        loader = loader_of(run, world, backend=reader)
         batches = list(loader.epoch(0))
         each = rows // size
         assert len(batches) == loader.steps == -(-each // 4)
@@ -176,28 +254,146 @@ def test_every_row_once_and_steps_batches(tmp_path: Path, shape: str, reader: st
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_row_comes_with_its_own_negatives_of_the_epochs_draw(tmp_path: Path, reader: str) -> None:
-    loader = loader_of(train_run(tmp_path, [6, 7, 8]), reader=reader)
+    loader = loader_of(train_run(tmp_path, [6, 7, 8]), backend=reader)
     for epoch in range(2 * DRAWS):
         for batch in loader.epoch(epoch):
-            assert batch.user.dtype == batch.item.dtype == batch.negatives.dtype == torch.int64
-            assert torch.equal(batch.item, 1000 + batch.user)
-            wanted = [batch.user * 100 + (epoch % DRAWS) * 10 + slot for slot in range(N)]
-            assert torch.equal(batch.negatives, torch.stack(wanted, dim=1))
+            assert batch.user.dtype == batch.items.dtype == torch.int64
+            wanted = [1000 + batch.user, *(batch.user * 100 + (epoch % DRAWS) * 10 + slot for slot in range(N))]
+            assert torch.equal(batch.items, torch.stack(wanted, dim=1))
 
 
 def test_both_readers_give_the_same_batches(tmp_path: Path) -> None:
     run = train_run(tmp_path, [9, 1, 14, 6, 6, 3])
     for epoch in range(3):
         for world in worlds(2):
-            petastorm, arrow = (list(loader_of(run, world, reader=r).epoch(epoch)) for r in ("petastorm", "arrow"))
+            petastorm, arrow = (list(loader_of(run, world, backend=r).epoch(epoch)) for r in ("petastorm", "arrow"))
             assert plain(petastorm) == plain(arrow)
+
+
+def test_a_cache_gives_the_same_batches(tmp_path: Path) -> None:
+    run = train_run(tmp_path, [9, 1, 14, 6, 6, 3])
+    for world in worlds(2):
+        for epoch in range(DRAWS + 1):
+            none, host, device = (plain(list(loader_of(run, world, cache=c).epoch(epoch))) for c in CACHES)
+            assert none == host == device
+
+
+def test_a_cache_reads_the_table_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run, opened = train_run(tmp_path, [8] * 6), list[str]()
+
+    def noting(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
+        opened.extend(files)
+        return loaders.arrow_tables(files, columns, workers)
+
+    monkeypatch.setitem(loaders.BACKENDS, "arrow", noting)
+    loader = loader_of(run, backend="arrow", cache="host")
+    for epoch in range(3):
+        list(loader.epoch(epoch))
+    assert sorted(opened) == run.files("train")
+
+
+def test_a_table_that_does_not_fit_is_read_every_epoch(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """20 rows x (2 + 2·3) columns x 4 bytes = 640."""
+    run = train_run(tmp_path, [10, 10])
+    wanted = plain(list(loader_of(run).epoch(0)))
+    assert plain(list(loader_of(run, cache="host", cache_bytes=640).epoch(0))) == wanted
+    assert not caplog.records
+    assert plain(list(loader_of(run, cache="host", cache_bytes=639).epoch(0))) == wanted
+    assert "20 rows x 8 columns x 4 bytes" in caplog.text
+
+
+# ---- negatives drawn while training ------------------------------------------------------------------------
+
+POSITIVES = sorted({(int(u), int(i)) for u, i in np.random.default_rng(5).integers((7, 11), size=(40, 2))})
+
+
+def positives_run(folder: Path, contract: contracts.Contract, columns: dict[str, Any]) -> Manifest:
+    table = pa.table([pa.array(columns[f.name]).cast(f.type) for f in contract.schema], schema=contract.schema)
+    infos = [
+        write_parquet(table.slice(start, 9), str(folder / "train"), f"{start}.parquet") for start in range(0, 36, 9)
+    ]
+    tables = {"train": TableInfo("train", contract.fingerprint, tuple(infos))}
+    return Manifest("prepare", "2026-01-31", "p1", str(folder), {}, {}, tables)
+
+
+def test_negatives_are_the_same_drawn_before_or_while_training(tmp_path: Path) -> None:
+    """The prepared table holds what sampling.negatives draws; `online` finds the same from the positives alone."""
+    user, item = (np.array(column, dtype=np.int64) for column in zip(*POSITIVES[:36], strict=True))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=7))])
+    columns: dict[str, Any] = {"user_idx": user, "item_idx": item} | {
+        contracts.negative_column(draw, slot): sampling.negatives(3, draw, slot, user, item, user, item, offsets, 11)
+        for draw in range(DRAWS)
+        for slot in range(N)
+    }
+    bare = contracts.train(N, 0)
+    stored, drawn = positives_run(tmp_path / "a", CONTRACT, columns), positives_run(tmp_path / "b", bare, columns)
+    for world in worlds(2):
+        for epoch in range(DRAWS):
+            task = task_of(n_users=7, n_items=11, seed=3)
+            table = TrainLoader(stored, CONTRACT, task, Loader(), world).epoch(epoch)
+            online = TrainLoader(drawn, bare, dataclasses.replace(task, draws=0), Loader(), world).epoch(epoch)
+            assert plain(list(table)) == plain(list(online))
+
+
+def test_online_negatives_are_never_repeated_and_never_seen() -> None:
+    user, item = (np.array(column, dtype=np.int64) for column in zip(*POSITIVES, strict=True))
+    online = OnlineNegatives(3, user, item, 7, 11, "cpu")
+    draws = [online.draw(epoch, torch.from_numpy(user), torch.from_numpy(item), 3) for epoch in range(20)]
+    assert len({tuple(d.flatten().tolist()) for d in draws}) == 20
+    seen = set(POSITIVES)
+    assert not any((u, j) in seen for d in draws for u, row in zip(user.tolist(), d.tolist(), strict=True) for j in row)
+
+
+def test_shared_items_are_uniform_and_the_same_in_every_world(tmp_path: Path) -> None:
+    """Two ranks with a batch of 2 take the steps that one takes with a batch of 4."""
+    run = train_run(tmp_path, [10, 10])
+
+    def shared(world: World, batch_size: int) -> list[list[int]]:
+        task = task_of(batch_size=batch_size, shared=5, negatives=0, draws=0, n_items=2000)
+        batches = TrainLoader(run, CONTRACT, task, Loader(backend="arrow"), world).epoch(3)
+        return [batch.shared.tolist() for batch in batches if batch.shared is not None]
+
+    one = shared(World(), 4)
+    assert one == shared(World(0, 2), 2) == shared(World(1, 2), 2)
+    assert len({tuple(items) for items in one}) == len(one) == 5
+    counts = np.bincount(shared_items(1, 0, 0, 20_000, 10, "cpu").numpy(), minlength=10)
+    assert ((counts - 2000) ** 2 / 2000).sum() < 27.88  # χ² with 9 degrees of freedom, p = 0.001
+
+
+def test_ratings_come_with_their_rows(tmp_path: Path) -> None:
+    contract = contracts.train(0, 0, explicit=True)
+    row = np.arange(36)
+    run = positives_run(tmp_path, contract, {"user_idx": row, "item_idx": row + 100, "rating": row / 2})
+    for backend, cache in itertools.product(READERS, CACHES):
+        task = task_of(negatives=0, draws=0, explicit=True)
+        batches = list(
+            TrainLoader(
+                run, contract, task, Loader.model_validate({"backend": backend, "cache": cache}), World()
+            ).epoch(0)
+        )
+        assert sorted(users(batches)) == list(range(36))
+        for batch in batches:
+            assert batch.rating is not None
+            assert batch.rating.dtype == torch.float32
+            assert torch.equal(batch.rating, batch.user / 2)
+            assert torch.equal(batch.items, batch.user[:, None] + 100)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize(("n_users", "n_items", "column"), [(19, 2000, "user_idx"), (20, 1019, "item_idx")])
+def test_an_index_past_the_end_is_refused(tmp_path: Path, cache: str, n_users: int, n_items: int, column: str) -> None:
+    """20 rows: users 0 to 19, items 1000 to 1019, negatives up to 1921."""
+    run = train_run(tmp_path, [10, 10])
+    config = Loader.model_validate({"cache": cache})
+    with pytest.raises(ContractError, match=rf"part-00001.parquet has {column} from \d+ to \d+; needed 0 to .*rerun"):
+        list(TrainLoader(run, CONTRACT, task_of(n_users=n_users, n_items=n_items), config, World()).epoch(0))
 
 
 def test_the_order_is_a_function_of_seed_epoch_rank_and_world(tmp_path: Path) -> None:
     run = train_run(tmp_path, [20, 20, 20])
 
     def order(seed: int = 1, epoch: int = 0, world: World | None = None) -> list[int]:
-        return users(list(loader_of(run, world, seed, reader="arrow").epoch(epoch)))
+        return users(list(loader_of(run, world, seed, backend="arrow").epoch(epoch)))
 
     assert order() == order()
     different = [order(), order(seed=2), order(epoch=1), order(world=World(0, 2)), order(world=World(1, 2))]
@@ -216,14 +412,14 @@ def test_rows_of_one_file_are_permuted_anew_for_every_seed_epoch_rank_and_world(
         (1, 0, World(1, 2)),
         (1, 0, World(0, 3)),
     ]:
-        order = users(list(loader_of(run, world, seed, reader="arrow").epoch(epoch)))
+        order = users(list(loader_of(run, world, seed, backend="arrow").epoch(epoch)))
         orders.add(tuple(np.argsort(np.argsort(order[:20])).tolist()))
     assert len(orders) == 6
 
 
 def test_rows_of_a_window_are_mixed(tmp_path: Path) -> None:
     """Two files at a time: a batch holds rows of both, and not in the order of the files."""
-    order = users(list(loader_of(train_run(tmp_path, [50, 50]), reader="arrow").epoch(0)))
+    order = users(list(loader_of(train_run(tmp_path, [50, 50]), backend="arrow").epoch(0)))
     assert order != sorted(order)
     first_half = np.array(order[:50])
     assert 10 < (first_half < 50).sum() < 40
@@ -242,9 +438,9 @@ def test_memory_holds_a_window_of_files_and_less_than_a_batch(
             read += each
             yield table
 
-    monkeypatch.setitem(loaders.READERS, "arrow", counting)
+    monkeypatch.setitem(loaders.BACKENDS, "arrow", counting)
     given_out = 0
-    for batch in loader_of(run, reader="arrow", batch_size=batch_size, shuffle_files=window).epoch(0):
+    for batch in loader_of(run, backend="arrow", batch_size=batch_size, shuffle_files=window).epoch(0):
         assert read - given_out < window * each + batch_size
         given_out += len(batch.user)
     assert read == given_out == 120
@@ -293,10 +489,8 @@ def test_a_table_of_another_contract_is_refused(tmp_path: Path) -> None:
         TrainLoader(
             dataclasses.replace(run, tables={"train": old}),
             more,
-            N + 1,
-            DRAWS,
-            Train(batch_size=1),
-            1,
+            task_of(negatives=N + 1),
+            Loader(),
             World(),
         )
 
@@ -321,7 +515,7 @@ def test_nothing_else_in_the_folder_is_opened(tmp_path: Path, file_rows: list[in
     pq.write_metadata(schema, folder / "_metadata")
     (folder / "part-99999.parquet").write_bytes((folder / "part-00000.parquet").read_bytes())
     for reader in READERS:
-        assert sorted(users(list(loader_of(run, reader=reader).epoch(0)))) == list(range(sum(file_rows)))
+        assert sorted(users(list(loader_of(run, backend=reader).epoch(0)))) == list(range(sum(file_rows)))
     assert not mark.exists()
     with pytest.raises(Exception):  # noqa: B017, PT011 — whatever it says afterwards, the bomb has gone off
         list(loaders.petastorm_tables([str(folder)], ["user_idx"], 1))
@@ -336,7 +530,7 @@ def test_several_threads_keep_the_order(monkeypatch: pytest.MonkeyPatch, tmp_pat
     from petastorm.arrow_reader_worker import ArrowReaderWorker
 
     run = train_run(tmp_path, [3, 4, 5, 6, 7, 8, 9, 10])
-    wanted = plain(list(loader_of(run, reader="arrow", shuffle_files=1).epoch(0)))
+    wanted = plain(list(loader_of(run, backend="arrow", shuffle_files=1).epoch(0)))
     process = ArrowReaderWorker.process
 
     def slow(self: ArrowReaderWorker, piece_index: int, **kwargs: object) -> None:
@@ -345,7 +539,7 @@ def test_several_threads_keep_the_order(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
     monkeypatch.setattr(ArrowReaderWorker, "process", slow)
     for workers in (1, 2, 4):
-        batches = loader_of(run, reader="petastorm", reader_workers=workers, shuffle_files=1).epoch(0)
+        batches = loader_of(run, backend="petastorm", workers=workers, shuffle_files=1).epoch(0)
         assert plain(list(batches)) == wanted
 
 
@@ -356,7 +550,7 @@ def test_torchs_global_generator_is_neither_read_nor_moved(tmp_path: Path) -> No
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        orders.append(users(list(loader_of(run, reader="petastorm").epoch(0))))
+        orders.append(users(list(loader_of(run, backend="petastorm").epoch(0))))
         assert torch.equal(torch.get_rng_state(), before)
     assert orders[0] == orders[1]
 
@@ -364,7 +558,7 @@ def test_torchs_global_generator_is_neither_read_nor_moved(tmp_path: Path) -> No
 def test_a_reader_that_is_left_early_leaves_no_thread(tmp_path: Path) -> None:
     run = train_run(tmp_path, [10] * 6)
     before = threading.active_count()
-    batches = loader_of(run, reader="petastorm", shuffle_files=1, reader_workers=3).epoch(0)
+    batches = loader_of(run, backend="petastorm", shuffle_files=1, workers=3).epoch(0)
     next(batches)
     assert threading.active_count() > before
     del batches
@@ -374,12 +568,64 @@ def test_a_reader_that_is_left_early_leaves_no_thread(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reader", READERS)
 def test_a_lake_may_have_blanks_and_accents_in_its_name(tmp_path: Path, reader: str) -> None:
     run = train_run(tmp_path / "a b%20é", [3, 3])
-    assert sorted(users(list(loader_of(run, reader=reader).epoch(0)))) == list(range(6))
+    assert sorted(users(list(loader_of(run, backend=reader).epoch(0)))) == list(range(6))
 
 
 @pytest.mark.parametrize("mark", ["#", "?"])
 def test_a_name_that_petastorm_would_cut_short_is_refused(tmp_path: Path, mark: str) -> None:
     run = train_run(tmp_path / f"a{mark}b", [3, 3])
-    with pytest.raises(ConfigError, match=r"train\.reader=arrow"):
-        list(loader_of(run, reader="petastorm").epoch(0))
-    assert sorted(users(list(loader_of(run, reader="arrow").epoch(0)))) == list(range(6))
+    with pytest.raises(ConfigError, match=r"loader\.backend=arrow"):
+        list(loader_of(run, backend="petastorm").epoch(0))
+    assert sorted(users(list(loader_of(run, backend="arrow").epoch(0)))) == list(range(6))
+
+
+def test_equal_files_are_not_permuted_alike(tmp_path: Path) -> None:
+    """Trap 4: Petastorm's workers share a seed, so row groups of one size get one permutation."""
+    order = np.array(users(list(loader_of(train_run(tmp_path, [30] * 4), shuffle_files=1).epoch(0)))).reshape(4, 30)
+    assert len({tuple(row % 30) for row in order}) == 4
+
+
+@pytest.mark.parametrize("backend", READERS)
+def test_a_large_file_is_not_cut_short(tmp_path: Path, backend: str) -> None:
+    """Trap 6: Petastorm's in-memory loader keeps 1,024 rows and says nothing."""
+    run = train_run(tmp_path, [3000])
+    task = task_of(batch_size=512)
+    batches = TrainLoader(run, CONTRACT, task, Loader.model_validate({"backend": backend}), World()).epoch(0)
+    assert sorted(users(list(batches))) == list(range(3000))
+
+
+def test_petastorm_reads_no_more_than_a_few_files_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Trap 7: by default 50 row groups are held. Two workers with a file in hand each, two files queued, and a few."""
+    from petastorm.arrow_reader_worker import ArrowReaderWorker
+
+    run, read, process = train_run(tmp_path, [4] * 40), list[int](), ArrowReaderWorker.process
+
+    def noting(self: ArrowReaderWorker, piece_index: int, **kwargs: object) -> None:
+        read.append(piece_index)
+        process(self, piece_index=piece_index, **kwargs)
+
+    monkeypatch.setattr(ArrowReaderWorker, "process", noting)
+    for given_out, _ in enumerate(loader_of(run, backend="petastorm", shuffle_files=1, workers=2).epoch(0), start=1):
+        time.sleep(0.005)
+        assert len(read) < given_out + 10
+    assert len(read) == 40
+
+
+@pytest.mark.parametrize("backend", READERS)
+def test_a_column_is_taken_by_its_whole_name(tmp_path: Path, backend: str) -> None:
+    """Trap 9: Petastorm takes names for patterns, and neg_0_1 is also the beginning of neg_0_10."""
+    contract = contracts.train(11, 1)
+    row = np.arange(36)
+    columns = {name: row + 1000 * place for place, name in enumerate(contract.columns)}
+    run = positives_run(tmp_path, contract, columns)
+    (table,) = list(loaders.BACKENDS[backend]([run.files("train")[0]], ["neg_0_1"], 1))
+    assert table["neg_0_1"].dtype == np.int32
+    assert table["neg_0_1"].tolist() == (row[:9] + 3000).tolist()
+    assert list(table) == ["neg_0_1"]
+
+
+def test_the_order_of_files_changes_every_epoch_with_one_loader(tmp_path: Path) -> None:
+    """Trap 2: Petastorm draws the order of row groups once a reader, not once an epoch."""
+    loader = loader_of(train_run(tmp_path, [4] * 8), shuffle_files=1)
+    firsts = [tuple(users(list(loader.epoch(epoch)))) for epoch in range(6)]
+    assert len({tuple(row // 4 for row in order[::4]) for order in firsts}) == 6

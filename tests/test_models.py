@@ -1,9 +1,10 @@
-"""The models are He et al. 2017, equations 9, 10 and 12, written out again here in NumPy as the paper
-writes them; and the fast way to score a whole catalogue gives what the plain way gives.
+"""The models are what their papers (and fastai's lessons) say, written out again here in NumPy pair by pair; and the
+fast ways to score many pairs or a whole catalogue give what the plain way gives.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,21 +16,41 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from torch import nn
 
-from ncf_dist.config import Model
-from ncf_dist.models import GMF, MLP, MODELS, NeuMF, Recommender, Tower, build_model, parameter_count
+from ncf_dist.config import Model, embedding_size
+from ncf_dist.models import (
+    GMF,
+    MF,
+    MLP,
+    MODELS,
+    EmbeddingNN,
+    NeuMF,
+    Recommender,
+    Tower,
+    build_model,
+    parameter_count,
+)
 
 Array = npt.NDArray[np.float64]
 NAMES: list[Any] = sorted(MODELS)
 
 models = st.builds(
-    Model,
+    lambda **fields: fitting(**fields),
     name=st.sampled_from(NAMES),
     factors=st.integers(1, 9),
     layers=st.tuples(st.integers(1, 6).map(lambda half: 2 * half), *[st.integers(1, 7)] * 2).flatmap(
         lambda widths: st.integers(1, 3).map(lambda depth: widths[:depth])
     ),
     dropout=st.sampled_from([0.0, 0.5]),
+    biases=st.booleans(),
+    embedding_sizes=st.sampled_from([None, (1, 4), (5, 2)]),
+    batch_norm=st.booleans(),
+    y_range=st.sampled_from([None, (0.0, 5.5), (-1.0, 2.0)]),
 )
+
+
+def fitting(**fields: Any) -> Model:
+    """A Model whose y_range is left out where the model has none."""
+    return Model(**{**fields, "y_range": fields["y_range"] if fields["name"] in ("mf", "embedding_nn") else None})
 
 
 def build(config: Model, n_users: int, n_items: int, seed: int = 1) -> Recommender:
@@ -38,6 +59,11 @@ def build(config: Model, n_users: int, n_items: int, seed: int = 1) -> Recommend
     model = build_model(config, n_users, n_items).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            nn.init.normal_(buffer)
+        elif name.endswith("running_var"):
+            nn.init.uniform_(buffer, 0.5, 2.0)
     return model
 
 
@@ -58,8 +84,33 @@ def tower(part: Tower, user: int, item: int) -> Array:
     return z
 
 
+def fastai(model: EmbeddingNN, user: int, item: int) -> float:
+    """x = [p_u; q_i]; x = BN(ReLU(W x)) a layer, the bias in W's place without BN; w · x + b."""
+    x = np.concatenate([weight(model.user)[user], weight(model.item)[item]])
+    for number, layer in enumerate(model.hidden):
+        assert isinstance(layer, nn.Linear)
+        x = np.maximum(weight(layer) @ x + (0 if model.norms else bias(layer)), 0)
+        if model.norms:
+            norm = model.norms[number]
+            mean, var = (getattr(norm, f"running_{k}").numpy().astype(np.float64) for k in ("mean", "var"))
+            x = weight(norm) * (x - mean) / np.sqrt(var + 1e-5) + bias(norm)  # type: ignore[arg-type]
+    return float((weight(model.output) @ x + bias(model.output))[0])
+
+
+def in_range(score: float, y_range: tuple[float, float] | None) -> float:
+    return score if y_range is None else y_range[0] + (y_range[1] - y_range[0]) / (1 + math.exp(-score))
+
+
 def paper(model: Recommender, user: int, item: int) -> float:
-    """The logit of one pair, as eq. 9 (GMF), 10 (MLP) and 12 (NeuMF) state it."""
+    """The score of one pair, as eq. 9 (GMF), 10 (MLP) and 12 (NeuMF) of He et al. 2017 state it, and as fastai's
+    EmbeddingDotBias (MF) and EmbeddingNN do."""
+    if isinstance(model, EmbeddingNN):
+        return in_range(fastai(model, user, item), model.y_range)
+    if isinstance(model, MF):
+        score = float(weight(model.user)[user] @ weight(model.item)[item])
+        if model.user_bias is not None and model.item_bias is not None:
+            score += float(weight(model.user_bias)[user, 0] + weight(model.item_bias)[item, 0])
+        return in_range(score, model.y_range)
     if isinstance(model, GMF):
         product = weight(model.user)[user] * weight(model.item)[item]
         return float(weight(model.output)[0] @ product + bias(model.output)[0])
@@ -109,6 +160,32 @@ def test_mlp_by_hand() -> None:
     assert all_pairs(model, 1, 1).item() == 4 * on + 1000 * off - 1
 
 
+def test_mf_by_hand() -> None:
+    model = MF(n_users=1, n_items=1, factors=2, biases=True, y_range=(0, 5.5))
+    assert model.user_bias is not None
+    assert model.item_bias is not None
+    set_to(model.user.weight, [[1.0, 2.0]])
+    set_to(model.item.weight, [[0.5, -0.25]])
+    set_to(model.user_bias.weight, [[0.75]])
+    set_to(model.item_bias.weight, [[-0.5]])
+    score = 1 * 0.5 + 2 * -0.25 + 0.75 - 0.5
+    assert all_pairs(model, 1, 1).item() == pytest.approx(5.5 / (1 + math.exp(-score)), abs=1e-6)
+
+
+def test_embedding_sizes_follow_fastais_rule() -> None:
+    """MovieLens-100K as the lessons have it; a catalogue of ten million does not get ten thousand numbers an item."""
+    assert (embedding_size(944), embedding_size(1625)) == (74, 101)
+    assert embedding_size(10**7) == 600
+    model = EmbeddingNN(944, 1625, (100, 50), None, 0.0, True)
+    assert [tuple(p.shape) for p in model.parameters() if p.ndim > 1] == [
+        (944, 74),
+        (1625, 101),
+        (100, 74 + 101),
+        (50, 100),
+        (1, 50),
+    ]
+
+
 # ---- laws --------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +205,47 @@ def test_score_block_equals_forward_for_all_pairs(config: Model, users: int, ite
         block = model.score_block(model.user_side(torch.arange(users)), model.item_side(torch.arange(items))).numpy()
     assert block.shape == (users, items)
     np.testing.assert_allclose(block, all_pairs(model, users, items), atol=1e-5, rtol=1e-5)
+
+
+@given(config=models, count=st.integers(1, 30), seed=st.integers(0, 99))
+@budget(max_examples=80, deadline=None)
+def test_computing_all_and_looking_up_changes_nothing(config: Model, count: int, seed: int) -> None:
+    """Below 5 users or 6 items a batch's own are computed, from there on all of them: the same scores, and the same
+    gradients."""
+    model = build(config, 5, 6, seed)
+    user, item = torch.randint(5, (count,)), torch.randint(6, (count,))
+    together = model(user, item)
+    apart = torch.stack([model(u[None], i[None])[0] for u, i in zip(user, item, strict=True)])
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    parameters = list(model.parameters())
+    left, right = (torch.autograd.grad((s * torch.arange(count)).sum(), parameters) for s in (together, apart))
+    for one, other in zip(left, right, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_with_dropout_every_pair_has_a_mask_of_its_own() -> None:
+    """100 pairs of one user and one item: computed once and looked up, they would all be dropped alike."""
+    model = build(Model(name="mlp", layers=(8, 4), dropout=0.5), 1, 1).train()
+    zero = torch.zeros(100, dtype=torch.long)
+    assert len(set(model(zero, zero).tolist())) > 2
+
+
+@given(alpha=st.floats(0, 1), layers=st.sampled_from([(8,), (8, 4), (6, 5, 3)]), seed=st.integers(0, 99))
+@budget(max_examples=40, deadline=None)
+def test_pretrained_neumf_starts_as_the_mean_of_its_parts(alpha: float, layers: tuple[int, ...], seed: int) -> None:
+    """Section 3.4.1: with h = [α·h_GMF; (1 - α)·h_MLP] the logit is α·GMF + (1 - α)·MLP."""
+    gmf, mlp, neumf = (
+        build(Model(name=name, factors=3, layers=layers), 4, 5, seed) for name in ("gmf", "mlp", "neumf")
+    )
+    assert isinstance(gmf, GMF)
+    assert isinstance(mlp, MLP)
+    assert isinstance(neumf, NeuMF)
+    neumf.start_from(gmf, mlp, alpha)
+    wanted = alpha * all_pairs(gmf, 4, 5) + (1 - alpha) * all_pairs(mlp, 4, 5)
+    np.testing.assert_allclose(all_pairs(neumf, 4, 5), wanted, atol=1e-5, rtol=1e-5)
+    assert not {p.data_ptr() for p in neumf.parameters()} & {
+        p.data_ptr() for p in (*gmf.parameters(), *mlp.parameters())
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 
 from ncf_dist.artifacts import Lake
-from ncf_dist.config import Config, Model, Train
+from ncf_dist.config import Config, Model, Train, embedding_size
 from ncf_dist.config import Spark as SparkSection
 from ncf_dist.doctor import machine
 from ncf_dist.doctor.check import Check, size
@@ -82,10 +82,10 @@ def slots(spark: SparkSection, train: Train) -> Iterator[Check]:
         yield Check("slots", "warn" if many else "ok", f"{spark.master} on {cores} cores{advice}")
     else:
         yield Check("slots", "ok", f"{cores} cores here; Spark's are those of {spark.master or 'spark-submit'}")
-    if train.launcher == "torchrun" and train.ranks > max(cores, machine.gpus()):
+    if train.launcher != "none" and train.ranks > max(cores, machine.gpus()):
         yield Check("ranks", "warn", f"{train.ranks} on {cores} cores: slower, not wrong: set train.ranks={cores}")
     else:
-        yield Check("ranks", "ok", f"{train.ranks if train.launcher == 'torchrun' else 1}")
+        yield Check("ranks", "ok", f"{1 if train.launcher == 'none' else train.ranks}")
 
 
 def master(spark: SparkSection) -> Iterator[Check]:
@@ -118,9 +118,13 @@ def _model_bytes(model: Model, train: Train, sizes: tuple[int, int] | None) -> i
     """
     if sizes is None:
         return None
-    width = (model.factors if model.name != "mlp" else 0) + (model.layers[0] // 2 if model.name != "gmf" else 0)
-    ranks = train.ranks if train.launcher == "torchrun" else 1
-    return sum(sizes) * width * 4 * 4 * ranks
+    width = model.factors if model.name in ("gmf", "neumf", "mf") else 0
+    width += model.layers[0] // 2 if model.name in ("mlp", "neumf") else 0
+    widths = [width, width]
+    if model.name == "embedding_nn":
+        widths = list(model.embedding_sizes or map(embedding_size, sizes))
+    ranks = 1 if train.launcher == "none" else train.ranks
+    return sum(rows * dim for rows, dim in zip(sizes, widths, strict=True)) * 4 * 4 * ranks
 
 
 def _bytes(text: str) -> int:

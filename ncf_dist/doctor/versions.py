@@ -14,6 +14,7 @@ WINDOW = {
     "deltalake": ("1.6.6", "2"),
     "filelock": ("3.12", None),
     "fsspec": ("2024.2", None),
+    "matplotlib": ("3.8", None),
     "numpy": ("1.26", "2"),
     "pandas": ("2.1", "3"),
     "petastorm": ("0.13.1", "0.13.2"),
@@ -24,6 +25,7 @@ WINDOW = {
     "pyyaml": ("6", None),
     "safetensors": ("0.4", None),
     "torch": ("2.13", "3"),
+    "tqdm": ("4.66", None),
 }
 """Package to (at least, below): pyproject.toml's ranges, which a test compares."""
 

@@ -1,16 +1,9 @@
-"""From the train table to batches, with guarantees that are arithmetic on the manifest.
+"""From the train table to batches: what `order.py` says, read by Petastorm, by its pyarrow twin, or from a cache.
 
-- Every row is used once an epoch, but for the last `rows mod world size` of that epoch's order;
-  other rows are last in the next epoch.
-- All ranks take the same number of steps, known before a file is opened.
-  The trainer counts steps; nothing here can end a rank early.
-- The order is a function of (seed, epoch, rank, world size): files are dealt anew every epoch, and the rows of `window`
-  files at a time are permuted together (the table itself is in hashed order).
+- The batches are the same whichever reads them, and a resumed epoch goes on with the very next one.
+- The trainer counts steps, which are known before a file is opened; nothing here can end a rank early.
 - Only files that the manifest names are opened, each by its own URL.
   A folder is never handed to Petastorm: it would unpickle what it finds.
-
-Deal: the files in the epoch's order are one line of rows, cut into equal intervals, one a rank. A file on a cut is read
-by both neighbours, each taking its own rows, so any number of files serves any number of ranks exactly.
 
 All of Petastorm is `petastorm_tables`; `arrow_tables` is its twin and gives the same arrays. What we do not use of
 Petastorm 0.13.1, and why: its sharding (a rank would see the same files for ever), its shuffling (seeds 0 and None
@@ -21,9 +14,11 @@ prefetch (50 row groups a rank).
 from __future__ import annotations
 
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,61 +26,28 @@ import torch
 from torch import Tensor
 
 from ncf_dist.artifacts import Manifest, file_url, read_bytes, read_table
-from ncf_dist.config import Train
+from ncf_dist.config import Loader
 from ncf_dist.contracts import Contract, negative_column
 from ncf_dist.errors import ConfigError, ContractError
+from ncf_dist.train.negatives import OnlineNegatives, shared_items
+from ncf_dist.train.order import EpochOrder, Phase, Window, steps_per_epoch
 from ncf_dist.train.world import World
 
-Columns = dict[str, npt.NDArray[np.int32]]
+log = logging.getLogger(__name__)
+
+Columns = dict[str, npt.NDArray[Any]]
 ReadTables = Callable[[Sequence[str], Sequence[str], int], Iterator[Columns]]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows start..end of one file."""
-
-    file: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
 class Batch:
-    """user, item: (B,) int64; negatives: (B, N) int64."""
+    """user: (B,) int64; items: (B, 1 + N) int64, the row's own item first. Explicit feedback: rating (B,) float32.
+    Sampled softmax: shared (M,) int64."""
 
     user: Tensor
-    item: Tensor
-    negatives: Tensor
-
-
-def rows_per_rank(rows: int, world_size: int) -> int:
-    return rows // world_size
-
-
-def steps_per_epoch(rows: int, world_size: int, batch_size: int) -> int:
-    """Steps of every rank; the last batch may be smaller, by as much on all ranks.
-    Raises ContractError when a rank would have no row."""
-    each = rows_per_rank(rows, world_size)
-    if each == 0:
-        raise ContractError(
-            f"the train table has {rows} rows for {world_size} ranks; needed at least one a rank: "
-            "lower train.ranks or give more data"
-        )
-    return -(-each // batch_size)
-
-
-def deal(file_rows: Sequence[int], seed: int, epoch: int, world: World) -> list[Piece]:
-    """The pieces that this rank reads in this epoch, in order: rows_per_rank rows in all."""
-    order = np.random.default_rng([seed, 1, epoch]).permutation(len(file_rows))
-    each = rows_per_rank(sum(file_rows), world.size)
-    low, high = world.rank * each, (world.rank + 1) * each
-    pieces, position = [], 0
-    for file in order.tolist():
-        start, end = max(low - position, 0), min(high - position, file_rows[file])
-        if start < end:
-            pieces.append(Piece(file, start, end))
-        position += file_rows[file]
-    return pieces
+    items: Tensor
+    rating: Tensor | None = None
+    shared: Tensor | None = None
 
 
 def petastorm_tables(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
@@ -96,8 +58,10 @@ def petastorm_tables(files: Sequence[str], columns: Sequence[str], workers: int)
     if odd := [path for path in files if set(path) & set("#?")]:
         raise ConfigError(
             f"{odd[0]} has a # or ? in its path, and Petastorm takes the rest for another part of a URL; "
-            "needed a path without: set train.reader=arrow, or another paths.lake"
+            "needed a path without: set loader.backend=arrow, or another paths.lake"
         )
+    if not files:
+        return
     with warnings.catch_warnings():
         # Petastorm uses pyarrow's legacy dataset on purpose; requirements.lock holds the pyarrow that still has it.
         warnings.simplefilter("ignore", FutureWarning)
@@ -124,7 +88,7 @@ def arrow_tables(files: Sequence[str], columns: Sequence[str], workers: int) -> 
         yield {name: table.column(name).to_numpy() for name in columns}
 
 
-READERS: dict[str, ReadTables] = {"petastorm": petastorm_tables, "arrow": arrow_tables}
+BACKENDS: dict[str, ReadTables] = {"petastorm": petastorm_tables, "arrow": arrow_tables}
 
 
 def verify_files(manifest: Manifest, contract: Contract, world: World) -> None:
@@ -144,57 +108,163 @@ def verify_files(manifest: Manifest, contract: Contract, world: World) -> None:
             )
 
 
-class TrainLoader:
-    """Batches of the train table for one rank."""
+@dataclass(frozen=True)
+class Task:
+    """What the rows are for. negatives: N a row, read from `draws` draws of the table, or drawn where draws is 0;
+    shared: M items a step; explicit: ratings instead."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        contract: Contract,
-        per_positive: int,
-        draws: int,
-        config: Train,
-        seed: int,
-        world: World,
-    ) -> None:
+    n_users: int
+    n_items: int
+    batch_size: int
+    seed: int
+    negatives: int = 0
+    draws: int = 0
+    shared: int = 0
+    explicit: bool = False
+
+
+class TrainLoader:
+    """Batches of the train table for one rank, on its device."""
+
+    def __init__(self, manifest: Manifest, contract: Contract, task: Task, config: Loader, world: World) -> None:
         infos = manifest.table(contract).files
         self.files = manifest.files(contract.name)
         self.file_rows = [info.rows for info in infos]
-        self.config, self.seed, self.world = config, seed, world
-        self.per_positive, self.draws = per_positive, draws
-        self.rows = rows_per_rank(sum(self.file_rows), world.size)
-        self.steps = steps_per_epoch(sum(self.file_rows), world.size, config.batch_size)
+        self.stored = contract.columns
+        self.task, self.config, self.world = task, config, world
+        self.rows = sum(self.file_rows)
+        self.steps = steps_per_epoch(self.rows, world.size, task.batch_size)
+        self._cache: dict[str, Tensor] | None = None
+        self._online: OnlineNegatives | None = None
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Exactly `steps` batches with the negatives of draw `epoch mod draws`."""
-        rng = np.random.default_rng([self.seed, 2, epoch, self.world.rank, self.world.size])
-        negatives = [negative_column(epoch % self.draws, slot) for slot in range(self.per_positive)]
-        names = ["user_idx", "item_idx", *negatives]
-        size, held = self.config.batch_size, np.empty((0, len(names)), dtype=np.int32)
-        for window in self._windows(epoch, names):
-            mixed = window[rng.permutation(len(window))]
-            held = np.concatenate([held, mixed]) if len(held) else mixed
-            whole = len(held) // size * size
+    @property
+    def phase(self) -> Phase:
+        """How this world deals an epoch."""
+        return Phase(self.world.size, self.task.batch_size, self.config.shuffle_files)
+
+    def order(self, epoch: int, done: Sequence[Phase] = ()) -> EpochOrder:
+        return EpochOrder(self.file_rows, self.task.seed, epoch, done)
+
+    def epoch(self, epoch: int, done: Sequence[Phase] = (), skip: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch after the phases in `done` and `skip` steps of this one."""
+        order, size = self.order(epoch, done), self.task.batch_size
+        each = order.rows // self.world.size
+        used = self.rows - order.rows + skip * size * self.world.size
+        held: list[Tensor] = []
+        for columns in self._mixed(epoch, order, skip * size):
+            held = [torch.cat(pair) for pair in zip(held, columns, strict=True)] if held else columns
+            last = skip * size + len(held[0]) >= each
+            whole = len(held[0]) if last else len(held[0]) // size * size
             for start in range(0, whole, size):
-                yield _batch(held[start : start + size])
-            held = held[whole:]
-        if len(held):
-            yield _batch(held)
+                yield self._batch(epoch, used, [column[start : start + size] for column in held])
+                used, skip = used + size * self.world.size, skip + 1
+            held = [column[whole:] for column in held]
 
-    def _windows(self, epoch: int, names: list[str]) -> Iterator[npt.NDArray[np.int32]]:
-        """(rows, columns) of `shuffle_files` pieces at a time."""
-        pieces = deal(self.file_rows, self.seed, epoch, self.world)
-        tables = READERS[self.config.reader]([self.files[p.file] for p in pieces], names, self.config.reader_workers)
-        held: list[npt.NDArray[np.int32]] = []
-        for piece, table in zip(pieces, tables, strict=True):
-            held.append(np.stack([table[name][piece.start : piece.end] for name in names], axis=1))
-            if len(held) == self.config.shuffle_files:
-                yield np.concatenate(held)
-                held = []
-        if held:
-            yield np.concatenate(held)
+    def _batch(self, epoch: int, used: int, columns: list[Tensor]) -> Batch:
+        """columns: user (B,), items (B, 1 + N), and rating (B,) where there are ratings."""
+        task, device = self.task, self.world.device
+        user, items = (column.to(device, non_blocking=True).long() for column in columns[:2])
+        if task.negatives and not task.draws:
+            drawn = self._negatives().draw(epoch, user, items[:, 0], task.negatives)
+            items = torch.cat([items, drawn], dim=1)
+        rating = columns[2].to(device, non_blocking=True) if task.explicit else None
+        shared = shared_items(task.seed, epoch, used, task.shared, task.n_items, device) if task.shared else None
+        return Batch(user, items, rating, shared)
 
+    def _mixed(self, epoch: int, order: EpochOrder, skip: int) -> Iterator[list[Tensor]]:
+        """Each window's rows in the order of their use, the first `skip` rows of the epoch left out."""
+        windows = order.windows(self.world, self.config.shuffle_files)
+        while windows and skip >= windows[0].rows:
+            skip -= windows.pop(0).rows
+        names = self._names(epoch)
+        source = self._from_cache if self._cached() is not None else self._from_files
+        for window, columns in zip(windows, source(order, windows, names), strict=True):
+            place = torch.from_numpy(window.permutation()[skip:])
+            skip = 0
+            mixed = [column.index_select(0, place.to(column.device)) for column in columns]
+            user, items, rest = mixed[0], mixed[1 : 2 + self._from_table], mixed[2 + self._from_table :]
+            yield [user, torch.stack(items, dim=1), *rest]
 
-def _batch(rows: npt.NDArray[np.int32]) -> Batch:
-    columns = torch.from_numpy(rows).long()
-    return Batch(columns[:, 0], columns[:, 1], columns[:, 2:])
+    @property
+    def _from_table(self) -> int:
+        """Negatives of a row that are read."""
+        return self.task.negatives if self.task.draws else 0
+
+    def _names(self, epoch: int) -> list[str]:
+        draw = epoch % self.task.draws if self.task.draws else 0
+        negatives = [negative_column(draw, slot) for slot in range(self._from_table)]
+        return ["user_idx", "item_idx", *negatives, *(["rating"] if self.task.explicit else [])]
+
+    def _from_files(self, order: EpochOrder, windows: list[Window], names: list[str]) -> Iterator[list[Tensor]]:
+        """The columns of each window."""
+        files = [self.files[piece.file] for window in windows for piece in window.pieces]
+        tables = zip(files, BACKENDS[self.config.backend](files, names, self.config.workers), strict=True)
+        for window in windows:
+            parts: list[list[npt.NDArray[Any]]] = []
+            for piece in window.pieces:
+                path, table = next(tables)
+                self._check(path, table)
+                rows = order.rows_of(piece)
+                parts.append([table[name][rows] for name in names])
+            yield [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
+        next(tables, None)  # Past the last file: the reader ends, and zip checks that it has no table too many.
+
+    def _from_cache(self, order: EpochOrder, windows: list[Window], names: list[str]) -> Iterator[list[Tensor]]:
+        """The same from the cached columns."""
+        cache = self._cached()
+        assert cache is not None
+        first = np.concatenate([[0], np.cumsum(self.file_rows)]).astype(np.int64)
+        for window in windows:
+            parts = [
+                np.arange(first[p.file], first[p.file + 1], dtype=np.int64)[order.rows_of(p)] for p in window.pieces
+            ]
+            rows = torch.from_numpy(np.concatenate(parts)).to(cache["user_idx"].device)
+            yield [cache[name].index_select(0, rows) for name in names]
+
+    def _cached(self) -> dict[str, Tensor] | None:
+        """All columns that any epoch reads, in the order of the files; None where they are not to be kept."""
+        if self.config.cache == "none" or self._cache is not None:
+            return self._cache
+        names = sorted({name for draw in range(max(1, self.task.draws)) for name in self._names(draw)})
+        needed = 4 * self.rows * len(names)
+        if needed > self.config.cache_bytes:
+            log.warning(
+                "loader.cache=%s is off: %d rows x %d columns x 4 bytes = %.2f GiB, loader.cache_bytes allows %.2f GiB",
+                *(self.config.cache, self.rows, len(names), needed / 2**30, self.config.cache_bytes / 2**30),
+            )
+            self.config = self.config.model_copy(update={"cache": "none"})
+            return None
+        device = self.world.device if self.config.cache == "device" else "cpu"
+        columns = self._whole_table(names)
+        self._cache = {name: torch.from_numpy(column).to(device) for name, column in columns.items()}
+        return self._cache
+
+    def _negatives(self) -> OnlineNegatives:
+        if self._online is None:
+            task, table = self.task, self._whole_table(["user_idx", "item_idx"])
+            self._online = OnlineNegatives(
+                task.seed, table["user_idx"], table["item_idx"], task.n_users, task.n_items, self.world.device
+            )
+        return self._online
+
+    def _whole_table(self, names: list[str]) -> Columns:
+        parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
+        tables = BACKENDS[self.config.backend](self.files, names, self.config.workers)
+        for path, table in zip(self.files, tables, strict=True):
+            self._check(path, table)
+            for name in names:
+                parts[name].append(table[name])
+        return {name: np.concatenate(values) for name, values in parts.items()}
+
+    def _check(self, path: str, table: Columns) -> None:
+        """An index outside its embedding table would read other memory, or end a GPU's process."""
+        for name, column in table.items():
+            if name == "rating" or not len(column):
+                continue
+            count = self.task.n_users if name == "user_idx" else self.task.n_items
+            low, high = int(column.min()), int(column.max())
+            if low < 0 or high >= count:
+                raise ContractError(
+                    f"{path} has {name} from {low} to {high}; needed 0 to {count - 1}, the size of the index: "
+                    "rerun the job prepare"
+                )

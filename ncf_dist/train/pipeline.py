@@ -2,144 +2,237 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import posixpath
+import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import psutil
-import torch
-
 from ncf_dist import errors
-from ncf_dist.artifacts import Lake, Manifest, Outcome, exists, read_bytes, run_key
+from ncf_dist.artifacts import Lake, Manifest, Outcome, exists, list_names, make_dirs, read_bytes, run_key, write_atomic
 from ncf_dist.bundle import read_bundle
 from ncf_dist.config import Config
-from ncf_dist.errors import ConfigError, ContractError, NcfError, TrainingFailed
-from ncf_dist.models import parameter_count
-from ncf_dist.train.worker import Spec
+from ncf_dist.errors import ConfigError, ContractError, NcfError, Preempted, TrainingFailed
+from ncf_dist.train.launchers import LAUNCHERS, threads
+from ncf_dist.train.lr_find import smoothed, suggest
+from ncf_dist.train.memory import check_memory
+from ncf_dist.train.order import steps_per_epoch
+from ncf_dist.train.plots import history_figure, rate_figure
+from ncf_dist.train.processes import die_with_parent, end_tree
+from ncf_dist.train.start import check_start
+from ncf_dist.train.worker import BUNDLE, CHECKPOINTS, HISTORY, RATES, SPEC, STOP, UNEXPECTED, Spec, train_contract
 
 log = logging.getLogger(__name__)
 
 STAGE = "train"
-SECTIONS = ("model", "negatives", "train", "seed")
-COPIES = 5
-"""Float32 copies of the weights a rank holds: weights, gradients, Adam's two moments, and the best epoch."""
-MEMORY_SHARE = 0.8
+SECTIONS = ("model", "negatives", "train", "loader", "seed")
+NOT_THE_RESULT = {
+    "train": {
+        *("launcher", "ranks", "nodes", "rendezvous", "device", "checkpoint_steps", "checkpoint_minutes"),
+        *("timeout_s", "lr_find", "max_model_bytes"),
+    },
+    "loader": {"backend", "cache", "cache_bytes", "workers"},
+}
+"""Settings that do not name a run: they change its speed or, as the number of ranks, may change when it goes on."""
+RANKS, PLOT = "ranks", "history.svg"
+STOP_S = 20.0
+"""What the ranks have, once asked, to save and end."""
+FAILED_S = 8.0
+"""What the others have to end by themselves once one has reported a failure."""
 
 
 def train(config: Config, ds: str) -> Outcome:
-    """Fit the model on this night's train table. Raises ConfigError, ContractError, TrainingFailed."""
+    """Fit the model on this night's train table. Raises ConfigError, ContractError, TrainingFailed, Preempted."""
     start = time.monotonic()
     lake = Lake(config.paths.lake)
     prepare = lake.stage(ds, "prepare").current()
+    n_users, n_items = int(prepare.facts["users"]), int(prepare.facts["items"])
     _check_prepared_for(config, prepare)
-    used = config.model_dump(mode="json", include=set(SECTIONS))
+    inputs, first = {"prepare": prepare.run_key}, _start_bundle(config, lake, ds)
+    inputs |= _check_starts(config, first, n_users, n_items)
+    used = config.model_dump(mode="json", include=set(SECTIONS)) | {"loss": config.loss}
+    key = run_key(STAGE, ds, _decisive(config), inputs)
     runs = lake.stage(ds, STAGE)
-    key = run_key(STAGE, ds, used, {"prepare": prepare.run_key})
-    if done := runs.find(key):
+    if not config.train.lr_find and (done := runs.find(key)):
         log.info("already trained: %s", done.root)
         return Outcome.of(done, "already-done")
-    check_memory(config, int(prepare.facts["users"]), int(prepare.facts["items"]))
+    table = prepare.table(train_contract(prepare, config.loss == "mse"))
+    steps_per_epoch(table.rows, _world_size(config), config.train.batch_size)
+    check_memory(config, n_users, n_items, table.rows, max(file.rows for file in table.files))
 
-    run = runs.begin(key)
-    _run_ranks(config, prepare, run, key)
-    bundle, history = (
-        read_bundle(posixpath.join(run, "bundle")),
-        json.loads(read_bytes(posixpath.join(run, "history.json"))),
-    )
+    if config.train.lr_find:
+        return _find_rate(config, prepare, runs.begin(f"{key}-lr-find"), first)
+    run = runs.begin(key, keep=(CHECKPOINTS,))
+    _run_ranks(config, Spec(config.model_dump_json(by_alias=True), prepare.root, run, first), HISTORY)
+    bundle, history = read_bundle(posixpath.join(run, BUNDLE)), json.loads(read_bytes(posixpath.join(run, HISTORY)))
+    write_atomic(posixpath.join(run, PLOT), history_figure(history))
+    facts = {"model_version": bundle.model_version, "sha256": bundle.sha256, "prepare_run": prepare.run_key}
+    seconds = round(time.monotonic() - start, 3)
+    manifest = runs.finish(Manifest(STAGE, ds, key, run, used, inputs, {}, facts, _metrics(history), seconds))
+    log.info("trained %s in %.1f s: %s", bundle.model_version, seconds, dict(manifest.metrics))
+    outputs = {"bundle": bundle.path, "history": posixpath.join(run, HISTORY), "plot": posixpath.join(run, PLOT)}
+    return Outcome("done", key, outputs, manifest.metrics, {"model_version": bundle.model_version})
+
+
+def _metrics(history: dict[str, Any]) -> dict[str, Any]:
     kept = history["epochs"][history["epoch"]]
-    metrics: dict[str, Any] = {f"validation.{k}": v for k, v in kept.items() if "@" in k or k == "mrr"}
+    metrics = {f"validation.{k}": v for k, v in kept.items() if "@" in k or k in ("mrr", "mse", "mae")}
     metrics |= {
         "train.loss": kept["loss"],
         "train.epochs": len(history["epochs"]),
         "train.best_epoch": history["epoch"],
+        "train.data_wait": min(epoch["data_wait"] for epoch in history["epochs"]),
     }
-    metrics["train.samples_per_s"] = max(epoch["samples_per_s"] for epoch in history["epochs"])
-    facts = {"model_version": bundle.model_version, "sha256": bundle.sha256, "prepare_run": prepare.run_key}
-    seconds = round(time.monotonic() - start, 3)
-    manifest = runs.finish(
-        Manifest(STAGE, ds, key, run, used, {"prepare": prepare.run_key}, {}, facts, metrics, seconds)
-    )
-    log.info("trained %s in %.1f s: %s", bundle.model_version, seconds, metrics)
-    return Outcome(
-        "done",
-        key,
-        {"bundle": bundle.path, "history": posixpath.join(run, "history.json")},
-        manifest.metrics,
-        {"model_version": bundle.model_version},
-    )
+    return metrics | {"train.samples_per_s": max(epoch["samples_per_s"] for epoch in history["epochs"])}
 
 
-def check_memory(config: Config, n_users: int, n_items: int) -> None:
-    """Refuse, before anything starts, a model that cannot fit. Raises ConfigError with the arithmetic."""
-    count = parameter_count(config.model, n_users, n_items)
-    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
-    ranks = 1 if on_gpu or config.train.launcher == "none" else config.train.ranks
-    needed = 4 * count * COPIES * ranks
-    have = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total
-    limit = config.train.max_model_bytes or int(have * MEMORY_SHARE)
-    if needed > limit:
-        raise ConfigError(
-            f"model {config.model.name} for {n_users:,} users and {n_items:,} items has {count:,} parameters: "
-            f"x 4 bytes x {COPIES} copies (weights, gradients, Adam's moments, best epoch) x {ranks} rank(s) here "
-            f"= {needed / 2**30:.2f} GiB; needed at most {limit / 2**30:.2f} GiB: "
-            "lower model.factors or model.layers, lower train.ranks, or train on a machine with more memory"
-        )
+def _find_rate(config: Config, prepare: Manifest, run: str, first: str | None) -> Outcome:
+    """Draw loss over learning rate and suggest one; no model is made."""
+    _run_ranks(config, Spec(config.model_dump_json(by_alias=True), prepare.root, run, first), RATES)
+    curve = json.loads(read_bytes(posixpath.join(run, RATES)))
+    rate = suggest(curve)
+    path = posixpath.join(run, "lr_find.svg")
+    write_atomic(path, rate_figure(curve, smoothed([loss for _, loss in curve]), rate))
+    log.info("suggested: --set train.lr=%.2g (no model was trained; the curve is in %s)", rate, path)
+    return Outcome("done", None, {"lr_find": path}, {"train.lr_suggested": float(f"{rate:.3g}")})
+
+
+def _decisive(config: Config) -> dict[str, Any]:
+    """What decides the weights, up to the number of ranks."""
+    used = config.model_dump(mode="json", include=set(SECTIONS), exclude=NOT_THE_RESULT)
+    return used | {"loss": config.loss}
+
+
+def _world_size(config: Config) -> int:
+    train = config.train
+    return 1 if train.launcher == "none" else train.ranks * train.nodes
+
+
+def _start_bundle(config: Config, lake: Lake, ds: str) -> str | None:
+    """The bundle that a warm start begins with."""
+    if config.train.warm_start != "previous":
+        return config.train.warm_start
+    earlier = [night for night in lake.nights(STAGE) if night < ds]
+    return posixpath.join(lake.stage(earlier[-1], STAGE).current().root, BUNDLE) if earlier else None
+
+
+def _check_starts(config: Config, first: str | None, n_users: int, n_items: int) -> dict[str, str]:
+    """The versions of the models that this one starts from. Raises ContractError where they do not fit."""
+    versions = {}
+    if first is not None:
+        bundle = read_bundle(first)
+        check_start(bundle, config.model, n_users, n_items)
+        versions["warm_start"] = bundle.model_version
+    if config.train.pretrained is not None:
+        for name in ("gmf", "mlp"):
+            bundle = read_bundle(getattr(config.train.pretrained, name))
+            if bundle.model.name != name:
+                raise ContractError(
+                    f"train.pretrained.{name} is {bundle.path}, the bundle of a {bundle.model.name}; "
+                    f"needed that of a {name}: train one with model.name={name} first"
+                )
+            versions[f"pretrained.{name}"] = bundle.model_version
+    return versions
 
 
 def _check_prepared_for(config: Config, prepare: Manifest) -> None:
-    """The train table must hold the negatives that this config reads."""
+    """The train table must hold what this config reads."""
     wanted, found = config.negatives.model_dump(mode="json"), prepare.config["negatives"]
-    if wanted != found:
-        raise ContractError(
-            f"prepare run {prepare.run_key} was made with negatives {found}, this config says {wanted}: "
-            "rerun the job prepare"
-        )
+    if config.loss in ("bce", "bpr"):
+        n, draws = config.negatives.per_positive, config.negatives.draws
+        if not n or (config.train.negatives == "table" and not draws):
+            raise ConfigError(
+                f"negatives.per_positive is {n} and negatives.draws is {draws} with train.loss={config.loss} and "
+                f"train.negatives={config.train.negatives}; needed at least 1 of both, or train.negatives=online"
+            )
+        if config.train.negatives == "table" and wanted != found:
+            raise ContractError(
+                f"prepare run {prepare.run_key} was made with negatives {found}, this config says {wanted}: "
+                "rerun the job prepare"
+            )
 
 
-def _run_ranks(config: Config, prepare: Manifest, run: str, key: str) -> None:
-    """Start the ranks and wait for all. Raises what a rank reported, or TrainingFailed."""
-    scratch = Path(config.paths.work).absolute() / "train" / key
-    scratch.mkdir(parents=True, exist_ok=True)
-    for old in scratch.glob("error-*.json"):
-        old.unlink()
-    spec = scratch / "spec.json"
-    Spec(config.model_dump_json(by_alias=True), prepare.root, run).save(spec)
-    ranks = 1 if config.train.launcher == "none" else config.train.ranks
-    command = [sys.executable, "-m"]
-    if config.train.launcher == "torchrun":
-        command += [
-            "torch.distributed.run",
-            "--nproc-per-node",
-            str(ranks),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-endpoint",
-            "127.0.0.1:0",
-            "-m",
-        ]
-    command += ["ncf_dist.train.worker", "--spec", str(spec)]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
-    log.info("starting %d rank(s): %s", ranks, " ".join(command))
+# ---- the ranks -----------------------------------------------------------------------------------------------------
+
+
+def _run_ranks(config: Config, spec: Spec, wanted: str) -> None:
+    """Start the ranks and wait until all have ended, leaving `wanted` in the run's folder. Raises what a rank reported,
+    or TrainingFailed. SIGTERM asks them to save and end."""
+    folder = posixpath.join(spec.run, RANKS)
+    path = posixpath.join(folder, SPEC)
+    make_dirs(folder)
+    spec.save(path)
+    command = LAUNCHERS[config.train.launcher](config, path)
+    log.info("starting %d rank(s): %s", _world_size(config), shlex.join(command))
+    if config.train.nodes > 1:
+        log.info("needed on %d other machine(s): the same command", config.train.nodes - 1)
+    environment = {"OMP_NUM_THREADS": str(threads(config)), **os.environ}
     # A rank's stdout must not get between us and the scheduler: ours ends with the report.
-    process = subprocess.Popen(command, stdout=sys.stderr, env=environment)
+    process = subprocess.Popen(
+        command, stdout=sys.stderr, env=environment, preexec_fn=lambda: die_with_parent(signal.SIGTERM)
+    )
     try:
-        code = process.wait()
+        with _asked_to_stop() as asked:
+            _wait(process, folder, asked)
     finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    for report in sorted(scratch.glob("error-*.json")):
-        body = json.loads(report.read_text())
-        kind: type[NcfError] = getattr(errors, body["kind"])
-        raise kind(f"{report.stem.replace('error-', 'rank ')}: {body['message']}")
-    if code != 0 or not exists(posixpath.join(run, "history.json")):
+        end_tree(process, grace_s=5)
+    _raise_reported(folder)
+    if process.returncode != 0 or not exists(posixpath.join(spec.run, wanted)):
         raise TrainingFailed(
-            f"training ended with code {code} and "
-            f"{'a' if exists(posixpath.join(run, 'history.json')) else 'no'} history.json; its log is above"
+            f"training ended with code {process.returncode} and "
+            f"{'a' if exists(posixpath.join(spec.run, wanted)) else 'no'} {wanted}; its log is above"
         )
+
+
+def _wait(process: subprocess.Popen[bytes], folder: str, asked: threading.Event) -> None:
+    """Until the ranks have ended, or have had their time to end after a failure or a request to stop."""
+    end = float("inf")
+    stopping = False
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        if asked.is_set() and not stopping:
+            log.warning("asked to stop: the ranks save a checkpoint and end")
+            write_atomic(posixpath.join(folder, STOP), b"")
+            stopping, end = True, min(end, time.monotonic() + STOP_S)
+        if end == float("inf") and _reports(folder):
+            end = time.monotonic() + FAILED_S
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """Set by SIGTERM while inside. Only a main thread can listen; elsewhere nobody sets it."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _reports(folder: str) -> list[str]:
+    return [name for name in list_names(folder) if name.startswith("error-") and name.endswith(".json")]
+
+
+def _raise_reported(folder: str) -> None:
+    """Raise what the ranks reported. A rank that lost its peers only says so: what the peers say comes first."""
+    found = []
+    for name in _reports(folder):
+        body = json.loads(read_bytes(posixpath.join(folder, name)))
+        kind: type[NcfError] = TrainingFailed if body["kind"] == UNEXPECTED else getattr(errors, body["kind"])
+        rank = name.removeprefix("error-").removesuffix(".json")
+        found.append(((body["kind"] == UNEXPECTED, kind is Preempted, int(rank)), kind, rank, body["message"]))
+    if found:
+        _, kind, rank, message = min(found, key=lambda report: report[0])
+        raise kind(f"rank {rank}: {message}")

@@ -1,14 +1,19 @@
 """The loop: fit → train_epoch → train_step.
 
-Objective (He et al. 2017, eq. 7): binary cross-entropy over each positive and its N negatives, mean over examples.
-Adam; the learning rate falls along a half cosine over all planned steps. The epoch with the best validation NDCG@10
-is kept (`train/validation.py`).
+Objectives are in `losses.py`, optimisers in `optimisers.py`, schedules in `schedules.py`. The epoch with the best
+validation NDCG@10 (explicit feedback: the lowest MSE) is kept; test rows are never read here.
+
+A training is a function of (config, tables, seed, world): what a rank draws at random in a step is seeded by the step,
+so a training that goes on from a checkpoint is, to the bit, the one that was not interrupted.
+
+A step with a loss or a gradient that is not finite ends the training on all ranks before any weight is updated: the
+rank whose loss is not finite sends NaN gradients, the mean over ranks makes them everybody's, and the norm shows them.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -18,127 +23,277 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from ncf_dist.config import Train
-from ncf_dist.errors import TrainingFailed
+from ncf_dist.errors import ContractError, Preempted, TrainingFailed
 from ncf_dist.models import Recommender
+from ncf_dist.sampling import hash64
+from ncf_dist.train import checkpoints
+from ncf_dist.train.checkpoints import Checkpoint
 from ncf_dist.train.loaders import Batch, TrainLoader
+from ncf_dist.train.losses import Objective
+from ncf_dist.train.optimisers import build_optimiser, set_rate
+from ncf_dist.train.order import Phase
+from ncf_dist.train.progress import Meter, show_epoch
 from ncf_dist.train.world import World
 
-log = logging.getLogger(__name__)
+SELECT_BY = {"ndcg@10": 1.0, "mse": -1.0}
+"""What validation chooses by, and whether more or less of it is better."""
+POINTS_AN_EPOCH = 50
+"""Points of the loss curve kept in the history, at most."""
+DROPOUT_STREAM = 3
+"""Streams 1 and 2 are the loader's."""
 
-SELECT_BY = "ndcg@10"
-LOG_EVERY_S = 30.0
 Validate = Callable[[Recommender], dict[str, float]]
 
 
 @dataclass
 class History:
-    """What happened, epoch by epoch, and which one was kept (from 0)."""
+    """What happened, epoch by epoch, and which one was kept (from 0). curve: (epoch, its step, rank 0's loss, rate)."""
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = -1
-    best: float = -math.inf
+    best: float | None = None
+    curve: list[tuple[int, int, float, float]] = field(default_factory=list)
 
 
-def bce(logits: Tensor) -> Tensor:
-    """Mean binary cross-entropy of logits (B, 1 + N), the positive first."""
-    labels = torch.zeros_like(logits)
-    labels[:, 0] = 1.0
-    return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+@dataclass
+class Progress:
+    """Where a training is: `epoch`, and in it the phases run, the last one running. `updates` counts from the start;
+    `loss`, `rows`: this rank's sum of the epoch's losses, each times its rows, and these rows."""
+
+    epoch: int = 0
+    phases: list[Phase] = field(default_factory=list)
+    updates: int = 0
+    loss: float = 0.0
+    rows: int = 0
 
 
 class Trainer:
-    """Fits one model on one rank; every rank runs the same steps."""
+    """Fits one model on one rank; every rank runs the same steps.
+
+    `folder`: where checkpoints are kept, None for nowhere. `stop`: whether somebody asked to end early.
+    """
 
     def __init__(
-        self, model: Recommender, loader: TrainLoader, validate: Validate, config: Train, world: World
+        self,
+        model: Recommender,
+        loader: TrainLoader,
+        validate: Validate,
+        config: Train,
+        world: World,
+        *,
+        loss: str = "bce",
+        seed: int = 1,
+        folder: str | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model.to(world.device)
-        self.parallel: nn.Module = self.model
+        self.signals = Objective(self.model, loss, config.precision, signals=2).to(world.device)
+        self.objective: nn.Module = self.signals
         if world.size > 1:
             devices = [world.local_rank] if world.device.startswith("cuda") else None
-            self.parallel = DistributedDataParallel(self.model, device_ids=devices, gradient_as_bucket_view=True)
+            self.objective = DistributedDataParallel(self.objective, device_ids=devices, gradient_as_bucket_view=True)
         self.loader, self.validate, self.config, self.world = loader, validate, config, world
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        steps = config.epochs * loader.steps
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1)))
-        )
+        self.seed, self.folder, self.stop = seed, folder, stop
+        self.optimiser = build_optimiser(self.model, config)
+        self.parameters = list(self.model.parameters())
+        self.progress, self.history = Progress(), History()
+        self.best = _snapshot(self.model)
+        self._saved = time.monotonic()
+
+    # ---- the loop ----
 
     def fit(self) -> History:
-        """Train until `epochs` or `patience` is used up, then put the best epoch's weights back into the model."""
-        history, best = History(), copy.deepcopy(self.model.state_dict())
-        for epoch in range(self.config.epochs):
-            record = {"epoch": epoch, **self.train_epoch(epoch), **self.validate(self.model)}
-            history.epochs.append(record)
-            # Without validation rows there is nothing to choose by: the last epoch stands.
-            value = record.get(SELECT_BY, float(epoch))
-            if value > history.best:
-                history.best, history.best_epoch = value, epoch
-                best = copy.deepcopy(self.model.state_dict())
-            if self.world.is_main:
-                log.info(
-                    "epoch %s",
-                    " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()),
-                )
-            if epoch - history.best_epoch >= self.config.patience:
-                break
-        self.model.load_state_dict(best)
+        """Train until `epochs` or `patience` is used up, then put the best epoch's weights back into the model.
+        Raises TrainingFailed for numbers that are not finite, Preempted when asked to stop."""
+        history, progress = self.history, self.progress
+        while progress.epoch < self.config.epochs and progress.epoch - history.best_epoch <= self.config.patience:
+            trained = self.train_epoch()
+            self.world.same_buffers(self.model)
+            record = {"epoch": progress.epoch, **trained, **self.validate(self.model)}
+            self._judge(record)
+            show_epoch(self.world, record)
+            self.progress = progress = Progress(progress.epoch + 1, updates=progress.updates)
+        self.model.load_state_dict(self.best)
         return history
 
-    def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over this rank's rows: exactly `loader.steps` steps.
-        Returns loss, samples/s of all ranks, and the share of time waited for data."""
-        self.parallel.train()
-        batches = self.loader.epoch(epoch)
-        total, waited, start = torch.zeros((), device=self.world.device), 0.0, time.monotonic()
-        logged = start
-        bar = tqdm(
-            range(self.loader.steps),
-            desc=f"epoch {epoch}",
-            unit="step",
-            leave=False,
-            disable=None if self.world.is_main else True,
-        )
-        for step in bar:
-            asked = time.monotonic()
-            batch = next(batches)
-            now = time.monotonic()
-            waited += now - asked
-            total += self.train_step(batch)
-            if self.world.is_main and bar.disable and now - logged > LOG_EVERY_S:
-                logged = now
-                log.info(
-                    "epoch %d: step %d of %d, loss %.4f",
-                    epoch,
-                    step + 1,
-                    self.loader.steps,
-                    total.item() / (step + 1),
-                )
-        loss = total.item() / self.loader.steps
-        if not math.isfinite(loss):
-            raise TrainingFailed(
-                f"the loss of epoch {epoch} is {loss}; needed a finite number: lower train.lr, and look at the input"
-            )
-        seconds = time.monotonic() - start
-        examples = self.loader.rows * self.world.size * (1 + self.loader.per_positive)
-        return {
-            "loss": loss,
-            "samples_per_s": examples / seconds,
-            "data_wait": waited / seconds,
-            "seconds": seconds,
-        }
+    def _judge(self, record: dict[str, Any]) -> None:
+        """Note the epoch, and its weights where they are the best so far."""
+        self.history.epochs.append(record)
+        # Without validation rows there is nothing to choose by: the last epoch stands.
+        value = next((sign * record[k] for k, sign in SELECT_BY.items() if k in record), float(record["epoch"]))
+        if self.history.best is None or value > self.history.best:
+            self.history.best, self.history.best_epoch = value, int(record["epoch"])
+            self.best = _snapshot(self.model)
 
-    def train_step(self, batch: Batch) -> Tensor:
-        """One update. Returns the (detached) loss of this rank's batch."""
-        device = self.world.device
-        user = batch.user.to(device, non_blocking=True)[:, None]
-        items = torch.cat([batch.item[:, None], batch.negatives], dim=1).to(device, non_blocking=True)
-        loss = bce(self.parallel(user, items))
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+    def train_epoch(self) -> dict[str, float]:
+        """The steps of the epoch that are left: the same number on all ranks.
+        Returns loss, samples/s of all ranks, and the share of time waited for data."""
+        phase, done = self.enter_phase()
+        order = self.loader.order(self.progress.epoch, done)
+        steps = order.steps(phase.ranks, phase.batch_size)
+        used = self.loader.rows - order.rows
+        self.objective.train()
+        batches = self.loader.epoch(self.progress.epoch, done, phase.steps)
+        meter = Meter(self.world, self.progress.epoch, self.config.epochs, steps, phase.steps)
+        for step in range(phase.steps, steps):
+            with meter.waiting():
+                batch = next(batches)
+            share = (used + step * phase.batch_size * phase.ranks) / self.loader.rows
+            asked = (self.stop(), self._time_to_save())
+            value, rate, flags = self.train_step(batch, (self.progress.epoch + share) / self.config.epochs, asked)
+            self._note(step, steps, value, rate, batch)
+            meter.step(batch, value)
+            self._save_or_stop(*flags)
+        meter.close()
+        loss, rows = self.world.sum(
+            torch.tensor([self.progress.loss, float(self.progress.rows)], dtype=torch.float64)
+        ).tolist()
+        return {"loss": loss / rows if rows else math.nan, **meter.summary()}
+
+    def train_step(
+        self, batch: Batch, done: float, asked: tuple[bool, bool] = (False, False)
+    ) -> tuple[float, float, list[bool]]:
+        """One update, when the share `done` of the training is done.
+        Returns this rank's loss, the learning rate, and which of the flags `asked` any rank has set."""
+        rate = set_rate(self.optimiser, self.config, done)
+        self._seed_step()
+        loss = self.objective(batch, asked)
+        self.objective.zero_grad(set_to_none=True)
+        finite = loss.detach().isfinite()
+        if batch.rating is not None:
+            finite = finite & batch.rating.isfinite().all()
+        loss.backward(torch.where(finite, 1.0, math.nan))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        value = loss.item()
+        if not math.isfinite(norm.item()):
+            self._fail(batch, value)
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         self.optimiser.step()
-        self.schedule.step()
-        return loss.detach()
+        signals = self.signals.signals.grad
+        assert signals is not None
+        return value, rate, [flag > 0 for flag in signals.tolist()]
+
+    def _seed_step(self) -> None:
+        """Dropout draws what the seed, the update and the rank say."""
+        if self.model.draws_random:
+            torch.manual_seed(hash64(self.seed, DROPOUT_STREAM, self.progress.updates, self.world.rank) & (2**63 - 1))
+
+    def _note(self, step: int, steps: int, value: float, rate: float, batch: Batch) -> None:
+        progress = self.progress
+        if step % max(1, -(-steps // POINTS_AN_EPOCH)) == 0:
+            self.history.curve.append((progress.epoch, step, value, rate))
+        progress.updates += 1
+        progress.loss += value * len(batch.user)
+        progress.rows += len(batch.user)
+        progress.phases[-1] = dataclasses.replace(progress.phases[-1], steps=step + 1)
+
+    def _fail(self, batch: Batch, value: float) -> None:
+        """Raise TrainingFailed with the same story on all ranks."""
+        bad = batch.rating is not None and not bool(batch.rating.isfinite().all())
+        mine = {"loss": value, "input": bad, "users": batch.user[:3].tolist(), "items": batch.items[:3, 0].tolist()}
+        every = dict(enumerate(self.world.gather(mine)))
+        guilty = {r: m for r, m in every.items() if m["input"] or not math.isfinite(m["loss"])} or every
+        rank, facts = next(iter(guilty.items()))
+        what = (
+            "a rating is not finite"
+            if facts["input"]
+            else "the gradient is not finite"
+            if math.isfinite(facts["loss"])
+            else f"the loss is {facts['loss']}"
+        )
+        raise TrainingFailed(
+            f"epoch {self.progress.epoch}, step {self.progress.phases[-1].steps}, rank {', '.join(map(str, guilty))}: "
+            f"{what} (the batch of rank {rank} begins with users {facts['users']} and items {facts['items']}); "
+            "needed finite numbers; no weight was updated: lower train.lr, set train.clip_norm, or look at the input"
+        )
+
+    # ---- checkpoints ----
+
+    def enter_phase(self) -> tuple[Phase, list[Phase]]:
+        """(the phase that runs now, the phases of this epoch before it)"""
+        phases, now = self.progress.phases, self.loader.phase
+        if not phases or not phases[-1].same_deal(now):
+            phases.append(now)
+        return phases[-1], phases[:-1]
+
+    def _time_to_save(self) -> bool:
+        minutes = self.config.checkpoint_minutes
+        return minutes is not None and self.world.is_main and time.monotonic() - self._saved > 60 * minutes
+
+    def _save_or_stop(self, stop: bool, time_to_save: bool) -> None:
+        every = self.config.checkpoint_steps
+        if stop or time_to_save or (every is not None and self.progress.updates % every == 0):
+            path = self.save()
+            if stop:
+                raise Preempted(
+                    f"stopped as asked after update {self.progress.updates}, "
+                    f"{'saved in ' + path if path else 'nothing saved'}: run the job train again to go on"
+                )
+
+    def save(self) -> str | None:
+        """Keep a checkpoint; all ranks come back when it is on disk. Returns its path."""
+        if self.folder is None:
+            return None
+        sums = self.world.gather([self.progress.loss, self.progress.rows])
+        if self.world.is_main:
+            body = {
+                "epoch": self.progress.epoch,
+                "phases": [dataclasses.asdict(phase) for phase in self.progress.phases],
+                "updates": self.progress.updates,
+                "sums": sums,
+                "history": dataclasses.asdict(self.history),
+            }
+            checkpoints.save(self.folder, self.progress.updates, self._tensors(), body)
+        self.world.gather(None)
+        self._saved = time.monotonic()
+        return self.folder
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimiser.state[parameter].items():
+                if value is not None:
+                    tensors[f"optimiser/{name}/{key}"] = value
+        return tensors
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, in this world or another. Raises ContractError where it is not of this model."""
+        try:
+            self._load(checkpoint)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            why = " ".join(str(error).split())
+            raise ContractError(
+                f"checkpoint {checkpoint.path} does not fit this training ({why}); needed one of the same model and "
+                "tables: delete the folder to start afresh"
+            ) from None
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        body, parts = checkpoint.progress, {"model": {}, "best": {}, "optimiser": {}}  # type: ignore[var-annotated]
+        for name, tensor in checkpoint.tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.best = {name: tensor.to(self.world.device) for name, tensor in parts["best"].items()}
+        named = dict(self.model.named_parameters())
+        for name, tensor in parts["optimiser"].items():
+            parameter, _, key = name.rpartition("/")
+            # Adam's count of steps stays where the fused kernel keeps it, beside the weights.
+            self.optimiser.state[named[parameter]][key] = tensor.to(self.world.device)
+        history = {**body["history"], "curve": [tuple(point) for point in body["history"]["curve"]]}
+        self.history = History(**history)
+        sums, same = body["sums"], len(body["sums"]) == self.world.size
+        if same:
+            loss, rows = sums[self.world.rank]
+        else:
+            loss, rows = (sum(column) if self.world.is_main else 0 for column in zip(*sums, strict=True))
+        phases = [Phase(**phase) for phase in body["phases"]]
+        self.progress = Progress(body["epoch"], phases, body["updates"], loss, rows)
+
+
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(model.state_dict())

@@ -1,7 +1,9 @@
-"""Model selection: rank each validation positive among its candidates. Test rows are never read here."""
+"""Model selection: rank each validation positive among its candidates, or compare predicted ratings with given ones.
+Test rows are never read here."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,11 +23,12 @@ ROWS_A_BLOCK = 4_096
 
 @dataclass(frozen=True)
 class HeldOut:
-    """V validation rows of one file. user, item: (V,); candidates: (V, C) padded with the positive;
+    """V validation rows of one file. user, item, rating: (V,); candidates: (V, C) padded with the positive;
     real: (V, C) bool."""
 
     user: Tensor
     item: Tensor
+    rating: Tensor
     candidates: Tensor
     real: Tensor
 
@@ -40,7 +43,8 @@ def read_held_out(path: str) -> HeldOut:
     real = torch.arange(width)[None] < sizes[:, None]
     candidates = item[:, None].expand(-1, width).clone()
     candidates[real] = torch.from_numpy(lists.flatten().to_numpy().astype(np.int64))
-    return HeldOut(user, item, candidates, real)
+    rating = torch.from_numpy(table.column("rating").to_numpy().astype(np.float64))
+    return HeldOut(user, item, rating, candidates, real)
 
 
 @torch.inference_mode()
@@ -49,12 +53,7 @@ def candidate_ranks(model: Recommender, held_out: HeldOut, device: str) -> Tenso
     ranks = []
     for block in _blocks(held_out):
         items = torch.cat([block.item[:, None], block.candidates], dim=1).to(device)
-        scores = model(block.user.to(device)[:, None], items).cpu()
-        if not torch.isfinite(scores).all():
-            # Nothing beats a score that is not a number: such a model would rank every positive first.
-            raise TrainingFailed(
-                "the model gives scores that are not finite to validation rows; needed finite ones: lower train.lr"
-            )
+        scores = _finite(model(block.user.to(device)[:, None], items).cpu())
         positive, others = scores[:, :1], scores[:, 1:]
         greater = ((others > positive) & block.real).sum(1).numpy()
         equal = ((others == positive) & block.real).sum(1).numpy()
@@ -62,26 +61,52 @@ def candidate_ranks(model: Recommender, held_out: HeldOut, device: str) -> Tenso
     return torch.cat(ranks) if ranks else torch.empty(0, dtype=torch.float64)
 
 
+@torch.inference_mode()
+def rating_errors(model: Recommender, held_out: HeldOut, device: str) -> Tensor:
+    """(V,) prediction minus rating, float64."""
+    blocks = [
+        _finite(model(block.user.to(device), block.item.to(device)).cpu()).double() - block.rating
+        for block in _blocks(held_out)
+    ]
+    return torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.float64)
+
+
+def _finite(scores: Tensor) -> Tensor:
+    if not torch.isfinite(scores).all():
+        # Nothing beats a score that is not a number: such a model would rank every positive first.
+        raise TrainingFailed(
+            "the model gives scores that are not finite to validation rows; needed finite ones: lower train.lr"
+        )
+    return scores
+
+
 def _blocks(held_out: HeldOut) -> Iterator[HeldOut]:
     for start in range(0, len(held_out.user), ROWS_A_BLOCK):
         part = slice(start, start + ROWS_A_BLOCK)
-        yield HeldOut(held_out.user[part], held_out.item[part], held_out.candidates[part], held_out.real[part])
+        yield HeldOut(*(getattr(held_out, field.name)[part] for field in dataclasses.fields(held_out)))
 
 
 class Validator:
     """Validation metrics over all ranks; each rank reads its share of the files once and keeps it."""
 
-    def __init__(self, manifest: Manifest, k: int, world: World) -> None:
+    def __init__(self, manifest: Manifest, k: int, world: World, explicit: bool = False) -> None:
         manifest.table(VALIDATION)
         self.parts = [read_held_out(path) for path in manifest.files(VALIDATION.name)[world.rank :: world.size]]
-        self.k, self.world = k, world
+        self.k, self.world, self.explicit = k, world, explicit
 
     def __call__(self, model: Recommender) -> dict[str, float]:
-        """{"hr@k", "ndcg@k", "mrr"} over all validation rows; empty when nothing is held out.
-        The same on every rank."""
+        """{"hr@k", "ndcg@k", "mrr"} over all validation rows, of explicit feedback {"mse", "mae"};
+        empty when nothing is held out. The same on every rank."""
         model.eval()
-        ranks = [candidate_ranks(model, part, self.world.device).numpy() for part in self.parts]
-        total = metrics.sums(np.concatenate(ranks) if ranks else np.empty(0), (self.k,))
+        total = self._rating_sums(model) if self.explicit else self._ranking_sums(model)
         summed = self.world.sum(torch.tensor(list(total.values()), dtype=torch.float64)).tolist()
         total = dict(zip(total, summed, strict=True))
         return metrics.means(total) if total["n"] else {}
+
+    def _ranking_sums(self, model: Recommender) -> dict[str, float]:
+        ranks = [candidate_ranks(model, part, self.world.device).numpy() for part in self.parts]
+        return metrics.sums(np.concatenate(ranks) if ranks else np.empty(0), (self.k,))
+
+    def _rating_sums(self, model: Recommender) -> dict[str, float]:
+        errors = torch.cat([torch.empty(0), *(rating_errors(model, part, self.world.device) for part in self.parts)])
+        return {"n": float(len(errors)), "mse": float((errors**2).sum()), "mae": float(errors.abs().sum())}

@@ -1,7 +1,8 @@
-"""One training rank. torchrun (or plain Python, for one rank) runs `python -m ncf_dist.train.worker --spec FILE`.
+"""One training rank: `python -m ncf_dist.train.worker --spec FILE`, whichever launcher runs it.
 
-Everything it needs is in the spec; everything it makes is under the run's folder. A failure that a person can mend is
-written to `error-<rank>.json` beside the spec, so that the job reports it as its own.
+Everything it needs is in the spec; everything it makes is under the run's folder. A failure is written to
+`error-<rank>.json` beside the spec, so that the job reports it as its own. SIGTERM, or a file `stop` beside the spec,
+ends all ranks after the step they are in, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,91 +12,199 @@ import json
 import logging
 import os
 import posixpath
+import signal
 import sys
+import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import NoReturn
 
-import numpy as np
 import torch
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import read_manifest, write_atomic
-from ncf_dist.bundle import save_bundle
+from ncf_dist.artifacts import Manifest, exists, read_bytes, read_manifest, write_atomic
+from ncf_dist.bundle import read_bundle, save_bundle
 from ncf_dist.config import Config
-from ncf_dist.errors import NcfError
-from ncf_dist.models import build_model
-from ncf_dist.train.loaders import TrainLoader, verify_files
+from ncf_dist.contracts import Contract
+from ncf_dist.errors import ExitCode, NcfError
+from ncf_dist.models import NeuMF, Recommender, build_model
+from ncf_dist.train import checkpoints
+from ncf_dist.train.loaders import Task, TrainLoader, verify_files
+from ncf_dist.train.lr_find import rate_curve
+from ncf_dist.train.processes import die_with_parent
+from ncf_dist.train.start import pretrained_start, warm_start
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
 from ncf_dist.train.world import World
 
+log = logging.getLogger(__name__)
+
 VALIDATE_K = 10
-DROPOUT_STREAM = 3
-"""Streams 1 and 2 are the loader's."""
+CHECKPOINTS, HISTORY, RATES, BUNDLE = "checkpoints", "history.json", "lr_find.json", "bundle"
+SPEC, STOP, UNEXPECTED = "spec.json", "stop", "unexpected"
+POLL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What the job tells its ranks. prepare, run: folders; config: the resolved tree as JSON."""
+    """What the job tells its ranks. prepare, run: folders; config: the resolved tree as JSON; start: the bundle that a
+    warm start begins with."""
 
     config: str
     prepare: str
     run: str
+    start: str | None = None
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
+    def save(self, path: str) -> None:
+        write_atomic(path, json.dumps(asdict(self)).encode())
 
 
-def train_rank(spec: Spec, world: World) -> None:
+class StopRequest:
+    """Whether somebody asked this rank to end early: a signal to it, or (looked for by rank 0) the file `path`."""
+
+    def __init__(self, path: str, world: World) -> None:
+        self.path, self.world, self.asked, self.looked = path, world, False, 0.0
+
+    def on_signal(self, *_: object) -> None:
+        self.asked = True
+
+    def __call__(self) -> bool:
+        if not self.asked and self.world.is_main and time.monotonic() - self.looked > POLL_S:
+            self.looked = time.monotonic()
+            self.asked = exists(self.path)
+        return self.asked
+
+
+def train_contract(prepare: Manifest, explicit: bool) -> Contract:
+    """The train table as prepare wrote it."""
+    negatives = prepare.config["negatives"]
+    return contracts.train(negatives["per_positive"], negatives["draws"], explicit)
+
+
+def task_of(config: Config, prepare: Manifest) -> Task:
+    pairs = config.loss in ("bce", "bpr")
+    return Task(
+        n_users=int(prepare.facts["users"]),
+        n_items=int(prepare.facts["items"]),
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        negatives=config.negatives.per_positive if pairs else 0,
+        draws=config.negatives.draws if pairs and config.train.negatives == "table" else 0,
+        shared=config.train.shared_negatives if config.loss == "sampled_softmax" else 0,
+        explicit=config.loss == "mse",
+    )
+
+
+def starting_model(config: Config, spec: Spec, n_users: int, n_items: int) -> Recommender:
+    """The same weights on all ranks."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, n_users, n_items)
+    if spec.start:
+        warm_start(model, read_bundle(spec.start))
+    if config.train.pretrained:
+        assert isinstance(model, NeuMF)
+        pretrained_start(model, config.train.pretrained, config.model, n_users, n_items)
+    return model
+
+
+def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> None:
     """Train this rank's share; rank 0 writes the bundle and history.json."""
     config = Config.model_validate_json(spec.config)
     prepare = read_manifest(spec.prepare)
-    negatives = config.negatives
-    contract = contracts.train(negatives.per_positive, negatives.draws)
+    task = task_of(config, prepare)
+    contract = train_contract(prepare, task.explicit)
     for table in (contract, contracts.VALIDATION):
         verify_files(prepare, table, world)
-    loader = TrainLoader(prepare, contract, negatives.per_positive, negatives.draws, config.train, config.seed, world)
-    torch.manual_seed(config.seed)
-    n_users, n_items = int(prepare.facts["users"]), int(prepare.facts["items"])
-    model = build_model(config.model, n_users, n_items)
-    # The same weights on all ranks; from here on each rank drops units of its own.
-    torch.manual_seed(int(np.random.default_rng([config.seed, DROPOUT_STREAM, world.rank]).integers(2**62)))
-    trainer = Trainer(model, loader, Validator(prepare, VALIDATE_K, world), config.train, world)
+    trainer = Trainer(
+        starting_model(config, spec, task.n_users, task.n_items),
+        TrainLoader(prepare, contract, task, config.loader, world),
+        Validator(prepare, VALIDATE_K, world, task.explicit),
+        config.train,
+        world,
+        loss=config.loss,
+        seed=config.seed,
+        folder=posixpath.join(spec.run, CHECKPOINTS),
+        stop=stop or (lambda: False),
+    )
+    if config.train.lr_find:
+        curve = rate_curve(trainer)
+        if world.is_main:
+            write_atomic(posixpath.join(spec.run, RATES), json.dumps(curve).encode())
+        return
+    _go_on(trainer, world)
     history = trainer.fit()
     if world.is_main:
         made_from = {"prepare_run": prepare.run_key, "seed": config.seed}
-        save_bundle(posixpath.join(spec.run, "bundle"), model, config.model, n_users, n_items, made_from)
-        record = {**made_from, "epoch": history.best_epoch, "epochs": history.epochs}
-        write_atomic(posixpath.join(spec.run, "history.json"), json.dumps(record, indent=1).encode())
+        save_bundle(
+            posixpath.join(spec.run, BUNDLE), trainer.model, config.model, task.n_users, task.n_items, made_from
+        )
+        record = {**made_from, "epoch": history.best_epoch, "epochs": history.epochs, "curve": history.curve}
+        write_atomic(posixpath.join(spec.run, HISTORY), json.dumps(record, indent=1).encode())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--spec", type=Path, required=True)
-    path: Path = parser.parse_args().spec
+def _go_on(trainer: Trainer, world: World) -> None:
+    """From the latest whole checkpoint, chosen by rank 0, where there is one."""
+    assert trainer.folder is not None
+    found = checkpoints.latest(trainer.folder) if world.is_main else None
+    path = world.gather(found.path if found else None)[0]
+    if path is not None:
+        trainer.resume(found or checkpoints.read(path))
+        if world.is_main:
+            log.info("going on from %s: epoch %d, %s", path, trainer.progress.epoch, trainer.progress.phases)
+
+
+def report(path: str, rank: str, kind: str, message: str) -> None:
+    """Leave word for the job; a place that cannot be written must not hide the failure itself."""
+    try:
+        write_atomic(
+            posixpath.join(posixpath.dirname(path), f"error-{rank}.json"),
+            json.dumps({"kind": kind, "message": message}).encode(),
+        )
+    except OSError:
+        log.exception("the failure could not be reported")
+
+
+def run(path: str) -> NoReturn:
+    """Run this process as a rank, and end it."""
     rank = os.environ.get("RANK", "0")
+    try:
+        spec = Spec(**json.loads(read_bytes(path)))
+        config = Config.model_validate_json(spec.config)
+        world = World.from_environment(config.train.device)
+        stop = StopRequest(posixpath.join(posixpath.dirname(path), STOP), world)
+        signal.signal(signal.SIGTERM, stop.on_signal)
+        world.join(config.train.timeout_s)
+        train_rank(spec, world, stop)
+        world.leave()
+        code = int(ExitCode.DONE)
+    except NcfError as error:
+        report(path, rank, type(error).__name__, str(error))
+        code = int(error.exit_code)
+    except BaseException as error:
+        log.exception("rank %s failed", rank)
+        report(path, rank, UNEXPECTED, f"{type(error).__name__}: {error}"[:1000])
+        code = int(ExitCode.UNEXPECTED)
+    logging.shutdown()
+    sys.stderr.flush()
+    # No clean-up after a failure: the process group would wait for ranks that are waiting for us.
+    os._exit(code)
+
+
+def main() -> NoReturn:
+    die_with_parent()
+    # Run by its path, as Spark does, Python puts this folder first: our `order` and `memory` are no top-level modules.
+    sys.path[:] = [place for place in sys.path if place != os.path.dirname(os.path.abspath(__file__))]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--spec", required=True)
+    path: str = parser.parse_args().spec
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO,
-        format=f"%(asctime)s %(levelname)s rank {rank}: %(message)s",
+        format=f"%(asctime)s %(levelname)s rank {os.environ.get('RANK', '0')}: %(message)s",
         datefmt="%H:%M:%S",
     )
     logging.getLogger("petastorm").setLevel(logging.WARNING)
-    spec = Spec(**json.loads(path.read_text()))
-    config = Config.model_validate_json(spec.config)
-    world = World.from_environment(config.train.device)
-    world.join(config.train.timeout_s)
-    try:
-        train_rank(spec, world)
-    except NcfError as error:
-        (path.parent / f"error-{rank}.json").write_text(
-            json.dumps({"kind": type(error).__name__, "message": str(error)})
-        )
-        # No clean-up of the process group: it would wait for ranks that are waiting for us.
-        os._exit(int(error.exit_code))
-    world.leave()
-    return 0
+    run(path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,14 +1,15 @@
-"""Who this process is among the ranks: a frozen value, read once from what torchrun sets."""
+"""Who this process is among the ranks: a frozen value, read once from what the launcher sets."""
 
 from __future__ import annotations
 
 import datetime as dt
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,35 @@ class World:
         return self.rank == 0
 
     def join(self, timeout_s: int) -> None:
-        """Enter the process group: NCCL with GPUs, gloo without. A single process needs none."""
+        """Enter the process group: gloo, and NCCL for what is on GPUs. A single process needs none."""
         if self.device.startswith("cuda"):
             torch.cuda.set_device(self.device)
         if self.size > 1:
-            backend = "nccl" if self.device.startswith("cuda") else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if self.device.startswith("cuda") else "gloo"
             dist.init_process_group(backend, timeout=dt.timedelta(seconds=timeout_s))
 
     def leave(self) -> None:
+        """Leave together: a rank that is gone breaks the connections of one that is still busy."""
         if dist.is_initialized():
+            dist.barrier()
             dist.destroy_process_group()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks, on all of them."""
+        """The sum over ranks of a tensor on the CPU, on all of them."""
         if self.size > 1:
-            values = values.to(self.device)
             dist.all_reduce(values)
-        return values.cpu()
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value (JSON-like) of every rank, by rank, on all of them."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def same_buffers(self, module: nn.Module) -> None:
+        """Give all ranks rank 0's buffers, such as the running means of batch norm."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)

@@ -1,0 +1,42 @@
+"""Runs the training ranks as barrier tasks of Spark: `python -m ncf_dist.distribute --ranks N --spec FILE`.
+
+A process of its own beside the job train, so that the trainer never imports pyspark. Under spark-submit it finds the
+job's own JVM in the environment. TorchDistributor runs `worker.py` with torchrun on each executor, which must see the
+lake under the same paths, and this project under the same path as the driver. Spark's master needs N free slots at
+once, and no dynamic allocation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+
+from ncf_dist.artifacts import read_bytes
+from ncf_dist.config import Config
+from ncf_dist.spark_io import spark_session
+
+WORKER = "ncf_dist.train.worker"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--spec", required=True)
+    args = parser.parse_args()
+    config = Config.model_validate_json(json.loads(read_bytes(args.spec))["config"])
+    found = importlib.util.find_spec(WORKER)
+    assert found is not None
+    assert found.origin is not None
+    with spark_session("ncf-train", config.spark):
+        from pyspark.ml.torch.distributor import TorchDistributor
+
+        distributor = TorchDistributor(num_processes=args.ranks, local_mode=False, use_gpu=args.gpu)
+        distributor.run(found.origin, "--spec", args.spec)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What a training needs, before anything starts: arithmetic on the config and the manifest."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from ncf_dist.config import Config
+from ncf_dist.errors import ConfigError
+from ncf_dist.models import parameter_count
+from ncf_dist.train.optimisers import MOMENTS
+
+MEMORY_SHARE = 0.8
+
+
+def memory_parts(config: Config, n_users: int, n_items: int, rows: int, file_rows: int) -> dict[str, int]:
+    """Bytes of one rank, by what they are for. `rows`: of the train table, `file_rows`: of its largest file."""
+    train, loader, count = config.train, config.loader, parameter_count(config.model, n_users, n_items)
+    moments, pairs = MOMENTS[train.optimiser], config.loss in ("bce", "bpr")
+    from_table = config.negatives.per_positive if pairs and train.negatives == "table" else 0
+    columns = 2 + from_table + (config.loss == "mse")
+    cached = 4 * rows * (columns + max(0, config.negatives.draws - 1) * from_table)
+    in_memory = loader.cache != "none" and cached <= loader.cache_bytes
+    scored = train.batch_size * (
+        train.shared_negatives + 1 if config.loss == "sampled_softmax" else 1 + config.negatives.per_positive * pairs
+    )
+    return {
+        f"{count:,} parameters x 4 bytes x {3 + moments} (weights, gradients, {moments} moment(s), best epoch)": 4
+        * count
+        * (3 + moments),
+        "the train table in loader.cache" if in_memory else "a window of loader.shuffle_files files": cached
+        if in_memory
+        # As it is read, in its new order, and as it is handed out.
+        else 3 * 4 * columns * min(rows, loader.shuffle_files * file_rows),
+        "train positives for online negatives": 8 * (rows + n_users + 1)
+        if pairs and train.negatives == "online"
+        else 0,
+        # The value and the gradient of every unit of a scored pair.
+        f"a step of {scored:,} scored pairs": 2 * 4 * scored * pair_width(config),
+    }
+
+
+def pair_width(config: Config) -> int:
+    """Numbers that one scored pair takes in the model's join."""
+    model = config.model
+    hidden = sum(model.layers) if model.name in ("mlp", "neumf", "embedding_nn") else 0
+    factors = model.factors if model.name in ("gmf", "neumf", "mf") and config.loss != "sampled_softmax" else 1
+    return hidden + 2 * factors
+
+
+def check_memory(config: Config, n_users: int, n_items: int, rows: int, file_rows: int) -> None:
+    """Refuse, before anything starts, a training that cannot fit. Raises ConfigError with the arithmetic."""
+    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+    ranks = 1 if on_gpu or config.train.launcher == "none" else config.train.ranks
+    parts = {what: size * ranks for what, size in memory_parts(config, n_users, n_items, rows, file_rows).items()}
+    if not on_gpu:
+        copies = 2 + MOMENTS[config.train.optimiser]
+        parts["a checkpoint being written, once"] = 4 * copies * parameter_count(config.model, n_users, n_items)
+    have = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total
+    limit = config.train.max_model_bytes or int(have * MEMORY_SHARE)
+    needed = sum(parts.values())
+    if needed > limit:
+        lines = " + ".join(f"{what}: {size / 2**30:.2f} GiB" for what, size in parts.items() if size)
+        raise ConfigError(
+            f"model {config.model.name} for {n_users:,} users and {n_items:,} items needs {needed / 2**30:.2f} GiB on "
+            f"this {'GPU' if on_gpu else 'machine'}, {ranks} rank(s): {lines}; at most {limit / 2**30:.2f} GiB can be "
+            "had: lower model.factors or model.layers, train.batch_size, loader.shuffle_files or train.ranks, set "
+            "train.optimiser=sgd (one moment), or train on a machine with more memory"
+        )

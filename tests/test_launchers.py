@@ -1,0 +1,85 @@
+"""Every launcher runs the same worker file, and ends with the same kind of run."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ncf_dist.config import Config, Model
+from ncf_dist.errors import ContractError
+from ncf_dist.train.launchers import LAUNCHERS, WORKER, threads
+from ncf_dist.train.pipeline import train
+from tests.conftest import SPARK
+from tests.tables import DS, prepared, small_config
+
+GMF = Model(name="gmf", factors=4)
+
+
+def losses(outputs: Any) -> list[float]:
+    return [epoch["loss"] for epoch in json.loads(Path(outputs["history"]).read_text())["epochs"]]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize("launcher", sorted(LAUNCHERS))
+def test_a_launcher_is_a_command_with_the_spec(launcher: str) -> None:
+    config = small_config(Path("unused"), GMF, launcher=launcher, ranks=3)
+    command = LAUNCHERS[launcher](config, "/lake/spec.json")
+    assert command[-2:] == ["--spec", "/lake/spec.json"]
+    assert WORKER in command or "ncf_dist.distribute" in command
+
+
+def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    of = [threads(small_config(Path("unused"), GMF, launcher=how, ranks=3)) for how in ("torchrun", "none", "spark")]
+    assert of == [8 // 3, 8, 8 // 3]
+
+
+def on_nodes(config: Config, started: list[subprocess.Popen[bytes]]) -> None:
+    """The other machine: it runs the command that the job printed, once the spec is there."""
+    while not (found := list(Path(config.paths.lake).glob("runs/*/train/*/ranks/spec.json"))):
+        time.sleep(0.05)
+    started.append(subprocess.Popen(LAUNCHERS["torchrun"](config, str(found[0]))))
+
+
+def test_two_machines_train_what_one_trains_with_two_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two torchrun agents that meet at a port, one rank each."""
+    caplog.set_level("INFO")
+    one = small_config(tmp_path / "one", GMF, ranks=2, epochs=2)
+    two = small_config(tmp_path / "two", GMF, ranks=1, nodes=2, rendezvous=f"127.0.0.1:{free_port()}", epochs=2)
+    for config in (one, two):
+        prepared(config, 41)
+    wanted = losses(train(one, DS).outputs)
+    agents: list[subprocess.Popen[bytes]] = []
+    threading.Thread(target=on_nodes, args=(two, agents), daemon=True).start()
+    assert losses(train(two, DS).outputs) == wanted
+    assert agents[0].wait(30) == 0
+    assert "needed on 1 other machine(s): the same command" in caplog.text
+
+
+@pytest.mark.slow
+def test_spark_trains_what_torchrun_trains(tmp_path: Path) -> None:
+    """Two barrier tasks of a local[2] master; and what a rank reports is the job's own error there too."""
+    runs = {how: small_config(tmp_path / how, GMF, ranks=2, launcher=how, epochs=2) for how in ("torchrun", "spark")}
+    found = {}
+    for how, config in runs.items():
+        runs[how] = config = Config.model_validate({**config.model_dump(by_alias=True), "spark": SPARK})
+        prepared(config, 41)
+        found[how] = losses(train(config, DS).outputs)
+    assert found["spark"] == found["torchrun"]
+    (table,) = Path(runs["spark"].paths.lake).glob("runs/*/prepare/*/train/part-1.parquet")
+    table.write_bytes(table.read_bytes()[:-1])
+    other = runs["spark"].model_copy(update={"seed": 2})
+    with pytest.raises(ContractError, match=r"part-1\.parquet has SHA-256 .*rerun the job prepare"):
+        train(other, DS)
