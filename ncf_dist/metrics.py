@@ -1,10 +1,12 @@
-"""Ranking metrics, each defined once.
+"""Ranking metrics, and errors of predicted ratings, each defined once.
 
 `rank` counts from 1. Among candidates equal scores share the mean of the places they take (a constant scorer gets
 chance, not luck); in the full catalogue they are ordered by item_idx, as the published table is.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,18 @@ def sums(rank: FloatArray, ks: tuple[int, ...]) -> dict[str, float]:
         total[f"hr@{k}"] = float(hit(rank, k).sum())
         total[f"ndcg@{k}"] = float(ndcg(rank, k).sum())
     return total
+
+
+def rating_sums(predicted: FloatArray, rating: FloatArray) -> dict[str, float]:
+    """Sums over held-out ratings of squared and absolute errors, and their number `n`. (R,), (R,)"""
+    error = np.asarray(predicted, dtype=np.float64) - np.asarray(rating, dtype=np.float64)
+    return {"n": float(len(error)), "se": float((error**2).sum()), "ae": float(np.abs(error).sum())}
+
+
+def rating_errors(total: dict[str, float]) -> dict[str, float]:
+    """MSE, RMSE and MAE of `rating_sums`. Raises ValueError without ratings."""
+    mean = means(total)
+    return {"mse": mean["se"], "rmse": math.sqrt(mean["se"]), "mae": mean["ae"]}
 
 
 def means(total: dict[str, float]) -> dict[str, float]:

@@ -36,6 +36,10 @@ WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
 """What a writer says of each file: `written_batch` as Spark names its columns."""
 
 
+_open: list[SparkSession] = []
+"""Sessions that `spark_session` has handed out, the innermost last."""
+
+
 @contextlib.contextmanager
 def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS) -> Iterator[SparkSession]:
     """A session with our settings; stopped at the end, so that a cluster gets its executors back.
@@ -64,11 +68,14 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
             options |= {"spark.driver.host": "localhost", "spark.driver.bindAddress": "127.0.0.1"}
     for key, value in options.items():
         builder = builder.config(key, str(value))
-    ours = SparkSession.getActiveSession() is None
+    # Which session is active is known to a thread of the JVM, which py4j may replace: so we remember our own.
+    ours = not _open and SparkSession.getActiveSession() is None
     spark = builder.getOrCreate()
+    _open.append(spark)
     try:
         yield spark
     finally:
+        _open.pop()
         if ours:
             spark.stop()
 

@@ -20,7 +20,7 @@ from pyspark.sql import SparkSession
 
 from ncf_dist import demo
 from ncf_dist.artifacts import Lake, Manifest, Outcome, read_table, remove, write_parquet
-from ncf_dist.bundle import WEIGHTS, read_bundle, save_bundle
+from ncf_dist.bundle import WEIGHTS, load_model, read_bundle, save_bundle
 from ncf_dist.config import Config, Model
 from ncf_dist.contracts import TEST, recommendations
 from ncf_dist.errors import ContractError
@@ -393,3 +393,37 @@ def test_demo_shows_ten_users_with_titles(line: Line, scored: Outcome) -> None:
 def test_demo_before_anything_is_published(line: Line) -> None:
     with pytest.raises(ContractError, match="run the job nightly first"):
         demo.show(line.config(publish={"table": "nothing"}))
+
+
+# ---- explicit feedback -------------------------------------------------------------------------------------
+
+
+def test_errors_of_predicted_ratings_are_those_of_the_model(spark: SparkSession, tmp_path: Path) -> None:
+    """From the log to metrics: ratings are a function of user and item, learned by a dot product in a range."""
+    log = tmp_path / "ratings.dat"
+    log.write_text(
+        "".join(f"{u}::{i}::{1 + (u * i) % 5}::{u + i}\n" for u in range(1, 31) for i in range(1, 21) if (u + i) % 3)
+    )
+    config = Config.model_validate(
+        {
+            "paths": {"lake": str(tmp_path / "lake"), "work": str(tmp_path / "work")},
+            "input": {"path": str(log), "feedback": "explicit"},
+            "split": {"strategy": "random"},
+            "negatives": {"candidates": 3},
+            "model": {"name": "mf", "factors": 4, "biases": True, "y_range": [0.5, 5.5]},
+            "train": {"launcher": "none", "device": "cpu", "batch_size": 64, "lr": 0.02, "epochs": 3},
+            "spark": {"master": "local[2]", "shuffle_partitions": 2},
+        }
+    )
+    prepared = prepare(config, DS)
+    train(config, DS)
+    metrics = evaluate(config, DS).metrics
+    test = pd.concat([pd.read_parquet(path) for path in Path(prepared.outputs["test"]).iterdir()])
+    model = load_model(read_bundle(str(Lake(config.paths.lake).stage(DS, "train").current().root + "/bundle")))
+    with torch.inference_mode():
+        predicted = model(*(torch.tensor(test[name].to_numpy()) for name in ("user_idx", "item_idx"))).numpy()
+    error = predicted - test["rating"].to_numpy()
+    assert metrics["rating.mse"] == pytest.approx(float((error**2).mean()), rel=1e-5)
+    assert metrics["rating.mae"] == pytest.approx(float(np.abs(error).mean()), rel=1e-5)
+    assert metrics["rating.rmse"] == pytest.approx(metrics["rating.mse"] ** 0.5)
+    assert len(test) > 50

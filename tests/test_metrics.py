@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import mean_absolute_error, mean_squared_error
 
-from ncf_dist.metrics import hit, mean_rank, means, ndcg, reciprocal_rank, sums
+from ncf_dist.metrics import hit, mean_rank, means, ndcg, rating_errors, rating_sums, reciprocal_rank, sums
 
 RANKS = np.array([1.0, 2.0, 3.0, 10.0, 11.0])
 
@@ -76,3 +77,16 @@ def test_no_rows_is_an_error_not_a_zero() -> None:
         means(sums(np.array([]), (10,)))
     with pytest.raises(ValueError, match="no held-out rows"):
         means({})
+
+
+def test_errors_of_ratings_are_scikit_learns() -> None:
+
+    draw = np.random.default_rng(1)
+    predicted, rating = draw.random(50) * 5, draw.integers(1, 6, 50).astype(float)
+    parts = [rating_sums(predicted[part], rating[part]) for part in (slice(0, 20), slice(20, 50))]
+    found = rating_errors({name: sum(part[name] for part in parts) for name in parts[0]})
+    mse = mean_squared_error(rating, predicted)
+    assert found == pytest.approx({"mse": mse, "rmse": mse**0.5, "mae": mean_absolute_error(rating, predicted)})
+    assert rating_errors(rating_sums(np.array([3.0, 5.0]), np.array([1.0, 4.0]))) == pytest.approx(
+        {"mse": 2.5, "rmse": 2.5**0.5, "mae": 1.5}
+    )

@@ -246,3 +246,12 @@ def test_times_are_utc_and_overflow_is_an_error(spark: SparkSession) -> None:
 def test_table_info_counts_rows() -> None:
     files = tuple(FileInfo(part_name(n, 0), n, 1, 10, "") for n in (1, 2))
     assert TableInfo("t", "", files).rows == 1 + 2
+
+
+def test_an_inner_session_never_stops_an_outer_one(spark: SparkSession) -> None:
+    """Even where the JVM's thread has forgotten which session is active, as a new thread of py4j has."""
+    assert spark._jvm is not None
+    spark._jvm.SparkSession.clearActiveSession()
+    with spark_session("inner", config.Spark(shuffle_partitions=2)):
+        pass
+    assert spark.range(3).count() == 3

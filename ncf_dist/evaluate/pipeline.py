@@ -50,13 +50,15 @@ def evaluate(config: Config, ds: str) -> Outcome:
     bundle = read_bundle(posixpath.join(train.root, "bundle"))
     verify_weights(bundle)
     with spark_session("ncf-evaluate", config.spark, LIST_BATCH_ROWS) as spark:
-        spec = EvaluationPass(bundle, tuple(prepare.files("item_stats")), config.evaluate.ks)
+        explicit = prepare.facts.get("feedback") == "explicit"
+        spec = EvaluationPass(bundle, tuple(prepare.files("item_stats")), config.evaluate.ks, explicit)
         rows = held_out_users(spark, prepare).repartition(config.spark.shuffle_partitions, "user_idx")
         stats = [json.loads(row["stats"]) for row in rows.mapInArrow(on_executors(spec), "stats string").collect()]
     report = summarise(stats)
     write_atomic(posixpath.join(run, "metrics.json"), json.dumps(report, indent=1).encode())
     _log_comparison(report)
-    flat = {f"{p}.{name}": value for p in ("full", "candidates") for name, value in report[p].items()}
+    protocols = [p for p in ("full", "candidates", "rating") if p in report]
+    flat = {f"{p}.{name}": value for p in protocols for name, value in report[p].items()}
     flat |= {
         f"popularity.{p}.{name}": value
         for p, values in report["baselines"]["popularity"].items()
@@ -82,29 +84,33 @@ def evaluate(config: Config, ds: str) -> Outcome:
 
 
 def held_out_users(spark: SparkSession, prepare: Manifest) -> DataFrame:
-    """One row a test positive: user_idx, seen (train and validation items), item_idx, candidates."""
+    """One row a test row: user_idx, seen (train and validation items), item_idx, rating, candidates."""
     history = read_table(spark, prepare, contracts.HISTORY).selectExpr("user_idx", "item_idx as seen")
     return (
         read_table(spark, prepare, contracts.TEST)
         .join(history, "user_idx")
-        .select("user_idx", "seen", "item_idx", "candidates")
+        .select("user_idx", "seen", "item_idx", "rating", "candidates")
     )
 
 
 def summarise(stats: list[dict[str, float]]) -> dict[str, Any]:
-    """Add the tasks' sums and divide: {"full", "candidates", "baselines": {"popularity": {…}}, "n_users"}."""
+    """Add the tasks' sums and divide: {"full", "candidates", "baselines": {"popularity": {…}}, "n_users"}, and
+    "rating" where scores are ratings."""
     total: Counter[str] = Counter()
     for task in stats:
         total.update(task)
 
-    def of(scorer: str, protocol: str) -> dict[str, float]:
+    def sums(scorer: str, protocol: str) -> dict[str, float]:
         prefix = f"{scorer}/{protocol}/"
-        return metrics.means(
-            {name.removeprefix(prefix): value for name, value in total.items() if name.startswith(prefix)}
-        )
+        return {name.removeprefix(prefix): value for name, value in total.items() if name.startswith(prefix)}
+
+    def of(scorer: str, protocol: str) -> dict[str, float]:
+        return metrics.means(sums(scorer, protocol))
 
     popularity = {protocol: of("popularity", protocol) for protocol in ("full", "candidates")}
+    rated = sums("model", "rating")
     return {
+        **({"rating": metrics.rating_errors(rated)} if rated else {}),
         "full": of("model", "full"),
         "candidates": of("model", "candidates"),
         "baselines": {"popularity": popularity},
@@ -117,6 +123,8 @@ def _log_comparison(report: dict[str, Any]) -> None:
     for protocol in ("full", "candidates"):
         for name, value in report[protocol].items():
             log.info("%-10s %-8s %.4f   popularity %.4f", protocol, name, value, baseline[protocol][name])
+    if "rating" in report:
+        log.info("%s", "   ".join(f"{name} {value:.4f}" for name, value in report["rating"].items()))
     worse = [name for name, value in report["full"].items() if value <= baseline["full"][name]]
     if worse:
         log.warning("THE MODEL DOES NOT BEAT POPULARITY over the full catalogue in %s", ", ".join(worse))

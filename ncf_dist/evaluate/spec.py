@@ -12,11 +12,12 @@ from ncf_dist.bundle import Bundle
 
 @dataclass(frozen=True)
 class EvaluationPass:
-    """Travels to the workers. stats_files: the item_stats table."""
+    """Travels to the workers. stats_files: the item_stats table. explicit: scores are predicted ratings."""
 
     bundle: Bundle
     stats_files: tuple[str, ...]
     ks: tuple[int, ...]
+    explicit: bool = False
 
 
 def on_executors(spec: EvaluationPass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:

@@ -24,7 +24,7 @@ USERS_A_BLOCK = 512
 
 
 def evaluation_pass(spec: EvaluationPass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """For mapInArrow: rows (user_idx, seen list, item_idx, candidates list) in,
+    """For mapInArrow: rows (user_idx, seen list, item_idx, rating, candidates list) in,
     one row `stats` (JSON sums) a task out."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -35,7 +35,8 @@ def evaluation_pass(spec: EvaluationPass) -> Callable[[Iterable[pa.RecordBatch]]
             scorers = scorers or _scorers(spec)
             for start in range(0, batch.num_rows, USERS_A_BLOCK):
                 for name, scorer in scorers.items():
-                    for key, value in block_sums(scorer, batch.slice(start, USERS_A_BLOCK), spec.ks).items():
+                    rated = spec.explicit and name == "model"
+                    for key, value in block_sums(scorer, batch.slice(start, USERS_A_BLOCK), spec.ks, rated).items():
                         total[f"{name}/{key}"] += value  # type: ignore[assignment]
         yield pa.RecordBatch.from_pydict({"stats": [json.dumps(total)]})
 
@@ -56,8 +57,9 @@ def lists(column: pa.Array) -> Lists:
     return Lists(column.flatten().to_numpy().astype(np.int64), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
 
-def block_sums(scorer: Scorer, batch: pa.RecordBatch, ks: tuple[int, ...]) -> dict[str, float]:
-    """Sums over the users of one block: "full/<metric>" and "candidates/<metric>"."""
+def block_sums(scorer: Scorer, batch: pa.RecordBatch, ks: tuple[int, ...], rated: bool = False) -> dict[str, float]:
+    """Sums over the users of one block: "full/<metric>" and "candidates/<metric>", and where scores are ratings,
+    "rating/<error>"."""
     users = torch.from_numpy(batch.column("user_idx").to_numpy().astype(np.int64))
     item = torch.from_numpy(batch.column("item_idx").to_numpy().astype(np.int64))
     scores = scorer.scores(users)
@@ -71,4 +73,6 @@ def block_sums(scorer: Scorer, batch: pa.RecordBatch, ks: tuple[int, ...]) -> di
         "full": metrics.sums(full, ks),
         "candidates": metrics.sums(metrics.mean_rank(greater, equal), ks),
     }
+    if rated:
+        by_protocol["rating"] = metrics.rating_sums(own, batch.column("rating").to_numpy())
     return {f"{protocol}/{name}": value for protocol, sums in by_protocol.items() for name, value in sums.items()}
