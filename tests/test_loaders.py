@@ -543,6 +543,43 @@ def test_several_threads_keep_the_order(monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert plain(list(batches)) == wanted
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reader_that_ends_before_its_last_files_is_opened_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int
+) -> None:
+    """Petastorm's pool asks whether what it handed out is done, then whether all is handed out. Here, as on a busy
+    machine, the rest is handed out between the two questions."""
+    from petastorm.workers_pool import ventilator
+    from petastorm.workers_pool.thread_pool import ThreadPool
+
+    asked, opened = ThreadPool.all_workers_done, list[list[str]]()
+
+    def late(pool: ThreadPool) -> bool:
+        done = bool(asked(pool))
+        time.sleep(0.3 * done)
+        return done
+
+    reader = loaders._petastorm_reader
+
+    def counted(files: list[str], columns: list[str], workers: int) -> Iterator[Columns]:
+        opened.append(files)
+        return reader(files, columns, workers)
+
+    monkeypatch.setattr(ThreadPool, "all_workers_done", late)
+    monkeypatch.setattr(ventilator, "sleep", lambda seconds: time.sleep(0.1))
+    monkeypatch.setattr(loaders, "_petastorm_reader", counted)
+    run = train_run(tmp_path, [3, 4, 5, 6, 7, 8, 9, 10, 11])
+    wanted = plain(list(loader_of(run, backend="arrow").epoch(0)))
+    assert plain(list(loader_of(run, backend="petastorm", workers=workers).epoch(0))) == wanted
+    assert len(opened) > 1, "the trap itself must work, or this test shows nothing"
+
+
+def test_a_reader_that_gives_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loaders, "_petastorm_reader", lambda *args: iter(()))
+    with pytest.raises(ContractError, match=r"Petastorm gives no rows of .*part-0.*set loader.backend=arrow"):
+        list(loader_of(train_run(tmp_path, [3, 4]), backend="petastorm").epoch(0))
+
+
 def test_torchs_global_generator_is_neither_read_nor_moved(tmp_path: Path) -> None:
     """Traps 3 and 5: Petastorm's loaders draw from it."""
     run = train_run(tmp_path, [10, 10])

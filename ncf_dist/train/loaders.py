@@ -52,16 +52,31 @@ class Batch:
 
 def petastorm_tables(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
     """The wanted columns of each file, one file (one row group) at a time, in order,
-    read ahead by `workers` threads."""
-    from petastorm import make_batch_reader
+    read ahead by `workers` threads.
 
+    A reader of Petastorm 0.13.1 may end before its last files: its thread pool first asks whether all that was handed
+    out is done, then whether all is handed out, and the rest may be handed out in between. What is missing are the
+    last files, so we open them again.
+    """
     if odd := [path for path in files if set(path) & set("#?")]:
         raise ConfigError(
             f"{odd[0]} has a # or ? in its path, and Petastorm takes the rest for another part of a URL; "
             "needed a path without: set loader.backend=arrow, or another paths.lake"
         )
-    if not files:
-        return
+    left = list(files)
+    while left:
+        read = 0
+        for table in _petastorm_reader(left, columns, workers):
+            read += 1
+            yield table
+        if not read:
+            raise ContractError(f"Petastorm gives no rows of {left[0]}; set loader.backend=arrow to read without it")
+        left = left[read:]
+
+
+def _petastorm_reader(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
+    from petastorm import make_batch_reader
+
     with warnings.catch_warnings():
         # Petastorm uses pyarrow's legacy dataset on purpose; requirements.lock holds the pyarrow that still has it.
         warnings.simplefilter("ignore", FutureWarning)
