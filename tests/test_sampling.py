@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,17 +124,23 @@ def test_a_common_prefix_can_be_hashed_once(a: int, b: int, c: int) -> None:
     assert hash64(a, b, c) == hash64(c, seed=hash64(a, b))
 
 
-def test_spark_agrees(spark: SparkSession) -> None:
-    """On 10,000 pairs over all of BIGINT, and on its extremes."""
-    mixed = spark.range(10_000).select((F.col("id") - 5_000).alias("a"), F.xxhash64("id").alias("b"))
+def test_spark_agrees_on_a_million_draws(spark: SparkSession) -> None:
+    """SQL against NumPy, over all of BIGINT and on its extremes."""
+    mixed = spark.range(MILLION).select((F.col("id") - 5_000).alias("a"), F.xxhash64("id").alias("b"))
     extremes = [(a, b) for a in int64s(5).tolist() for b in int64s(5).tolist()]
     frame = mixed.union(spark.createDataFrame(extremes, mixed.schema))
-    found = frame.select(
-        "a", "b", hash64_column(9, F.col("a"), F.col("b")), F.xxhash64(F.lit(9).cast("long"), "a", "b")
+    frame = frame.select(
+        "a", "b", hash64_column(9, F.col("a"), F.col("b")).alias("ours"), F.xxhash64(F.lit(9).cast("long"), "a", "b")
     )
-    a, b, ours, theirs = np.array(found.collect(), dtype=np.int64).T
-    assert np.array_equal(ours, theirs)
-    assert np.array_equal(ours, hash64(9, a, b))
+
+    def compare(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            a, b, ours, theirs = (column.to_numpy() for column in batch.columns)
+            same = (ours == theirs) & (ours == hash64(9, a, b))
+            yield pa.RecordBatch.from_pydict({"rows": [len(a)], "same": [int(same.sum())]})
+
+    total = frame.mapInArrow(compare, "rows long, same long").agg(F.sum("rows"), F.sum("same")).collect()[0]
+    assert tuple(total) == (MILLION + 25, MILLION + 25)
 
 
 def test_spark_hashes_an_int_column_as_a_bigint(spark: SparkSession) -> None:
