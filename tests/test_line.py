@@ -169,7 +169,8 @@ def test_a_bad_ds_is_refused(config: Path) -> None:
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_starts(config: Path, published: dict[str, Any]) -> None:
-    code, report, _ = run(config, "train", "--ds", "2026-01-02", "--set", "train.max_model_bytes=1000", program=CONSOLE)
+    other = ("--set", "model.factors=9", "--set", "train.max_model_bytes=1000")
+    code, report, _ = run(config, "train", "--ds", "2026-01-02", *other, program=CONSOLE)
     assert code == 2
     for words in ("parameters", "GiB", "lower model.factors"):
         assert words in report["error"]

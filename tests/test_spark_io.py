@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -81,9 +82,10 @@ def test_partitions_and_order_change_no_byte(partitions: SparkSession, tmp_path:
 
 
 def test_equal_rows_are_all_kept_where_there_is_no_key(spark: SparkSession, tmp_path: Path) -> None:
-    rows = [("f", "r2", "b"), ("f", "r1", "c"), ("f", "r1", "c"), ("e", "r9", "a")]
-    frame = spark.createDataFrame(rows, "file string, reason string, raw string")
-    table = write_table(frame, str(tmp_path), QUARANTINE, F.lit(0))
+    rows = [("f", 1, "r2", "b"), ("f", 1, "r1", "c"), ("f", 1, "r1", "c"), ("e", 2, "r9", "a")]
+    frame = spark.createDataFrame(rows, "file string, place long, reason string, raw string")
+    keyless = dataclasses.replace(QUARANTINE, key=())
+    table = write_table(frame, str(tmp_path), keyless, F.lit(0))
     stored = pq.ParquetFile(tmp_path / "quarantine" / table.files[0].path).read().to_pylist()
     assert [tuple(row.values()) for row in stored] == sorted(rows)
 
