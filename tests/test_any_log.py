@@ -339,7 +339,7 @@ def test_at_two_percent_nothing_but_the_quarantine_is_written(spark: SparkSessio
     assert error.value.exit_code == 3
     runs = tmp_path / "lake" / "runs" / "2026-01-01" / "prepare"
     [left] = runs.iterdir()
-    assert {p.name for p in left.iterdir() if p.name != "_staging"} == {"quarantine"}
+    assert {p.name for p in left.iterdir()} == {"quarantine"}
     table = [row for file in (left / "quarantine").iterdir() for row in pq.ParquetFile(file).read().to_pylist()]
     assert Counter(row["reason"] for row in table) == reasons
 

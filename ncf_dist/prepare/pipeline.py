@@ -76,9 +76,11 @@ def prepare(config: Config, ds: str) -> Outcome:
         return Outcome.of(done, "already-done", rows=done.facts["rows"])
 
     run = runs.begin(key)
-    with spark_session("ncf-prepare", config.spark) as spark:
-        tables, facts = _Night(spark, config, ds, files, before, run).make()
-    remove(posixpath.join(run, "_staging"))
+    try:
+        with spark_session("ncf-prepare", config.spark) as spark:
+            tables, facts = _Night(spark, config, ds, files, before, run).make()
+    finally:
+        remove(posixpath.join(run, "_staging"))
     seconds = round(time.monotonic() - start, 3)
     manifest = runs.finish(Manifest(STAGE, ds, key, run, used, inputs, tables, facts, {}, seconds))
     log.info("prepared %s in %.1f s: %s", run, seconds, json.dumps(facts["rows"]))
