@@ -71,6 +71,18 @@ def worlds(size: int) -> list[World]:
     return [World(rank, size) for rank in range(size)]
 
 
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that the arrow backend opens from now on."""
+    opened: list[str] = []
+
+    def noting(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
+        opened.extend(files)
+        return loaders.arrow_tables(files, columns, workers)
+
+    monkeypatch.setitem(loaders.BACKENDS, "arrow", noting)
+    return opened
+
+
 def users(batches: Sequence[Batch]) -> list[int]:
     return [user for batch in batches for user in batch.user.tolist()]
 
@@ -213,13 +225,7 @@ def test_two_ranks_then_one_then_two_see_every_row_once(tmp_path: Path, cache: s
 
 def test_files_that_are_used_up_are_not_opened_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Trap 11: a reader cannot be moved in mid-iteration, so what is left is opened afresh."""
-    run, opened = train_run(tmp_path, [8] * 6), list[str]()
-
-    def noting(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
-        opened.extend(files)
-        return loaders.arrow_tables(files, columns, workers)
-
-    monkeypatch.setitem(loaders.BACKENDS, "arrow", noting)
+    run, opened = train_run(tmp_path, [8] * 6), noted(monkeypatch)
     list(loader_of(run, backend="arrow", shuffle_files=1).epoch(0, skip=7))  # 28 rows: three files and a half
     assert len(opened) == 3
 
@@ -279,13 +285,7 @@ def test_a_cache_gives_the_same_batches(tmp_path: Path) -> None:
 
 
 def test_a_cache_reads_the_table_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run, opened = train_run(tmp_path, [8] * 6), list[str]()
-
-    def noting(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
-        opened.extend(files)
-        return loaders.arrow_tables(files, columns, workers)
-
-    monkeypatch.setitem(loaders.BACKENDS, "arrow", noting)
+    run, opened = train_run(tmp_path, [8] * 6), noted(monkeypatch)
     loader = loader_of(run, backend="arrow", cache="host")
     for epoch in range(3):
         list(loader.epoch(epoch))

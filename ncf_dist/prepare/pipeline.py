@@ -13,7 +13,7 @@ import posixpath
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -236,7 +236,7 @@ class _Night:
         stats = self._run_read(spec)
         if self.files.test:
             source = interactions_source(config, self.files.test)
-            stats += self._run_read(RowSpec(**{**vars(spec), "source": source, "part": 1}))
+            stats += self._run_read(replace(spec, source=source, part=1))
         reasons = Counter[str]()
         for unit in stats:
             reasons.update(unit["reasons"])
@@ -377,7 +377,7 @@ class _Night:
             .sortWithinPartitions("user_idx")
         )
         if config.negatives.alpha > 0 and not spec.explicit:
-            spec = UserPass(**{**vars(spec), "weights": self._weights(grouped, spec)})
+            spec = replace(spec, weights=self._weights(grouped, spec))
         passed = grouped.mapInArrow(user_pass(spec), "stats string").collect()
         return [json.loads(row["stats"]) for row in passed]
 

@@ -11,7 +11,7 @@ import csv
 import json
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -40,7 +40,7 @@ class Chunk:
     place: npt.NDArray[np.int64]
     raw: Raw
     columns: dict[str, pa.Array]
-    reason: npt.NDArray[np.object_] = field(default_factory=lambda: np.empty(0, dtype=object))
+    reason: npt.NDArray[np.object_]
 
     def reject(self, bad: Any, reason: str) -> None:
         """The first thing wrong with a row is its reason. bad: (R,) mask, NumPy or Arrow (null is False)."""
@@ -57,10 +57,7 @@ class Raw:
 
     def take(self, rows: npt.NDArray[np.int64]) -> list[str]:
         if self.lines is not None:
-            found = self.lines.take(pa.array(rows)).to_pylist()
-            return [
-                (value.decode(errors="replace") if isinstance(value, bytes) else value)[:RAW_LIMIT] for value in found
-            ]
+            return [line[:RAW_LIMIT] for line in self.lines.take(pa.array(rows)).to_pylist()]
         assert self.table is not None
         return [
             json.dumps(row, default=str, ensure_ascii=False)[:RAW_LIMIT]
@@ -170,15 +167,14 @@ def _lines(
     )
     place = starts + offset
     reason = np.full(len(starts), None, dtype=object)
-    bare = Chunk(file, place, Raw(raw), {}, reason)
     lines, wrong = _decoded(raw, source.latin1)
+    bare = Chunk(file, place, Raw(lines), {}, reason)
     bare.reject(wrong, "text is not in the charset")
     long = ends - starts > source.max_line_bytes + 2
     long |= (ends - starts > source.max_line_bytes) & (
         as_mask(pc.greater(pc.binary_length(lines), source.max_line_bytes))
     )
     bare.reject(long, "line is too long")
-    bare.raw = Raw(lines)
     if wrong.any():
         bare.raw = Raw(pc.if_else(pa.array(wrong), _shown(raw), lines))
     if (bad := wrong | long).any():
@@ -231,24 +227,24 @@ def _fields(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Array
     count = source.counts[chunk.file]
     least = max(places.values()) + 1 if count is None else count
     parts = pc.split_pattern(lines, source.separator)
-    size = pc.list_value_length(parts)
+    size = found = pc.list_value_length(parts)
     quoted = as_mask(pc.match_substring(lines, '"')) if source.quote else np.zeros(len(lines), dtype=bool)
     by_hand: list[list[str]] = []
     if quoted.any():
         by_hand = _unquoted(lines.filter(pa.array(quoted)), source.separator)
         lengths = pa.array([len(row) for row in by_hand], pa.int32())
-        size = pc.replace_with_mask(size, pa.array(quoted), lengths)
-        chunk.reject(np.isin(np.arange(len(lines)), np.flatnonzero(quoted)[[not row for row in by_hand]])
-                     if by_hand else quoted, "a quoted field does not end")  # fmt: skip
-    short = pc.less(size, least)
-    chunk.reject(short, "too few fields")
+        size = pc.replace_with_mask(found, pa.array(quoted), lengths)
+        open_quote = quoted.copy()
+        open_quote[quoted] = [not row for row in by_hand]
+        chunk.reject(open_quote, "a quoted field does not end")
+    chunk.reject(pc.less(size, least), "too few fields")
     if count is not None:
         chunk.reject(pc.greater(size, count), "too many fields")
-    if as_mask(pc.less(pc.list_value_length(parts), least)).any():
+    short = pc.less(found, least)
+    if as_mask(short).any():
         # list_element wants every list long enough: lines that are not get one that is.
         filler = pa.array([[""] * least], parts.type)
-        short_parts = pc.less(pc.list_value_length(parts), least)
-        index = pc.if_else(short_parts, len(parts), pa.array(np.arange(len(parts))))
+        index = pc.if_else(short, len(parts), pa.array(np.arange(len(parts))))
         parts = pa.concat_arrays([parts, filler]).take(index)
     columns = {name: pc.list_element(parts, place) for name, place in places.items()}
     if by_hand:
