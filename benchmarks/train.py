@@ -34,7 +34,7 @@ from torch import nn
 
 from ncf_dist import contracts, sampling
 from ncf_dist.artifacts import Lake, Manifest, TableInfo, write_parquet
-from ncf_dist.config import Config
+from ncf_dist.config import Config, Negatives
 from ncf_dist.train.pipeline import train
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def prepare(lake: str, user: Array, item: Array, drawn: Array) -> None:
         "validation": TableInfo("validation", contracts.VALIDATION.fingerprint, ()),
     }
     facts = {"users": int(user.max()) + 1, "items": int(item.max()) + 1}
-    config = {"negatives": {"per_positive": N, "draws": 1, "candidates": 99}}
+    config = {"negatives": Negatives(per_positive=N, draws=1).model_dump(mode="json")}
     runs.finish(Manifest("prepare", DS, "p1", str(root), config, {}, tables, facts))
 
 
