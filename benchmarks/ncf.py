@@ -1,11 +1,12 @@
-"""Quality on the NCF paper's files (He et al. 2017): the committed settings of each model, trained on all of train, over seeds.
+"""Quality on the NCF paper's files (He et al. 2017): each model's committed settings, trained on all of train, over seeds.
 
     .venv/bin/python benchmarks/ncf.py [--seeds 1 2 3] [--at-once 1]
 
-Each seed prepares the files once and then trains and judges, each as its own job: NeuMF, a GMF and an MLP, a NeuMF that starts from
-those two, and MF. The settings were chosen on each user's latest train row (`split.validation: true`); here that row is trained on too,
-so nothing looks at the test rows but `evaluate`. Prints one table (mean and standard deviation over seeds, wall seconds of training with
-the cores shared by `at-once` seeds) and writes benchmarks/results/ncf-ml-1m.json. The files come from NCF_DATA_DIR/ncf-ml-1m.
+Each seed prepares the files once and then trains and judges, each as its own job: NeuMF, a GMF and an MLP, a NeuMF
+that starts from those two, and MF. The settings were chosen on each user's latest train row (`split.validation: true`);
+here that row is trained on too, and nothing but `evaluate` reads the test rows. Prints one table (mean and standard
+deviation over seeds; wall seconds of training, the cores shared by `at-once` seeds) and writes
+benchmarks/results/ncf-ml-1m.json. The files come from NCF_DATA_DIR/ncf-ml-1m.
 """
 
 from __future__ import annotations
