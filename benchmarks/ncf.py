@@ -1,4 +1,4 @@
-"""Quality on the NCF paper's files (He et al. 2017): each model's committed settings, trained on all of train, over seeds.
+"""Quality on the NCF paper's files (He et al. 2017): the committed settings of each model, trained on all of train.
 
     .venv/bin/python benchmarks/ncf.py [--seeds 1 2 3] [--at-once 1]
 
