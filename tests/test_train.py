@@ -389,6 +389,17 @@ def test_a_rank_reads_no_damaged_file(tmp_path: Path, table: str) -> None:
         worker.train_rank(spec, World())
 
 
+def test_a_rank_takes_denormal_numbers_for_zero(ranks: Ranks) -> None:
+    torch.set_flush_denormal(False)
+    assert torch.tensor([1e-40]).mul(1).item() > 0  # The control: this machine has them.
+    assert ranks.run(_smallest_product) == [0.0, 0.0]
+
+
+def _smallest_product(world: World) -> float:
+    World().join(1)
+    return torch.full((100_000,), 1e-40).mul(1).max().item()
+
+
 def test_the_world_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
