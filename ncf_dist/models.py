@@ -21,8 +21,8 @@ small layers. `user_parts`, `item_parts` and `joining_layers` put every model ab
 
     score(u, i) = into_range(dot_u · dot_i + f(hidden_u + hidden_i)),  f(x) = W_n ReLU(… W_1 ReLU(x) + b_1 …) + b_n
 
-in which biases are columns of `dot` that meet a one on the other side, and batch norm, which only shifts and scales once
-it is trained, is part of the layer that follows it.
+in which biases are columns of `dot` that meet a one on the other side, and batch norm, which only shifts and scales
+once it is trained, is part of the layer that follows it.
 
 Letters: B batch, N negatives, U users, I items, D embedding, H first hidden width, F width of `dot`, R rows of a side.
 """
@@ -435,7 +435,7 @@ class EmbeddingNN(Recommender):
         return [self._after_norm(number, layer) for number, layer in enumerate(following)]
 
     def _after_norm(self, number: int, layer: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight and bias of `layer` on what comes before batch norm `number`: W (s x + t) + b = (W s) x + (W t + b)."""
+        """Weight and bias of `layer` on the input of batch norm `number`: W (s x + t) + b = (W s) x + (W t + b)."""
         bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
         if not self.norms:
             return layer.weight, bias

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ncf_dist.models import Parts, Recommender, into_range
+from ncf_dist.models import Parts, Recommender
 
 USERS, ITEMS = 256, 1024
 """Shape of a block of scores: 1 MiB, which stays in a core's second-level cache. Always the same shape, filled up where
@@ -29,8 +29,8 @@ there are fewer: a matrix product rounds differently for 1, 3 or 17 rows, and a 
 the block."""
 HIDDEN_NUMBERS = 131_072
 """What the widest layer of a block may hold: as many users at once as fit, two at least. In cache, likewise."""
-FOUND_AT_MOST = 16 * USERS * 16
-"""Candidates kept before they are cut down to the K best of each user."""
+FOUND_AT_MOST = 8
+"""Candidates kept, in multiples of U × K and beside those of one block, before they are cut down to the K best."""
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -88,7 +88,7 @@ class ModelScorer:
         eligible: Tensor | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        self.model, self.n_items, self.precision = model.eval(), n_items, precision
+        self.model, self.n_items = model.eval(), n_items
         self.catalogue = torch.arange(n_items) if eligible is None else eligible
         inside = ((self.catalogue >= 0) & (self.catalogue < n_items)).all()
         if not (inside and (self.catalogue.diff() > 0).all()):
@@ -98,9 +98,9 @@ class ModelScorer:
             self.place = np.full(n_items, -1)
             self.place[eligible.numpy()] = np.arange(len(eligible))
         parts = model.item_parts(torch.zeros(1, dtype=torch.int64))
-        self.block: _Split | _Joined = _Joined(model) if parts is None else _Split(model, parts, len(self))
-        for number, items in enumerate(_filled(self.catalogue, ITEMS).split(ITEMS)):
-            self.block.add_items(number, items)
+        self.block: _Split | _Joined = _Joined(model) if parts is None else _Split(model, parts, len(self), precision)
+        for first in range(0, len(self), ITEMS):
+            self.block.add_items(first // ITEMS, _filled(self.catalogue[first : first + ITEMS], ITEMS))
 
     def __len__(self) -> int:
         """E"""
@@ -110,21 +110,19 @@ class ModelScorer:
     def blocks(self, users: Tensor) -> Iterator[Tensor]:
         """(U,) int64, at most USERS of them → (U, ITEMS) scores of the eligible items 0 to ITEMS - 1, then of the
         next ones; -inf in the last block where there are no more. Each is one buffer that the next one overwrites."""
-        with _products(self.precision):
-            self.block.take_users(_filled(users, USERS), len(users))
-            for first in range(0, len(self), ITEMS):
-                scores = self.block.scores(first // ITEMS)[: len(users)]
-                scores[:, len(self) - first :] = -torch.inf
-                yield scores
+        self.block.take_users(_filled(users, USERS), len(users))
+        for first in range(0, len(self), ITEMS):
+            scores = self.block.scores(first // ITEMS)[: len(users)]
+            scores[:, len(self) - first :] = -torch.inf
+            yield scores
 
     def scores(self, users: Tensor) -> Tensor:
         scores = torch.full((len(users), self.n_items), -torch.inf)
-        for part, rows in zip(users.split(USERS), scores.split(USERS), strict=True):
-            for items, block in zip(self.catalogue.split(ITEMS), self.blocks(part), strict=len(part) > 0):
-                if self.place is None:
-                    rows[:, items[0] : items[-1] + 1] = block[:, : len(items)]
-                else:
-                    rows[:, items] = block[:, : len(items)]
+        for start in range(0, len(users), USERS):
+            rows = scores[start : start + USERS]
+            for first, block in zip(range(0, len(self), ITEMS), self.blocks(users[start : start + USERS]), strict=True):
+                items = self.catalogue[first : first + ITEMS]
+                rows[:, slice(first, first + ITEMS) if self.place is None else items] = block[:, : len(items)]
         return scores
 
     def seen_by_block(self, seen: Lists) -> list[IntArray]:
@@ -137,7 +135,8 @@ class ModelScorer:
         # A stable sort of 16 bits is a radix sort.
         order = np.argsort(number.astype(np.uint16) if len(self) < 2**16 * ITEMS else number, kind="stable")
         flat = (row * ITEMS + place % ITEMS)[order]
-        return np.split(flat, np.searchsorted(number[order], np.arange(1, -(-len(self) // ITEMS))))
+        ends = np.cumsum(np.bincount(number, minlength=-(-len(self) // ITEMS)))
+        return np.split(flat, ends)[:-1]
 
 
 class _Split:
@@ -149,58 +148,59 @@ class _Split:
     Features come first, (H, pairs): the small products are then as quick as large ones.
     """
 
-    def __init__(self, model: Recommender, parts: Parts, n_items: int) -> None:
-        self.model = model
+    def __init__(self, model: Recommender, parts: Parts, n_items: int, precision: str) -> None:
+        self.model, self.precision = model, precision
         self.layers = model.joining_layers()
         number, width = -(-n_items // ITEMS), parts.dot.shape[1] + bool(self.layers)
         self.item_dot = torch.empty(number, width, ITEMS)
-        self.item_hidden = torch.empty(number, parts.hidden.shape[1], ITEMS)
+        self.item_hidden = torch.empty(number, parts.hidden.shape[1], 1, ITEMS)
         self.out = torch.empty(USERS, ITEMS)
-        widths = [parts.hidden.shape[1], *(len(weight) for weight, _ in self.layers[:-1])] if self.layers else []
+        widths = [weight.shape[1] for weight, _ in self.layers]
         most = max(2, HIDDEN_NUMBERS // (ITEMS * max([1, *widths])))
         self.step = min(USERS, 1 << (most.bit_length() - 1))
         self.hidden = [torch.empty(width, self.step, ITEMS) for width in widths]
+        # The same memory as the products see it: a feature's pairs in one line.
+        self.pairs = [v.view(len(v), -1) for v in self.hidden]
+        self.rows = [rows.view(1, -1) for rows in self.out.split(self.step)]
 
     def add_items(self, number: int, items: Tensor) -> None:
         parts = self.model.item_parts(items)
         assert parts is not None
         dot = functional.pad(parts.dot, (0, 1), value=1.0) if self.layers else parts.dot
-        self.item_dot[number], self.item_hidden[number] = dot.T, parts.hidden.T
+        self.item_dot[number], self.item_hidden[number, :, 0] = dot.T, parts.hidden.T
 
     def take_users(self, users: Tensor, count: int) -> None:
         """users: USERS of them, of which the first `count` are asked for."""
         parts = self.model.user_parts(users)
         assert parts is not None
-        self.user_dot, self.count = parts.dot, count
-        self.cuts: list[Tensor] = []
+        self.user_dot, self.cuts = parts.dot, []
         if self.layers:
-            added = parts.hidden
+            cuts, c = [], parts.hidden
             for weight, bias in self.layers:
-                self.cuts.append(added.T.neg().contiguous())
-                added = functional.linear(added, weight, bias)
-            self.user_dot = torch.cat([parts.dot, added], 1)
+                cuts.append(c.T.neg().contiguous()[:, :, None].split(self.step, 1))
+                c = functional.linear(c, weight, bias)
+            self.user_dot = torch.cat([parts.dot, c], 1)
+            self.cuts = list(zip(*cuts, strict=True))[: -(-count // self.step)]
 
     def scores(self, number: int) -> Tensor:
-        """(USERS, ITEMS); rows from `count` on are of no use."""
-        torch.mm(self.user_dot, self.item_dot[number], out=self.out)
-        if self.layers:
-            for start in range(0, self.count, self.step):
-                self._add_tower(number, start)
-        return self.out if self.model.y_range is None else into_range(self.out, self.model.y_range)
+        """(USERS, ITEMS); rows of users that are not asked for are of no use."""
+        with _products(self.precision):
+            torch.mm(self.user_dot, self.item_dot[number], out=self.out)
+        for rows, cuts in zip(self.rows, self.cuts, strict=False):
+            self._add_tower(self.item_hidden[number], cuts, rows)
+        return self.out if self.model.y_range is None else _into_range_(self.out, *self.model.y_range)
 
-    def _add_tower(self, number: int, start: int) -> None:
-        users = slice(start, start + self.step)
-        y = self.item_hidden[number][:, None]
-        for (weight, _), cut, v, following in zip(
-            self.layers, self.cuts, self.hidden, [*self.hidden[1:], None], strict=True
-        ):
-            torch.maximum(y, cut[:, users, None], out=v)
-            pairs = v.view(len(v), -1)
-            if following is None:
-                self.out[users].view(1, -1).addmm_(weight, pairs)
+    def _add_tower(self, y: Tensor, cuts: tuple[Tensor, ...], rows: Tensor) -> None:
+        """y (H, 1, ITEMS) and cuts (H, step, 1) of each layer: adds f to `rows` (1, step · ITEMS)."""
+        last = len(cuts) - 1
+        for number, cut in enumerate(cuts):
+            torch.maximum(y, cut, out=self.hidden[number])
+            weight, pairs = self.layers[number][0], self.pairs[number]
+            if number < last:
+                torch.mm(weight, pairs, out=self.pairs[number + 1])
+                y = self.hidden[number + 1]
             else:
-                torch.mm(weight, pairs, out=following.view(len(following), -1))
-                y = following
+                rows.addmm_(weight, pairs)
 
 
 class _Joined:
@@ -226,6 +226,11 @@ class _Joined:
         return self.out
 
 
+def _into_range_(score: Tensor, low: float, high: float) -> Tensor:
+    """`models.into_range`, in place."""
+    return score.sigmoid_().mul_(high - low).add_(low)
+
+
 def _filled(index: Tensor, step: int) -> Tensor:
     """`index` and then its first entry until the length is a multiple of `step`."""
     return torch.cat([index, index[:1].expand(-len(index) % step)])
@@ -237,7 +242,7 @@ def _products(precision: str) -> Iterator[None]:
     if precision == "fp32":
         yield
         return
-    products = torch.backends.mkldnn.matmul
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = products.fp32_precision
     products.fp32_precision = precision
     try:
@@ -276,12 +281,13 @@ def recommend(scorer: Scorer, users: Tensor, masked: Lists, k: int) -> tuple[Ten
     values, items = torch.full((len(users), k), -torch.inf), torch.full((len(users), k), -1)
     for start in range(0, len(users), USERS):
         end = min(start + USERS, len(users))
-        best = _model_best if isinstance(scorer, ModelScorer) else _plain_best
-        values[start:end], items[start:end] = best(scorer, users[start:end], masked.part(start, end), k)  # type: ignore
+        some, their = users[start:end], masked.part(start, end)
+        best = _model_best(scorer, some, their, k) if isinstance(scorer, ModelScorer) else _best(scorer, some, their, k)
+        values[start:end], items[start:end] = best
     return values, items
 
 
-def _plain_best(scorer: Scorer, users: Tensor, masked: Lists, k: int) -> tuple[Tensor, Tensor]:
+def _best(scorer: Scorer, users: Tensor, masked: Lists, k: int) -> tuple[Tensor, Tensor]:
     values, items = top_k(mask(scorer.scores(users), masked), k)
     return values, items.masked_fill_(values == -torch.inf, -1)
 
@@ -291,8 +297,10 @@ def _model_best(scorer: ModelScorer, users: Tensor, masked: Lists, k: int) -> tu
     for number, (block, seen) in enumerate(zip(scorer.blocks(users), scorer.seen_by_block(masked), strict=True)):
         block.numpy().reshape(-1)[seen] = -np.inf
         best.add(number * ITEMS, block)
-    values, places = best.result()
-    return values, torch.where(places < 0, places, scorer.catalogue[places])
+    values, items = best.result()
+    found = items >= 0
+    items[found] = scorer.catalogue[items[found]]
+    return values, items
 
 
 class _Best:
@@ -306,7 +314,7 @@ class _Best:
     def __init__(self, users: int, k: int) -> None:
         self.k, self.users = k, users
         # Of the first 1,024 scores some 12 reach the 10th highest of 32 maxima.
-        self.groups = min(ITEMS, max(32, 1 << (4 * k - 1).bit_length()))
+        self.groups = min(ITEMS, max(32, 1 << (2 * k).bit_length()))
         self.heads = np.full((users, self.groups), -np.inf, np.float32)
         self.bound = np.full(users, LOWEST)
         self.floor = np.full(users, LOWEST)
@@ -319,7 +327,9 @@ class _Best:
         grouped = block.view(self.users, -1, self.groups)
         heads = grouped.amax(1).numpy()
         np.maximum(self.heads, heads, out=self.heads)
-        if self.k <= self.groups:
+        # Twice as many scores move the bound as much wherever they stand: it is looked at after 1, 2, 4, 8 … blocks.
+        number = first // ITEMS + 1
+        if self.k <= self.groups and number & (number - 1) == 0:
             np.maximum(self.bound, np.sort(self.heads, axis=1)[:, -self.k], out=self.bound)
             np.maximum(self.floor, self.bound, out=self.floor)
         row, group = np.divmod(np.flatnonzero(heads >= self.floor[:, None]), self.groups)
@@ -327,7 +337,7 @@ class _Best:
         which, step = np.divmod(np.flatnonzero(members >= self.floor[row][:, None]), members.shape[1])
         self.found.append((row[which], first + step * self.groups + group[which], members[which, step]))
         self.count += len(which)
-        if self.count > FOUND_AT_MOST:
+        if self.count > FOUND_AT_MOST * self.users * self.k:
             self._cut()
 
     def _cut(self) -> IntArray:
@@ -335,7 +345,7 @@ class _Best:
         row, place, value = (np.concatenate(parts) for parts in zip(*self.found, strict=True))
         reach = value >= self.bound[row]
         row, place, value = row[reach], place[reach], value[reach]
-        order = np.lexsort((place, -value, row))
+        order = _order(row, place, value)
         row, place, value = row[order], place[order], value[order]
         rank = np.arange(len(row)) - np.searchsorted(row, row)
         kept = rank < self.k
@@ -353,6 +363,19 @@ class _Best:
             [(row, place, value)] = self.found
             values[row, rank], places[row, rank] = value, place
         return torch.from_numpy(values), torch.from_numpy(places)
+
+
+def _order(row: IntArray, place: IntArray, value: FloatArray) -> IntArray:
+    """What sorts by row, then by falling value, then by place."""
+    # The bits of a float, those below its sign inverted where it is negative, are an integer of the same order.
+    # -0.0 is made 0.0: the two are equal.
+    bits = (np.float32(0) - value).view(np.int32)
+    key = (row << 32) + (bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    order: IntArray = np.argsort(key)
+    if not (np.diff(key[order]) == 0).any():
+        return order
+    by_place: IntArray = np.lexsort((place, key))
+    return by_place
 
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
