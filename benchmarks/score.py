@@ -308,6 +308,7 @@ def show_kernels(users: int, items: int, found: dict[str, dict[str, float]]) -> 
 
 
 def main() -> None:
+    os.environ.setdefault("SPARK_CONF_DIR", str(ROOT / "conf"))  # No progress bars in the table.
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="*", default=["6040x3706", "50000x20000"], metavar="USERSxITEMS")
     parser.add_argument("--repeats", type=int, default=3)

@@ -349,11 +349,12 @@ class _Best:
         row, place, value = row[order], place[order], value[order]
         rank = np.arange(len(row)) - np.searchsorted(row, row)
         kept = rank < self.k
-        row, place, value, rank = row[kept], place[kept], value[kept], rank[kept]
-        last = rank == self.k - 1
+        row, place, value = row[kept], place[kept], value[kept]
+        ranks: IntArray = rank[kept]
+        last = ranks == self.k - 1
         self.floor[row[last]] = np.nextafter(value[last], np.float32(np.inf))
         self.found, self.count = [(row, place, value)], len(row)
-        return rank
+        return ranks
 
     def result(self) -> tuple[Tensor, Tensor]:
         """values (U, K), -inf where there are no more; places (U, K), -1 there."""

@@ -25,6 +25,15 @@ from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, catalogue_ran
 Seen = list[list[int]]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in a Spark worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def lists(seen: Seen) -> Lists:
     flat = [item for items in seen for item in items]
     return Lists(np.array(flat, dtype=np.int64), np.cumsum([0, *(len(items) for items in seen)], dtype=np.int64))
@@ -187,7 +196,7 @@ SHAPES: Any = st.fixed_dictionaries(
 
 
 @given(SHAPES, st.integers(1, 20), st.integers(1, 150), st.booleans())
-@budget(max_examples=150, deadline=None)
+@budget(max_examples=100, deadline=None)
 def test_scores_are_the_models(shape: dict[str, Any], n_users: int, n_items: int, hidden: bool) -> None:
     """Whatever the model's shape; towers too that have no hidden layer."""
     y_range = shape["y_range"] if shape["name"] in ("mf", "embedding_nn") else None
@@ -269,7 +278,7 @@ def scorer_of_factors(user: Tensor, item: Tensor, eligible: list[int] | None = N
 
 
 @given(small_catalogues(), st.sampled_from([2, 4, 256]), st.sampled_from([16, 32, 64, 1024]))
-@budget(max_examples=300, deadline=None)
+@budget(max_examples=200, deadline=None)
 def test_recommend_is_the_head_of_a_full_sort(
     case: tuple[Tensor, Tensor, Seen, list[int] | None, int], users_a_block: int, items_a_block: int
 ) -> None:
@@ -292,15 +301,15 @@ def random_lists(users: int, items: int, most: int = 200) -> Seen:
     return [rng.permutation(items)[: rng.integers(0, min(most, items))].tolist() for _ in range(users)]
 
 
-@pytest.mark.parametrize("k", [1, 10, 100, 2000])
+@pytest.mark.parametrize("k", [1, 10, 2000])
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_recommend_is_top_k_of_the_masked_scores(name: str, k: int) -> None:
-    scorer, seen = ModelScorer(model_of(name, 300, 3000), 3000), lists(random_lists(300, 3000))
+    scorer, seen = ModelScorer(model_of(name, 300, 2100), 2100), lists(random_lists(300, 2100))
     users = torch.arange(300)
     values, items = recommend(scorer, users, seen, k)
-    wanted = top_k(mask(scorer.scores(users), seen), k)
-    assert torch.equal(values, wanted[0])
-    assert torch.equal(items, wanted[1])
+    best, index = top_k(mask(scorer.scores(users), seen), k)
+    assert torch.equal(values, best)
+    assert torch.equal(items, index.masked_fill(best == -torch.inf, -1))
 
 
 def test_recommend_ranks_any_scorer() -> None:
@@ -356,13 +365,12 @@ def test_what_is_not_eligible_scores_lowest_and_the_others_keep_their_bits(name:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("n_items", [30, 777, 3706])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_a_score_does_not_depend_on_the_call(name: str, n_items: int, precision: Literal["fp32", "bf16"]) -> None:
+def test_a_score_does_not_depend_on_the_call(name: str, precision: Literal["fp32", "bf16"]) -> None:
     """The same bits alone, in any company and in any place: a matrix product of 1, 3 or 17 rows rounds
     differently, and the published bytes would change with the number of Spark tasks.
     """
-    n_users = 600
+    n_users, n_items = 520, 1100
     scorer = ModelScorer(model_of(name, n_users, n_items), n_items, precision=precision)
     together = scorer.scores(torch.arange(n_users))
     shuffled = torch.from_numpy(np.random.default_rng(1).permutation(n_users))
@@ -373,11 +381,11 @@ def test_a_score_does_not_depend_on_the_call(name: str, n_items: int, precision:
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_recommendation_does_not_depend_on_the_call(name: str) -> None:
-    n_users, n_items = 600, 2500
+    n_users, n_items = 520, 1100
     scorer, seen = ModelScorer(model_of(name, n_users, n_items), n_items), random_lists(n_users, n_items)
     values, items = recommend(scorer, torch.arange(n_users), lists(seen), 10)
     for size in (1, 2, 7, 512):
-        for start in range(0, n_users, size) if size > 2 else (0, 255, 256, 599):
+        for start in (0, 512) if size == 512 else (0, 255, 256, 519):
             users = torch.arange(n_users)[start : start + size]
             some = recommend(scorer, users, lists([seen[u] for u in users]), 10)
             assert torch.equal(some[0], values[users]), (size, start)
