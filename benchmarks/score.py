@@ -13,10 +13,10 @@ it masks nothing. Both in one session on local[2], warm (the first round of each
 - biases: gaussian with a bias a user and an item
 - neumf: 8 factors, layers 64-32-16-8
 
-The kernel: `scoring.recommend` alone, in two processes of one thread each, 512 users a call; beside `recommend` of
-implicit 0.7.3 (PYTHON: the interpreter of an environment that has it) over the same factors and seen items, on two
-threads; beside what the machine's matrix products (2,048 x 2,048, two processes) would allow, 2 x 64 operations a pair.
-With bf16 products: the share of the 10 best that fp32 has too (overlap).
+The kernel: `scoring.recommend` alone on one core, 512 users a call; beside `recommend` of implicit 0.7.3 (PYTHON: the
+interpreter of an environment that has it) over the same factors and seen items, on one thread too; beside what one
+core's matrix products (2,048 x 2,048) would allow, 2 x 64 operations a pair. In CPU seconds, which other work on the
+machine touches less. With bf16 products: the share of the 10 best that fp32 has too (overlap).
 
 Prints one table and writes benchmarks/results/score.json. pairs: users x items, in millions a second.
 """
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import shutil
@@ -33,7 +32,6 @@ import statistics
 import subprocess
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,33 +188,28 @@ def jobs(users: int, items: int, repeats: int) -> dict[str, list[float]]:
 # ---- the kernel --------------------------------------------------------------------------------------------
 
 
-def rank(part: int, name: str, users: int, items: int, precision: Any, repeats: int) -> tuple[float, Array]:
-    """The `part`-th half of the users: the best repeat's seconds, and the items."""
-    torch.set_num_threads(1)
+def rank(name: str, users: int, items: int, precision: Any, repeats: int) -> tuple[list[float], Array]:
+    """CPU seconds of each repeat, and the items."""
     scorer = ModelScorer(model_of(name, users, items), items, precision=precision)
-    mine = np.arange(users)[part * users // CORES : (part + 1) * users // CORES]
-    seen = seen_items(users, items)[mine]
-    lists = Lists(seen.reshape(-1), np.arange(len(mine) + 1) * seen.shape[1])
-    times, found = [], np.empty((len(mine), K), np.int64)
+    seen = seen_items(users, items)
+    lists = Lists(seen.reshape(-1), np.arange(users + 1) * seen.shape[1])
+    times, found = [], np.empty((users, K), np.int64)
     for _ in range(1 + repeats):
-        start = time.monotonic()
-        for first in range(0, len(mine), USERS_A_CALL):
-            some = slice(first, min(first + USERS_A_CALL, len(mine)))
-            found[some] = scoring.recommend(scorer, torch.from_numpy(mine[some]), lists.part(some.start, some.stop), K)[
-                1
-            ]
-        times.append(time.monotonic() - start)
-    return min(times[1:]), found
+        start = time.process_time()
+        for first in range(0, users, USERS_A_CALL):
+            some = torch.arange(first, min(first + USERS_A_CALL, users))
+            found[some] = scoring.recommend(scorer, some, lists.part(first, first + len(some)), K)[1]
+        times.append(time.process_time() - start)
+    return times[1:], found
 
 
-def product_rate(part: int) -> float:
-    """GFLOP/s of one thread's large products, the best of five."""
-    torch.set_num_threads(1)
+def product_rate() -> float:
+    """GFLOP/s of large products, the best of five."""
     a, b, times = torch.randn(2048, 2048), torch.randn(2048, 2048), []
     for _ in range(6):
-        start = time.monotonic()
+        start = time.process_time()
         a @ b
-        times.append(time.monotonic() - start)
+        times.append(time.process_time() - start)
     return 2 * 2048**3 / min(times) / 1e9
 
 
@@ -225,26 +218,25 @@ import sys, json, time
 import numpy as np
 from scipy.sparse import csr_matrix
 from implicit.cpu.als import AlternatingLeastSquares
-sys.path.insert(0, ".")
 users, items, repeats, k = map(int, sys.argv[1:5])
 arrays = np.load(sys.argv[5])
-model = AlternatingLeastSquares(factors=64, num_threads=2)
+model = AlternatingLeastSquares(factors=64, num_threads=1)
 model.user_factors, model.item_factors = arrays["user"], arrays["item"]
 seen = arrays["seen"]
 count = seen.shape[1]
 matrix = csr_matrix((np.ones(seen.size, np.float32), seen.reshape(-1), np.arange(users + 1) * count), (users, items))
 times = []
 for _ in range(1 + repeats):
-    start = time.monotonic()
+    start = time.process_time()
     found, _ = model.recommend(np.arange(users), matrix, N=k, filter_already_liked_items=True)
-    times.append(time.monotonic() - start)
+    times.append(time.process_time() - start)
 np.save(sys.argv[6], found)
-print("RESULT" + json.dumps(min(times[1:])))
+print("RESULT" + json.dumps(times[1:]))
 """
 
 
-def implicit(python: str, name: str, users: int, items: int, repeats: int) -> tuple[float, Array]:
-    """Its own kernel runs on two threads; it asks for a BLAS that does not start more."""
+def implicit(python: str, name: str, users: int, items: int, repeats: int) -> tuple[list[float], Array]:
+    """CPU seconds of each repeat, and the items. Its kernel has threads of its own: it asks for a BLAS without."""
     with tempfile.TemporaryDirectory() as folder:
         user, item = factors(name, users, items)
         np.savez(f"{folder}/in.npz", user=user, item=item, seen=seen_items(users, items))
@@ -260,24 +252,23 @@ def overlap(one: Array, other: Array) -> float:
     return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(one.tolist(), other.tolist(), strict=True)]))
 
 
-def kernels(users: int, items: int, repeats: int, python: str | None) -> dict[str, dict[str, float]]:
-    """Millions of pairs a second of each way, and how much of the 10 best it shares with fp32."""
-    out: dict[str, dict[str, float]] = {}
-    with multiprocessing.get_context("spawn").Pool(CORES) as pool:
-        rate = sum(pool.map(product_rate, range(CORES), chunksize=1))
-        out["products"] = {"gflops": rate, "pairs": rate * 1e9 / (2 * RANK) / 1e6}
-        best: dict[str, Array] = {}
-        for name in MODELS:
-            for precision in ("fp32", "bf16"):
-                each = partial(rank, name=name, users=users, items=items, precision=precision, repeats=repeats)
-                parts = pool.map(each, range(CORES), chunksize=1)
-                found = np.concatenate([p[1] for p in parts])
-                pairs = users * items / max(p[0] for p in parts) / 1e6
-                shared = overlap(found, best.setdefault(name, found))
-                out[f"{name} {precision}"] = {"pairs": pairs, "overlap": shared}
+def kernels(users: int, items: int, repeats: int, python: str | None) -> dict[str, dict[str, Any]]:
+    """Each way's seconds, millions of pairs a second, and how much of the 10 best it shares with fp32."""
+    torch.set_num_threads(1)
+    rate = product_rate()
+    out: dict[str, dict[str, Any]] = {"products": {"gflops": rate, "pairs": rate * 1e9 / (2 * RANK) / 1e6}}
+    best: dict[str, Array] = {}
+
+    def add(way: str, name: str, seconds: list[float], found: Array) -> None:
+        shared = overlap(found, best.setdefault(name, found))
+        pairs = users * items / statistics.median(seconds) / 1e6
+        out[way] = {"seconds": seconds, "pairs": pairs, "overlap": shared}
+
+    for name in MODELS:
+        for precision in ("fp32", "bf16"):
+            add(f"{name} {precision}", name, *rank(name, users, items, precision, repeats))
     for name in ("gaussian", "spread") if python else ():
-        seconds, found = implicit(str(python), name, users, items, repeats)
-        out[f"implicit {name}"] = {"pairs": users * items / seconds / 1e6, "overlap": overlap(found, best[name])}
+        add(f"implicit {name}", name, *implicit(str(python), name, users, items, repeats))
     return out
 
 
@@ -297,7 +288,7 @@ def show_jobs(users: int, items: int, seconds: dict[str, list[float]]) -> dict[s
     return out
 
 
-def show_kernels(users: int, items: int, found: dict[str, dict[str, float]]) -> None:
+def show_kernels(users: int, items: int, found: dict[str, dict[str, Any]]) -> None:
     title = f"the kernel, {users:,} x {items:,}"
     print(f"{title:38} {'pairs':>10} {'x implicit':>16} {'products':>8} {'overlap':>7}")
     for way, one in found.items():
