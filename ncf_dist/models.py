@@ -16,14 +16,22 @@ within float rounding, by test).
                                                               fastai's EmbeddingNN
 With `y_range` (low, high) MF and EmbeddingNN score low + (high - low) · σ(score), a rating. Other scores are logits.
 
-Letters: B batch, N negatives, U users, I items, D embedding, H first hidden width.
+What ranks a catalogue (`scoring.ModelScorer`) wants more than sides: it wants the join as one matrix product and a few
+small layers. `user_parts`, `item_parts` and `joining_layers` put every model above into the form
+
+    score(u, i) = into_range(dot_u · dot_i + f(hidden_u + hidden_i)),  f(x) = W_n ReLU(… W_1 ReLU(x) + b_1 …) + b_n
+
+in which biases are columns of `dot` that meet a one on the other side, and batch norm, which only shifts and scales
+once it is trained, is part of the layer that follows it.
+
+Letters: B batch, N negatives, U users, I items, D embedding, H first hidden width, F width of `dot`, R rows of a side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +39,17 @@ from torch import Tensor, nn
 from ncf_dist import config as settings
 
 Side = tuple[Tensor, ...]
+Layers = list[tuple[Tensor, Tensor]]
+"""Weight (out, in) and bias (out,) of linear layers, first to last."""
+
+
+class Parts(NamedTuple):
+    """One side of score = into_range(dot_u · dot_i + f(hidden_u + hidden_i))."""
+
+    dot: Tensor
+    """(R, F)"""
+    hidden: Tensor
+    """(R, H); H is 0 where there are no hidden layers."""
 
 
 class Table(nn.Embedding):
@@ -71,6 +90,21 @@ class Recommender(nn.Module):
         """Sides of U users and I items → scores (U, I)."""
         return self.join(tuple(t[:, None] for t in user), tuple(t[None] for t in item))
 
+    y_range: tuple[float, float] | None = None
+
+    def user_parts(self, user: Tensor) -> Parts | None:
+        """(U,) int64 → the users' side in the form that ranks fast; None for a model that has no such form, which is
+        then ranked through `score_block`."""
+        return None
+
+    def item_parts(self, item: Tensor) -> Parts | None:
+        """(I,) int64 → the items' side, likewise."""
+        return None
+
+    def joining_layers(self) -> Layers:
+        """f of the form above; its last layer has one output. Nothing where H is 0."""
+        return []
+
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         """user, item: int64 index tensors that broadcast, e.g. (B, 1) and (B, 1 + N).
         Returns scores of the broadcast shape."""
@@ -109,6 +143,24 @@ class Recommender(nn.Module):
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
 
+def dot_only(dot: Tensor) -> Parts:
+    return Parts(dot, dot.new_empty(len(dot), 0))
+
+
+def hidden_only(hidden: Tensor) -> Parts:
+    return Parts(hidden.new_empty(len(hidden), 0), hidden)
+
+
+def one_before(column: Tensor) -> Tensor:
+    """(R, 1) → (R, 2), which meets `one_after` of the other side: their product is the sum of the two columns."""
+    return nn.functional.pad(column, (1, 0), value=1.0)
+
+
+def one_after(columns: Tensor) -> Tensor:
+    """(R, F) → (R, F + 1)"""
+    return nn.functional.pad(columns, (0, 1), value=1.0)
+
+
 class GMF(Recommender):
     """Generalised matrix factorisation."""
 
@@ -129,6 +181,12 @@ class GMF(Recommender):
 
     def score_block(self, user: Side, item: Side) -> Tensor:
         return user[0] @ item[0].T + self.output.bias
+
+    def user_parts(self, user: Tensor) -> Parts:
+        return dot_only(torch.cat([*self.user_side(user), self.output.bias.expand(len(user), 1)], 1))
+
+    def item_parts(self, item: Tensor) -> Parts:
+        return dot_only(one_after(self.item(item)))
 
 
 class Tower(nn.Module):
@@ -173,6 +231,22 @@ class Tower(nn.Module):
             x = torch.relu(layer(self.dropout(x)))
         return x
 
+    def user_parts(self, user: Tensor, output: nn.Linear) -> Parts:
+        """The tower with the `output` layer (one unit, with or without bias) that follows it."""
+        side = self.user_side(user)
+        return hidden_only(side) if self.hidden else dot_only(one_after(output(side)))
+
+    def item_parts(self, item: Tensor, output: nn.Linear) -> Parts:
+        side = self.item_side(item)
+        return hidden_only(side) if self.hidden else dot_only(one_before(nn.functional.linear(side, output.weight)))
+
+    def joining_layers(self, output: nn.Linear) -> Layers:
+        if not self.hidden:
+            return []
+        hidden = cast("list[nn.Linear]", list(self.hidden)[1:])
+        last = output.weight.new_zeros(1) if output.bias is None else output.bias
+        return [*((layer.weight, layer.bias) for layer in hidden), (output.weight, last)]
+
 
 class MLP(Recommender):
     """A multi-layer perceptron over concatenated embeddings."""
@@ -191,6 +265,15 @@ class MLP(Recommender):
     def join(self, user: Side, item: Side) -> Tensor:
         logits: Tensor = self.output(self.tower.join(user[0], item[0]))
         return logits[..., 0]
+
+    def user_parts(self, user: Tensor) -> Parts:
+        return self.tower.user_parts(user, self.output)
+
+    def item_parts(self, item: Tensor) -> Parts:
+        return self.tower.item_parts(item, self.output)
+
+    def joining_layers(self) -> Layers:
+        return self.tower.joining_layers(self.output)
 
 
 class NeuMF(Recommender):
@@ -217,6 +300,17 @@ class NeuMF(Recommender):
     def score_block(self, user: Side, item: Side) -> Tensor:
         logits: Tensor = self.output(self.tower.join(user[1][:, None], item[1][None]))
         return self.gmf.score_block(user[:1], item[:1]) + logits[..., 0]
+
+    def user_parts(self, user: Tensor) -> Parts:
+        gmf, tower = self.gmf.user_parts(user), self.tower.user_parts(user, self.output)
+        return Parts(torch.cat([gmf.dot, tower.dot], 1), tower.hidden)
+
+    def item_parts(self, item: Tensor) -> Parts:
+        gmf, tower = self.gmf.item_parts(item), self.tower.item_parts(item, self.output)
+        return Parts(torch.cat([gmf.dot, tower.dot], 1), tower.hidden)
+
+    def joining_layers(self) -> Layers:
+        return self.tower.joining_layers(self.output)
 
     @torch.no_grad()
     def start_from(self, gmf: GMF, mlp: MLP, alpha: float) -> None:
@@ -268,6 +362,15 @@ class MF(Recommender):
             score = score + user[1] + item[1].T
         return into_range(score, self.y_range)
 
+    def user_parts(self, user: Tensor) -> Parts:
+        side = torch.cat(self.user_side(user), 1)
+        return dot_only(side if self.user_bias is None else one_after(side))
+
+    def item_parts(self, item: Tensor) -> Parts:
+        if self.item_bias is None:
+            return dot_only(self.item(item))
+        return dot_only(torch.cat([self.item(item), one_before(self.item_bias(item))], 1))
+
 
 class EmbeddingNN(Recommender):
     """Hidden layers over a user's and an item's embedding, each of a size of its own."""
@@ -316,6 +419,30 @@ class EmbeddingNN(Recommender):
                 x = self._after(number, layer(x))
             x = self.output(x)
         return into_range(x.view(shape), self.y_range)
+
+    def user_parts(self, user: Tensor) -> Parts:
+        [side] = self.user_side(user)
+        return hidden_only(side) if self.hidden else dot_only(one_after(side))
+
+    def item_parts(self, item: Tensor) -> Parts:
+        [side] = self.item_side(item)
+        return hidden_only(side) if self.hidden else dot_only(one_before(side))
+
+    def joining_layers(self) -> Layers:
+        if not self.hidden:
+            return []
+        following = cast("list[nn.Linear]", [*list(self.hidden)[1:], self.output])
+        return [self._after_norm(number, layer) for number, layer in enumerate(following)]
+
+    def _after_norm(self, number: int, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight and bias of `layer` on the input of batch norm `number`: W (s x + t) + b = (W s) x + (W t + b)."""
+        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        if not self.norms:
+            return layer.weight, bias
+        norm = cast(nn.BatchNorm1d, self.norms[number])
+        mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+        scale = norm.weight / torch.sqrt(variance + norm.eps)
+        return layer.weight * scale, layer.weight @ (norm.bias - mean * scale) + bias
 
     def _after(self, number: int, x: Tensor) -> Tensor:
         x = torch.relu(x)

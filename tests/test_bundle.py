@@ -53,6 +53,16 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
         assert torch.equal(loaded(*pairs), model.eval()(*pairs))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_the_processes_of_a_machine_share_the_weights(tmp_path: Path) -> None:
+    """Every parameter lies in a mapping of the file: unwritten, its pages are the page cache's."""
+    model = load_model(save(tmp_path, trained()))
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if WEIGHTS in line]
+    mapped = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    for name, parameter in model.named_parameters():
+        assert any(start <= parameter.data_ptr() < end for start, end in mapped), name
+
+
 def test_a_loaded_model_is_for_reading(tmp_path: Path) -> None:
     model = load_model(save(tmp_path, trained()))
     assert not model.training

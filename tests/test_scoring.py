@@ -1,10 +1,13 @@
-"""The top K is what a full sort gives, whatever ties there are; a rank is a place in that order; and no
-score depends on who else is scored.
+"""The top K is what a full sort gives, whatever ties there are; a rank is a place in that order; scores are the
+model's, and none depends on who else is scored.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,10 +19,19 @@ from torch import Tensor, nn
 
 from ncf_dist import scoring
 from ncf_dist.config import Model
-from ncf_dist.models import MODELS, build_model
-from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, catalogue_rank, mask, top_k
+from ncf_dist.models import MF, MODELS, Parts, Recommender, build_model
+from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, catalogue_rank, mask, recommend, top_k
 
 Seen = list[list[int]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in a Spark worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def lists(seen: Seen) -> Lists:
@@ -69,6 +81,17 @@ def test_the_rank_of_an_item_is_its_place_in_top_k(block: tuple[Tensor, Seen]) -
         ranks = catalogue_rank(masked, torch.full((len(seen),), item))
         for user, rank in enumerate(ranks.tolist()):
             assert index[user, rank - 1] == item
+
+
+@given(blocks(), st.integers(0, 3))
+@budget(max_examples=100, deadline=None)
+def test_several_items_a_user_are_ranked_as_if_alone(block: tuple[Tensor, Seen], asked: int) -> None:
+    scores, _ = block
+    items = torch.randint(scores.shape[1], (len(scores), asked))
+    ranks = catalogue_rank(scores, items)
+    assert ranks.shape == items.shape
+    for column in range(asked):
+        assert torch.equal(ranks[:, column], catalogue_rank(scores, items[:, column]))
 
 
 def test_ties_by_hand() -> None:
@@ -124,58 +147,246 @@ def test_scores_are_the_callers_to_change() -> None:
         assert torch.equal(scorer.scores(torch.tensor([0, 0])), before)
 
 
+# ---- a model's scores -------------------------------------------------------------------------------------
+
+
+def filled(model: Recommender, std: float = 0.3) -> Recommender:
+    """In evaluation mode, every parameter and every statistic of batch norm large enough to be seen in a score."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=std)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            nn.init.uniform_(buffer, 0.5, 2.0)
+    return model.eval()
+
+
+def model_of(name: Any, n_users: int, n_items: int, factors: int = 32, **fields: Any) -> Recommender:
+    config = Model(name=name, factors=factors, **{"layers": (20, 10, 6), **fields})
+    return filled(build_model(config, n_users, n_items))
+
+
+class Joined(MF):
+    """A model that has only sides and a join."""
+
+    def user_parts(self, user: Tensor) -> Parts | None:  # type: ignore[override]
+        return None
+
+    def item_parts(self, item: Tensor) -> Parts | None:  # type: ignore[override]
+        return None
+
+
+@contextlib.contextmanager
+def blocks_of(users: int, items: int, hidden: int = 8192) -> Iterator[None]:
+    with mock.patch.multiple(scoring, USERS=users, ITEMS=items, HIDDEN_NUMBERS=hidden):
+        yield
+
+
+SHAPES: Any = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(sorted(MODELS)),
+        "factors": st.integers(1, 9),
+        "layers": st.sampled_from([(8,), (8, 4), (20, 10, 6), (64, 32, 16, 8)]),
+        "biases": st.booleans(),
+        "embedding_sizes": st.sampled_from([None, (1, 4), (5, 2)]),
+        "batch_norm": st.booleans(),
+        "y_range": st.sampled_from([None, (0.0, 5.5), (-1.0, 2.0)]),
+    }
+)
+
+
+@given(SHAPES, st.integers(1, 20), st.integers(1, 150), st.booleans())
+@budget(max_examples=100, deadline=None)
+def test_scores_are_the_models(shape: dict[str, Any], n_users: int, n_items: int, hidden: bool) -> None:
+    """Whatever the model's shape; towers too that have no hidden layer."""
+    y_range = shape["y_range"] if shape["name"] in ("mf", "embedding_nn") else None
+    layers = () if shape["name"] == "embedding_nn" and not hidden else shape["layers"]
+    model = filled(build_model(Model(**{**shape, "y_range": y_range, "layers": layers}), n_users, n_items))
+    users = torch.randint(n_users, (n_users + 3,))
+    with torch.no_grad(), blocks_of(8, 64):
+        wanted = model(users[:, None], torch.arange(n_items)[None])
+        torch.testing.assert_close(ModelScorer(model, n_items).scores(users), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("y_range", [None, (0.0, 5.5)])
+def test_a_model_without_parts_is_scored_through_its_join(y_range: tuple[float, float] | None) -> None:
+    model = filled(Joined(300, 1500, 4, True, y_range))
+    users = torch.arange(300).flip(0)
+    with torch.no_grad():
+        wanted = model(users[:, None], torch.arange(1500)[None])
+    torch.testing.assert_close(ModelScorer(model, 1500).scores(users), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_no_users_no_scores() -> None:
+    scorer = ModelScorer(model_of("neumf", 3, 5), 5)
+    scores = scorer.scores(torch.arange(0))
+    assert scores.shape == (0, 5)
+    assert top_k(scores, 2)[1].shape == (0, 2)
+    assert recommend(scorer, torch.arange(0), lists([]), 2)[1].shape == (0, 2)
+
+
+def test_hidden_layers_are_bounded_whatever_the_catalogue() -> None:
+    """2,048 numbers a layer hold 4 users × 64 items × 8 units; 200 units leave the 2 users that there must be."""
+    with blocks_of(32, 64, 2048):
+        for layers, shapes in {
+            (8, 8, 4): [(8, 4, 64), (4, 4, 64)],
+            (8, 200, 4): [(200, 2, 64), (4, 2, 64)],
+        }.items():
+            for n_items in (10, 1000):
+                block = ModelScorer(model_of("mlp", 3, n_items, layers=layers), n_items).block
+                assert isinstance(block, scoring._Split)
+                assert [tuple(v.shape) for v in block.hidden] == shapes
+                assert block.out.shape == (32, 64)
+
+
+def test_bf16_rounds_factors_and_leaves_other_products_alone() -> None:
+    """Eight bits of precision a factor: an error of at most 2^-7 of the sum of the terms' sizes, were there no luck."""
+    model = model_of("mf", 50, 2000, 64)
+    users, items = torch.arange(50), torch.arange(2000)
+    exact = ModelScorer(model, 2000).scores(users)
+    rounded = ModelScorer(model, 2000, precision="bf16").scores(users)
+    with torch.no_grad():
+        sizes = model.user_side(users)[0].abs() @ model.item_side(items)[0].abs().T
+    assert ((rounded - exact).abs() <= 2**-7 * sizes + 1e-6).all()
+    assert torch.equal(ModelScorer(model, 2000).scores(users), exact)
+
+
+# ---- recommend ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def small_catalogues(draw: st.DrawFn) -> tuple[Tensor, Tensor, Seen, list[int] | None, int]:
+    """Factors of whole numbers (U, 2), (I, 2), so that scores are exact and most of them tie; what each user has seen,
+    up to everything; the eligible items or None; K.
+    """
+    users, items = draw(st.integers(1, 9)), draw(st.integers(1, 150))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    share = draw(st.sampled_from([0.0, 0.1, 0.9, 1.0]))
+    seen = [np.flatnonzero(rng.random(items) < share).tolist() for _ in range(users)]
+    eligible = np.flatnonzero(rng.random(items) < draw(st.sampled_from([0.0, 0.3, 1.0]))).tolist()
+    widest = draw(st.integers(0, 3))
+    factors = (torch.from_numpy(rng.integers(-widest, widest + 1, (n, 2)).astype(np.float32)) for n in (users, items))
+    return *factors, seen, draw(st.sampled_from([None, eligible])), draw(st.integers(1, 40))
+
+
+def scorer_of_factors(user: Tensor, item: Tensor, eligible: list[int] | None = None) -> ModelScorer:
+    model = MF(len(user), len(item), user.shape[1], biases=False)
+    with torch.no_grad():
+        model.user.weight.copy_(user)
+        model.item.weight.copy_(item)
+    return ModelScorer(model, len(item), eligible=None if eligible is None else torch.tensor(eligible).long())
+
+
+@given(small_catalogues(), st.sampled_from([2, 4, 256]), st.sampled_from([16, 32, 64, 1024]))
+@budget(max_examples=200, deadline=None)
+def test_recommend_is_the_head_of_a_full_sort(
+    case: tuple[Tensor, Tensor, Seen, list[int] | None, int], users_a_block: int, items_a_block: int
+) -> None:
+    """Whatever the ties, whatever was seen, whatever is eligible, in blocks of any shape."""
+    user, item, seen, eligible, k = case
+    wanted_scores = (user @ item.T).tolist()
+    left_out = set() if eligible is None else set(range(len(item))) - set(eligible)
+    with blocks_of(users_a_block, items_a_block):
+        values, items = recommend(scorer_of_factors(user, item, eligible), torch.arange(len(user)), lists(seen), k)
+    assert values.shape == items.shape == (len(user), min(k, len(item)))
+    for row, scores in enumerate(wanted_scores):
+        wanted = brute_force(scores, [*seen[row], *left_out])[:k]
+        none = [-1] * (values.shape[1] - len(wanted))
+        assert items[row].tolist() == wanted + none
+        assert values[row].tolist() == [scores[i] for i in wanted] + [-np.inf for _ in none]
+
+
+def random_lists(users: int, items: int, most: int = 200) -> Seen:
+    rng = np.random.default_rng(2)
+    return [rng.permutation(items)[: rng.integers(0, min(most, items))].tolist() for _ in range(users)]
+
+
+@pytest.mark.parametrize("k", [1, 10, 2000])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_recommend_is_top_k_of_the_masked_scores(name: str, k: int) -> None:
+    scorer, seen = ModelScorer(model_of(name, 300, 2100), 2100), lists(random_lists(300, 2100))
+    users = torch.arange(300)
+    values, items = recommend(scorer, users, seen, k)
+    best, index = top_k(mask(scorer.scores(users), seen), k)
+    assert torch.equal(values, best)
+    assert torch.equal(items, index.masked_fill(best == -torch.inf, -1))
+
+
+def test_recommend_ranks_any_scorer() -> None:
+    """Item 1 is the most popular; user 1 has seen all but item 0."""
+    values, items = recommend(PopularityScorer(np.array([3, 9, 3])), torch.arange(2), lists([[], [2, 1]]), 5)
+    assert items.tolist() == [[1, 0, 2], [0, -1, -1]]
+    assert values.tolist() == [[1.0, 0.0, 0.0], [0.0, -np.inf, -np.inf]]
+
+
+def test_a_seen_item_does_not_raise_the_bar() -> None:
+    """All the best items of the first block are seen: those of lower score must still be found."""
+    item = torch.arange(3000.0).flip(0)[:, None]
+    values, items = recommend(scorer_of_factors(torch.ones(1, 1), item), torch.arange(1), lists([list(range(2500))]), 3)
+    assert items.tolist() == [[2500, 2501, 2502]]
+    assert values.tolist() == [[499.0, 498.0, 497.0]]
+
+
+@pytest.mark.parametrize("order", ["falling", "rising", "equal"])
+def test_what_is_kept_does_not_grow_with_the_catalogue(order: str) -> None:
+    """Rising scores: everything is the best so far. Equal ones: everything ties with the best."""
+    places = torch.arange(50 * 64.0)
+    score = {"falling": -places, "rising": places, "equal": torch.zeros(len(places))}[order]
+    with blocks_of(4, 64):
+        best, kept = scoring._Best(4, 5), 0
+        for number, part in enumerate(score.split(64)):
+            best.add(number * 64, part.expand(4, 64).contiguous())
+            kept = max(kept, best.count)
+    values, found = best.result()
+    wanted = torch.arange(5) if order != "rising" else len(places) - 1 - torch.arange(5)
+    assert torch.equal(found, wanted.expand(4, 5))
+    assert torch.equal(values, score[wanted].expand(4, 5))
+    assert kept <= 8 * 4 * 5
+
+
+@pytest.mark.parametrize("eligible", [[3, 1], [1, 1], [-1, 2], [2, 9]])
+def test_eligible_items_must_be_ascending_ones_of_the_catalogue(eligible: list[int]) -> None:
+    with pytest.raises(ValueError, match="needed ascending indexes from 0 to 8"):
+        ModelScorer(model_of("mf", 2, 9), 9, eligible=torch.tensor(eligible))
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_what_is_not_eligible_scores_lowest_and_the_others_keep_their_bits(name: str) -> None:
+    model, users = model_of(name, 50, 5000), torch.arange(50)
+    eligible = torch.from_numpy(np.flatnonzero(np.random.default_rng(3).random(5000) < 0.4))
+    every, some = ModelScorer(model, 5000).scores(users), ModelScorer(model, 5000, eligible=eligible).scores(users)
+    assert torch.equal(some[:, eligible], every[:, eligible])
+    others = torch.ones(5000, dtype=torch.bool)
+    others[eligible] = False
+    assert (some[:, others] == -torch.inf).all()
+
+
 # ---- independence of blocks --------------------------------------------------------------------------------
 
 
-def scorer_of(name: Any, n_users: int, n_items: int, factors: int = 32) -> ModelScorer:
-    torch.manual_seed(1)
-    model = build_model(Model(name=name, factors=factors, layers=(20, 10, 6)), n_users, n_items)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return ModelScorer(model, n_items)
-
-
-@pytest.mark.parametrize("n_items", [30, 777, 3706, 20_000])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_a_score_does_not_depend_on_the_block(name: str, n_items: int) -> None:
+def test_a_score_does_not_depend_on_the_call(name: str, precision: Literal["fp32", "bf16"]) -> None:
     """The same bits alone, in any company and in any place: a matrix product of 1, 3 or 17 rows rounds
     differently, and the published bytes would change with the number of Spark tasks.
     """
-    n_users = 70 if n_items < 10_000 else 9
-    scorer = scorer_of(name, n_users, n_items)
+    n_users, n_items = 520, 1100
+    scorer = ModelScorer(model_of(name, n_users, n_items), n_items, precision=precision)
     together = scorer.scores(torch.arange(n_users))
     shuffled = torch.from_numpy(np.random.default_rng(1).permutation(n_users))
-    assert torch.equal(scorer.scores(shuffled), together[shuffled])
-    for size in (1, 2, 3, 5, 7, 17, 31):
+    for size in (1, 2, 7, 512):
         some = shuffled[:size]
         assert torch.equal(scorer.scores(some), together[some]), size
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_scores_are_the_models(name: str) -> None:
-    scorer = scorer_of(name, 9, 11)
-    users = torch.tensor([8, 0, 8])
-    with torch.no_grad():
-        wanted = scorer.model(users[:, None], torch.arange(11)[None])
-    torch.testing.assert_close(scorer.scores(users), wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_memory_is_bounded_by_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 1,000 pairs at once, 300 items leave 3 users a call: 2, the power of two below."""
-    monkeypatch.setattr(scoring, "PAIRS_A_BLOCK", 1000)
-    scorer, calls = scorer_of("neumf", 7, 300), []
-    score_block = scorer.model.score_block
-
-    def noting(user: tuple[Tensor, ...], item: tuple[Tensor, ...]) -> Tensor:
-        calls.append((len(user[0]), len(item[0])))
-        return score_block(user, item)
-
-    monkeypatch.setattr(scorer.model, "score_block", noting)
-    assert scorer.scores(torch.arange(7)).shape == (7, 300)
-    assert calls == [(2, 300)] * 4
-
-
-def test_no_users_no_scores() -> None:
-    scores = scorer_of("neumf", 3, 5).scores(torch.arange(0))
-    assert scores.shape == (0, 5)
-    assert top_k(scores, 2)[1].shape == (0, 2)
+def test_a_recommendation_does_not_depend_on_the_call(name: str) -> None:
+    n_users, n_items = 520, 1100
+    scorer, seen = ModelScorer(model_of(name, n_users, n_items), n_items), random_lists(n_users, n_items)
+    values, items = recommend(scorer, torch.arange(n_users), lists(seen), 10)
+    for size in (1, 2, 7, 512):
+        for start in (0, 512) if size == 512 else (0, 255, 256, 519):
+            users = torch.arange(n_users)[start : start + size]
+            some = recommend(scorer, users, lists([seen[u] for u in users]), 10)
+            assert torch.equal(some[0], values[users]), (size, start)
+            assert torch.equal(some[1], items[users]), (size, start)

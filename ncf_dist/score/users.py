@@ -14,10 +14,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from ncf_dist import scoring
 from ncf_dist.artifacts import read_table
 from ncf_dist.bundle import load_model
 from ncf_dist.score.spec import ScorePass
-from ncf_dist.scoring import Lists, ModelScorer, mask, top_k
+from ncf_dist.scoring import Lists, ModelScorer
 from ncf_dist.spark_io import FileSink, runs_of
 
 
@@ -81,7 +82,7 @@ def seen_lists(batch: pa.RecordBatch, mask_test: bool) -> Lists:
 def recommend(scorer: ModelScorer, batch: pa.RecordBatch, item_ids: pa.Array, spec: ScorePass) -> pa.Table:
     """The recommendations of one block of users, best first within each user."""
     users = torch.from_numpy(batch.column("user_idx").to_numpy().astype(np.int64))
-    values, items = top_k(mask(scorer.scores(users), seen_lists(batch, spec.mask_test)), spec.k)
+    values, items = scoring.recommend(scorer, users, seen_lists(batch, spec.mask_test), spec.k)
     offered = torch.isfinite(values)
     rank = torch.arange(1, values.shape[1] + 1, dtype=torch.int32).expand_as(values)[offered]
     row = torch.arange(len(users))[:, None].expand_as(values)[offered]
