@@ -38,15 +38,17 @@ class Scorer(Protocol):
 
 
 class ModelScorer:
-    """A trained model; its item side is computed once.
+    """A trained model; its item side is computed once. eligible: ascending item indexes, None for all.
 
     The model is always called with the same number of users, a power of two, the last call filled up: a matrix product
     rounds differently for 1, 3 or 17 rows, and a score must not depend on who else is in the block.
     """
 
     @torch.no_grad()
-    def __init__(self, model: Recommender, n_items: int) -> None:
-        self.model, self.n_items = model.eval(), n_items
+    def __init__(
+        self, model: Recommender, n_items: int, eligible: Tensor | None = None, precision: str = "fp32"
+    ) -> None:
+        self.model, self.n_items, self.eligible, self.precision = model.eval(), n_items, eligible, precision
         self.items = model.item_side(torch.arange(n_items))
         most = min(USERS_A_CALL, max(1, PAIRS_A_BLOCK // n_items))
         self.step = 1 << (most.bit_length() - 1)
@@ -54,7 +56,9 @@ class ModelScorer:
     @torch.no_grad()
     def scores(self, users: Tensor) -> Tensor:
         filled = torch.cat([users, users[:1].expand(-len(users) % self.step)])
-        blocks = [self.model.score_block(self.model.user_side(part), self.items) for part in filled.split(self.step)]
+        with torch.autocast(users.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            parts = filled.split(self.step)
+            blocks = [self.model.score_block(self.model.user_side(part), self.items) for part in parts]
         return torch.cat(blocks)[: len(users)].float() if len(users) else torch.empty(0, self.n_items)
 
 
@@ -106,6 +110,17 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     index = index.sort(dim=1).values
     values, order = scores.gather(1, index).sort(dim=1, descending=True, stable=True)
     return values, index.gather(1, order)
+
+
+def recommend(scorer: ModelScorer, users: Tensor, masked: Lists, k: int) -> tuple[Tensor, Tensor]:
+    """(U,) users → the K best eligible unmasked items of each: (values, item indexes), both (U, min(K, I)), as `top_k`
+    orders them; -inf where nothing is left."""
+    scores = mask(scorer.scores(users), masked)
+    if scorer.eligible is not None:
+        wanted = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+        wanted[scorer.eligible] = True
+        scores.masked_fill_(~wanted, -torch.inf)
+    return top_k(scores, k)
 
 
 def catalogue_rank(scores: Tensor, item: Tensor) -> Tensor:
