@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow.compute as pc
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
@@ -27,7 +27,7 @@ from ncf_dist.config import Config
 from ncf_dist.errors import ContractError
 from ncf_dist.score import forecasting
 from ncf_dist.score.items import ItemLists
-from ncf_dist.score.rows import active_from, popularity, users_to_rank
+from ncf_dist.score.rows import active_from, in_files, in_tasks, popularity, users_to_rank
 from ncf_dist.score.spec import ScorePass, checked, on_executors, probed
 from ncf_dist.spark_io import LIST_BATCH_ROWS, ROWS_PER_FILE, read_files, spark_session, table_info, write_table
 
@@ -65,9 +65,8 @@ def score(config: Config, ds: str) -> Outcome:
         if config.score.fallback_days is not None:
             tables |= _popularity(spark, night, run)
             spec = replace(spec, popularity_files=_paths(run, tables["popularity"]))
-        rows = in_files(users_to_rank(spark, night.prepare, config.score, ds), night.n_files)
-        # Asked for by number: the optimiser must not merge a small input whose work is heavy into one task.
-        rows = rows.repartition(config.score.tasks or night.n_files, "_file").sortWithinPartitions("_file", "user_id")
+        users = users_to_rank(spark, night.prepare, config.score, ds)
+        rows = in_tasks(in_files(users, night.n_files, night.indexed), config.score.tasks or night.n_files)
         stats = [json.loads(row["stats"]) for row in rows.mapInArrow(on_executors(spec), "stats string").collect()]
         table = table_info(night.contract, [FileInfo(**f) for task in stats for f in task["files"]], run)
         _check(spark, night, spec, _paths(run, table))
@@ -121,7 +120,7 @@ def forecast(config: Config, ds: str) -> Outcome:
         slots = forecasting.slots(spark)
         every = max(1, users.get(True, 0) // (slots * forecasting.USERS_A_SLOT))
         sample = rows.where("by_model").where(F.pmod(F.xxhash64("user_id"), F.lit(every)) == 0)
-        sample = in_files(sample, 1).repartition(slots)
+        sample = in_files(sample, 1, night.indexed).repartition(slots)
         probe = sample.mapInArrow(probed(spec, forecasting.SECONDS_A_SLOT), "stats string").collect()
         probe_s = time.monotonic() - began
     result = forecasting.Forecast.of(
@@ -137,12 +136,6 @@ def forecast(config: Config, ds: str) -> Outcome:
     )
     print(result.table(ds, night.bundle.model_version), file=sys.stderr, flush=True)
     return Outcome("done", metrics=result.metrics)
-
-
-def in_files(rows: DataFrame, files: int) -> DataFrame:
-    """Each user's file, by a hash of their id, so that files are of nearly one size whoever is left out."""
-    file = F.pmod(F.xxhash64("user_id"), F.lit(files)).cast("int").alias("_file")
-    return rows.select(file, "user_id", "user_idx", "item_idx", "test_item_idx", "by_model")
 
 
 @dataclass(frozen=True)
@@ -168,11 +161,14 @@ class _Night:
         return cls(config, prepare, train, bundle, contract, ItemLists.read(config.score))
 
     @property
+    def indexed(self) -> int:
+        return self.prepare.tables["user_index"].rows
+
+    @property
     def n_files(self) -> int:
         """Files of the table: a function of the night's tables and the config alone, never of the cluster."""
-        users = self.prepare.table(contracts.HISTORY).rows
-        if self.config.score.fallback_days is not None:
-            users = sum(self.prepare.tables[t].rows for t in ("user_index", "unseen_users") if t in self.prepare.tables)
+        unseen = self.prepare.tables.get("unseen_users")
+        users = self.indexed + (unseen.rows if unseen and self.config.score.fallback_days is not None else 0)
         rows, pairs = users * self.config.score.k, users * self.bundle.n_items
         return max(MIN_FILES, -(-rows // ROWS_PER_FILE), -(-pairs // PAIRS_PER_FILE))
 

@@ -60,6 +60,26 @@ def users_to_rank(spark: SparkSession, prepare: Manifest, config: Score, ds: str
     return rows
 
 
+def in_files(rows: DataFrame, files: int, indexed: int) -> DataFrame:
+    """Each user's file, a function of the user alone. Neighbours in the index share one, so that a task touches only
+    its own stretch of the model's (memory-mapped) user table; users without an index are dealt by a hash."""
+    stretch = F.floor(F.col("user_idx") / F.lit(max(1, -(-indexed // files))))
+    file = F.when(F.col("user_idx") >= 0, stretch).otherwise(F.pmod(F.xxhash64("user_id"), F.lit(files)))
+    return rows.select(file.cast("int").alias("_file"), "user_id", "user_idx", "item_idx", "test_item_idx", "by_model")
+
+
+def in_tasks(rows: DataFrame, tasks: int) -> DataFrame:
+    """File f in partition f mod `tasks`, sorted. Hashing the numbers of files would give some partitions several and
+    others none, and the job would take as long as the fullest: so each partition gets a key that hashes to it."""
+    number = F.col("id").cast("int")
+    hashed = rows.sparkSession.range(32 * tasks).select(number.alias("_key"), F.pmod(F.hash(number), F.lit(tasks)))
+    keys = hashed.toDF("_key", "_task").groupBy("_task").agg(F.min("_key").alias("_key"))
+    keyed = rows.withColumn("_task", F.pmod("_file", F.lit(tasks))).join(F.broadcast(keys), "_task", "left")
+    # Asked for by number: the optimiser must not merge a small input whose work is heavy into one task.
+    dealt = keyed.repartition(tasks, F.coalesce("_key", "_task"))
+    return dealt.drop("_key", "_task").sortWithinPartitions("_file", "user_id")
+
+
 def popularity(spark: SparkSession, prepare: Manifest, config: Score, ds: str) -> DataFrame:
     """Rows of contracts.POPULARITY. Test rows count as what `seen` says of them."""
     assert config.fallback_days is not None
