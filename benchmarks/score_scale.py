@@ -93,8 +93,8 @@ class Watch(threading.Thread):
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.process, self.seen, self.ended = psutil.Process(pid), [], threading.Event()
-        self.seen: list[tuple[float, int]]
+        self.process, self.ended = psutil.Process(pid), threading.Event()
+        self.seen: list[tuple[float, int]] = []
 
     def run(self) -> None:
         start = time.monotonic()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -42,7 +41,7 @@ from ncf_dist.publish.unseen import Offers, Rules
 @dataclass(frozen=True)
 class Promise:
     """What score said about the table it wrote. active_since: the first day of an active user's last interaction;
-    fallback: whether users without a model history are served; lists: the ids of `allow_items` and `deny_items`."""
+    fallback: whether users without a model history are served."""
 
     k: int
     form: Form
@@ -53,11 +52,10 @@ class Promise:
     prepare_run: str
     active_since: dt.date | None
     fallback: bool
-    lists: Mapping[str, pa.Array]
 
     @classmethod
     def of(cls, score: Manifest) -> Promise:
-        """Raises ContractError where the manifest lacks a fact, or an item list is no longer what score read."""
+        """Raises ContractError where the manifest lacks a fact."""
         facts = score.facts
         try:
             since = facts["active_since"]
@@ -65,27 +63,11 @@ class Promise:
                 int(facts["k"]), facts["form"], int(facts["users"]), int(facts["short_users"]),
                 str(facts["model_version"]), str(facts["seen"]), str(facts["prepare_run"]),
                 dt.date.fromisoformat(since) if since else None, facts["fallback_days"] is not None,
-                {name: _list(score, name) for name in ("allow_items", "deny_items") if name in facts["items"]},
             )  # fmt: skip
         except KeyError as error:
             raise ContractError(
                 f"score run {score.run_key} does not state its fact {error}; rerun the job score"
             ) from None
-
-
-def _list(score: Manifest, name: str) -> pa.Array:
-    """The ids of one list: read again from its file, or as the run's config has them."""
-    fact = score.facts["items"][name]
-    try:
-        ids = listed_ids(fact["path"] or tuple(score.config["score"][name]))
-    except InputError as error:
-        raise ContractError(f"score.{name}: {error}; rerun the job score") from None
-    if ids_digest(ids) != fact["sha256"]:
-        raise ContractError(
-            f"score.{name} ({fact['path']}) has changed since score run {score.run_key}; needed the list that it "
-            "ranked by: rerun the job score"
-        )
-    return pa.array(ids, pa.string())
 
 
 @dataclass(frozen=True)
@@ -110,7 +92,8 @@ def contract_of(prepare: Manifest, form: Form = "long") -> Contract:
 
 
 def audit(score: Manifest, prepare: Manifest, work: str) -> list[Audited]:
-    """Check the whole night. `work`: a local folder for the checks across files. Raises ContractError."""
+    """Check the whole night. `work`: a local folder for the checks across files. Raises ContractError: a rule is broken
+    or an item list is not what score read any more."""
     promise = Promise.of(score)
     contract = contract_of(prepare, promise.form)
     if promise.prepare_run != prepare.run_key:
@@ -123,7 +106,7 @@ def audit(score: Manifest, prepare: Manifest, work: str) -> list[Audited]:
     if not np.array_equal(ids["item_idx"].to_numpy(), np.arange(len(ids))):
         raise ContractError(f"table item_index: item_idx is not 0..{len(ids) - 1}; rerun the job prepare")
     items = ids["item_id"].combine_chunks()
-    permitted = _permitted(items, promise)
+    permitted = _permitted(items, score)
     passed = []
     names = [info.path for info in table.files]
     rows = table.rows * (1 if promise.form == "long" else promise.k)
@@ -145,14 +128,29 @@ def audit(score: Manifest, prepare: Manifest, work: str) -> list[Audited]:
     return passed
 
 
-def _permitted(items: pa.Array, promise: Promise) -> np.ndarray:
+def _permitted(items: pa.Array, score: Manifest) -> np.ndarray:
     """(I,) which items the lists permit."""
     texts, permitted = items.cast(pa.string()), np.ones(len(items), dtype=bool)
     for name, wanted in (("allow_items", True), ("deny_items", False)):
-        if name in promise.lists:
-            listed = pc.is_in(texts, value_set=promise.lists[name]).to_numpy(zero_copy_only=False)
+        if name in score.facts["items"]:
+            listed = pc.is_in(texts, value_set=_list(score, name)).to_numpy(zero_copy_only=False)
             permitted &= listed == wanted
     return permitted
+
+
+def _list(score: Manifest, name: str) -> pa.Array:
+    """The ids of one list: read again from its file, or as the run's config has them."""
+    fact = score.facts["items"][name]
+    try:
+        ids = listed_ids(fact["path"] or tuple(score.config["score"][name]))
+    except InputError as error:
+        raise ContractError(f"score.{name}: {error}; rerun the job score") from None
+    if ids_digest(ids) != fact["sha256"]:
+        raise ContractError(
+            f"score.{name} ({fact['path']}) has changed since score run {score.run_key}; needed the list that it "
+            "ranked by: rerun the job score"
+        )
+    return pa.array(ids, pa.string())
 
 
 def checked_bytes(path: str, info: FileInfo) -> bytes:
