@@ -366,6 +366,27 @@ def input_files(path: str) -> list[str]:
     return files if is_local(root) else [str(fs.unstrip_protocol(p)) for p in files]
 
 
+def listed_ids(given: str | Sequence[str | int]) -> tuple[str, ...]:
+    """Distinct ids as text, ascending: those given, or the lines of a text file (UTF-8; spaces at their ends and blank
+    lines are left out). Raises InputError where the file cannot be read."""
+    lines: Sequence[str | int] = ()
+    if isinstance(given, str):
+        path = resolve(given)
+        try:
+            lines = read_bytes(path).decode("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"the list of ids {path} cannot be read ({error}); needed a text file with one id a line"
+            ) from None
+    else:
+        lines = given
+    return tuple(sorted({text for line in lines if (text := str(line).strip())}))
+
+
+def ids_digest(ids: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
+
+
 def fingerprint(files: list[str]) -> str:
     """Changes when a file is added, removed or rewritten:
     hash of names, sizes and modification times (or entity tags)."""

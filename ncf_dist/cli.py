@@ -23,6 +23,9 @@ JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", 
 UNLOCKED = ("fetch", "doctor")
 """Jobs that make nothing for a ds."""
 
+DRY_RUN = {"score": "forecast"}
+"""Jobs that can say what they would take, and the function that does."""
+
 JobFunction = Callable[[Config, str], Outcome]
 log = logging.getLogger(__name__)
 
@@ -44,11 +47,20 @@ def parser(job: str) -> argparse.ArgumentParser:
         dest="overrides",
         help="overrides one value of the config",
     )
+    if job in DRY_RUN:
+        parser.add_argument(
+            "--dry-run", action="store_true", help="write nothing; say what the job would take, from a sample"
+        )
     return parser
 
 
-def run_job(job: str, function: JobFunction, argv: Sequence[str] | None = None) -> int:
-    """Run one job to its end and return its exit code; everything a person or a scheduler needs has been printed."""
+def run_job(
+    job: str, function: JobFunction, argv: Sequence[str] | None = None, dry_run: JobFunction | None = None
+) -> int:
+    """Run one job to its end and return its exit code; everything a person or a scheduler needs has been printed.
+
+    dry_run: what runs in place of `function` under --dry-run; it writes nothing, so it holds no night.
+    """
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO,
@@ -71,7 +83,10 @@ def run_job(job: str, function: JobFunction, argv: Sequence[str] | None = None) 
         args = parser(job).parse_args(argv)
         report["ds"] = ds = parse_ds(args.ds)
         config = load_config(args.config, args.overrides)
-        with contextlib.nullcontext() if job in UNLOCKED else Lake(config.paths.lake).hold(ds):
+        if dry := bool(vars(args).get("dry_run")):
+            assert dry_run is not None
+            function = dry_run
+        with contextlib.nullcontext() if dry or job in UNLOCKED else Lake(config.paths.lake).hold(ds):
             outcome = function(config, ds)
         report.update(
             run_key=outcome.run_key,
@@ -117,8 +132,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return int(ExitCode.CONFIG)
     job = args[0]
-    function: JobFunction = getattr(importlib.import_module(f"ncf_dist.{job}.pipeline"), job)
-    return run_job(job, function, args[1:])
+    module = importlib.import_module(f"ncf_dist.{job}.pipeline")
+    function: JobFunction = getattr(module, job)
+    return run_job(job, function, args[1:], getattr(module, DRY_RUN[job]) if job in DRY_RUN else None)
 
 
 def _launcher(args: list[str]) -> int:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ncf_dist.errors import ContractError
 
@@ -95,6 +97,11 @@ def users(id_type: pa.DataType, columns: Mapping[str, pa.DataType] | None = None
     return _side("users", {"user_idx": INDEX, "user_id": id_type}, columns, "who users are")
 
 
+def unseen_users(id_type: pa.DataType) -> Contract:
+    """Users of the user side table that never interacted, so have no index; absent where the config names none."""
+    return _contract("unseen_users", {"user_id": id_type}, ("user_id",), "prepare", "known users without an index")
+
+
 def _side(
     name: str, fixed: dict[str, pa.DataType], columns: Mapping[str, pa.DataType] | None, meaning: str
 ) -> Contract:
@@ -134,6 +141,15 @@ ITEM_STATS = _contract(
     "prepare",
     "train and validation interactions of every item; the popularity baseline; "
     "ordered by item_idx, 0 for items with none",
+)
+
+POPULARITY = _contract(
+    "popularity",
+    {"item_idx": INDEX, "recent": pa.int64(), "total": pa.int64()},
+    ("item_idx",),
+    "score",
+    "interactions of every item that has any: in the last score.fallback_days before ds, and in all; "
+    "absent where there is no fallback",
 )
 
 ITEM_WEIGHTS = _contract(
@@ -194,18 +210,37 @@ def train(per_positive: int, draws: int, explicit: bool = False) -> Contract:
     )
 
 
-def recommendations(user_id: pa.DataType, item_id: pa.DataType) -> Contract:
-    """The product: K rows a user, rank 1 is best, scores finite and not increasing with rank."""
-    return _contract(
-        "recommendations",
-        {
-            "user_id": user_id,
-            "rank": pa.int32(),
-            "item_id": item_id,
-            "score": pa.float32(),
-            "model_version": pa.string(),
-        },
-        ("user_id", "rank"),
-        "score",
-        "top K unseen items of every user",
-    )
+Form = Literal["long", "lists"]
+MODEL, POPULAR = "model", "popular"
+"""The reasons of a recommendation: the model's score, or popularity where the model knows nothing of the user."""
+PARTITION = "ds"
+"""The published table's partition column: a part of its files' paths, not a column within them."""
+
+
+def recommendations(user_id: pa.DataType, item_id: pa.DataType, form: Form = "long") -> Contract:
+    """The product: K rows a user, rank 1 is best, scores finite and not increasing with rank; or one row a user with a
+    list of the same. Published, it has the column `ds` before these. A user has one reason: `model` (scores are the
+    model's) or `popular` (scores are counts of interactions)."""
+    offer = {"rank": pa.int32(), "item_id": item_id, "score": pa.float32()}
+    if form == "long":
+        columns = {"user_id": user_id, **offer, "model_version": pa.string(), "reason": pa.string()}
+        key: tuple[str, ...] = ("user_id", "rank")
+    else:
+        fields = [pa.field(name, kind, nullable=False) for name, kind in {**offer, "reason": pa.string()}.items()]
+        offers = pa.list_(pa.field("element", pa.struct(fields), nullable=False))
+        columns, key = {"user_id": user_id, "items": offers, "model_version": pa.string()}, ("user_id",)
+    return _contract("recommendations", columns, key, "score", "top K unseen items of every user")
+
+
+def in_long_form(table: pa.Table) -> pa.Table:
+    """Recommendations of either form as rows of the long one."""
+    if "items" not in table.column_names:
+        return table
+    lists = table["items"].combine_chunks()
+    user = pc.list_parent_indices(lists)
+    offers = dict(zip((field.name for field in lists.type.value_type), pc.list_flatten(lists).flatten(), strict=True))
+    columns = {name: table[name].take(user) for name in ("user_id", "model_version")} | offers
+    return pa.table({name: columns[name] for name in _LONG_COLUMNS})
+
+
+_LONG_COLUMNS = ("user_id", "rank", "item_id", "score", "model_version", "reason")

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from ncf_dist.artifacts import Lake, Manifest, exists, read_bytes, read_table
 from ncf_dist.cli import parser
 from ncf_dist.config import Config, load_config
+from ncf_dist.contracts import in_long_form
 from ncf_dist.errors import ContractError, ExitCode, NcfError
 
 USERS = 10
@@ -40,7 +41,8 @@ def show(config: Config) -> str:
     lines = []
     for user in users.to_pylist():
         rows = table.filter(pc.equal(table["user_id"], user)).sort_by("rank").to_pylist()
-        lines.append(f"user {user}   liked: {'; '.join(titles.get(i, str(i)) for i in liked[user])}")
+        past = "; ".join(titles.get(i, str(i)) for i in liked.get(user, []))
+        lines.append(f"user {user}   {'liked: ' + past if past else 'without a history: what is popular'}")
         lines += [
             f"   {row['rank']:>2}. {titles.get(row['item_id'], row['item_id'])}   {row['score']:.2f}" for row in rows
         ]
@@ -56,7 +58,7 @@ def _some_users(files: list[str]) -> pa.Table:
     """The rows of the first USERS users: a file after the other until there are enough."""
     tables: list[pa.Table] = []
     for path in files:
-        tables.append(read_table(path))
+        tables.append(in_long_form(read_table(path)))
         if len(pc.unique(pa.concat_tables(tables)["user_id"])) >= USERS:
             break
     table = pa.concat_tables(tables)

@@ -30,6 +30,8 @@ BATCH_ROWS = 65_536
 """Rows of an Arrow batch between the JVM and Python."""
 LIST_BATCH_ROWS = 4_096
 """The same where a row holds a user's whole history."""
+BATCH_BYTES = 2**26
+"""However long the histories are, a batch ends after the row that goes past this. (Spark 3.5 does not know it.)"""
 
 _FILE = "_file"
 WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
@@ -53,6 +55,7 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
     options = {
         "spark.sql.shuffle.partitions": config.shuffle_partitions,
         "spark.sql.execution.arrow.maxRecordsPerBatch": batch_rows,
+        "spark.sql.execution.arrow.maxBytesPerBatch": BATCH_BYTES,
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.ansi.enabled": "true",
     }

@@ -661,6 +661,7 @@ def test_side_tables_are_typed_and_checked_against_the_index(spark: SparkSession
     assert people["u0é"] == (31, True)
     assert people["u1é"] == (None, False)
     assert people["u2é"] == (None, None)
+    assert night.rows("unseen_users") == [("nobody",)], "a known user who never came is kept for those who serve them"
     catalogue = {row[1]: row[2:] for row in night.rows("items")}
     assert len(catalogue) == len(items)
     assert catalogue["i,0"] == ("Tea, for two", 1999.5)

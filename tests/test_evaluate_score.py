@@ -21,13 +21,14 @@ from pyspark.sql import SparkSession
 from ncf_dist import demo
 from ncf_dist.artifacts import Lake, Manifest, Outcome, read_table, remove, write_parquet
 from ncf_dist.bundle import WEIGHTS, load_model, read_bundle, save_bundle
-from ncf_dist.config import Config, Model
+from ncf_dist.config import Config, Model, Score
 from ncf_dist.contracts import TEST, recommendations
 from ncf_dist.errors import ContractError
 from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.models import GMF
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.pipeline import publish
+from ncf_dist.score.items import ItemLists
 from ncf_dist.score.pipeline import score
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.score.users import score_pass
@@ -353,12 +354,15 @@ def test_a_task_gives_the_same_rows_for_any_block_and_batch(tmp_path: Path, size
             "user_idx": pa.array(range(users), pa.int32()),
             "item_idx": pa.array([[user, user + 1] for user in range(users)], pa.list_(pa.int32())),
             "test_item_idx": pa.array([[]] * users, pa.list_(pa.int32())),
+            "by_model": pa.array([True] * users),
         }
     )
 
     def run(name: str, block: int, batches: list[pa.RecordBatch]) -> list[tuple[str, str]]:
         contract = recommendations(pa.int64(), pa.int64())
-        spec = ScorePass(bundle, (str(tmp_path / item_file),), contract, str(tmp_path / name), 10, block, True)
+        settings = Score(k=10, users_per_block=block)
+        items = (str(tmp_path / item_file),)
+        spec = ScorePass(bundle, items, contract, str(tmp_path / name), settings, ItemLists())
         (stats,) = score_pass(spec)(batches)
         found = json.loads(stats.column("stats")[0].as_py())
         assert (found["counts"]["users"], found["counts"]["short_users"]) == (users, 0)

@@ -4,6 +4,7 @@ one.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo, write_parquet
+from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo, ids_digest, write_parquet
 from ncf_dist.config import Config
 from ncf_dist.errors import BusyRun, ContractError, StaleRun
 from ncf_dist.publish import unseen
@@ -33,7 +35,7 @@ ITEMS = ["apple", "bread", "cheese", "dates", "eggs", "figs"]
 SEEN = {"ann": [0, 1], "bob": [2], "cat": [0, 5], "dan": [3, 4]}
 HELD_OUT = {"ann": [2], "bob": [3], "cat": [], "dan": []}
 COLUMNS = contracts.recommendations(pa.string(), pa.string()).columns
-Row = tuple[Any, int, str, float, str]
+Row = tuple[Any, int, str, float, str, str]
 
 
 def good(model: str = "m1") -> list[Row]:
@@ -45,7 +47,7 @@ def good(model: str = "m1") -> list[Row]:
         "dan": ["apple", "bread"],
     }
     return [
-        (user, rank + 1, item, 1.0 - rank / 2, model)
+        (user, rank + 1, item, 1.0 - rank / 2, model, "model")
         for user, items in offers.items()
         for rank, item in enumerate(items)
     ]
@@ -62,7 +64,9 @@ class Night:
             {"paths": {"lake": self.lake.root, "work": str(root / "work")}, "input": {"path": "unused"}}
         )
 
-    def prepare(self) -> Manifest:
+    def prepare(self, unseen: tuple[str, ...] = ()) -> Manifest:
+        """`unseen`: users of the side table without an index. The last interaction of user number n is n days before
+        ds."""
         users = {"user_id": [self.id(user) for user in SEEN], "user_idx": list(range(len(SEEN)))}
         items = {"item_id": [self.id(item) for item in ITEMS], "item_idx": list(range(len(ITEMS)))}
         history = {
@@ -74,28 +78,50 @@ class Night:
             contracts.user_index(self.id_type): users,
             contracts.item_index(self.id_type): items,
             contracts.HISTORY: history,
+            contracts.INTERACTIONS: self._interactions(),
+            contracts.unseen_users(self.id_type): {"user_id": [self.id(user) for user in unseen]},
         }
         return self._run("prepare", "p1", {c: [pa.table(t, schema=c.schema)] for c, t in tables.items()}, {})
+
+    def _interactions(self) -> dict[str, list[Any]]:
+        night, day = np.datetime64(self.ds, "us").astype(int), 86_400 * 10**6
+        pairs = [
+            (number, item, split)
+            for number, user in enumerate(SEEN)
+            for split, items in ((0, SEEN[user]), (2, HELD_OUT[user]))
+            for item in items
+        ]
+        user, item, split = (list(column) for column in zip(*pairs, strict=True))
+        times = [int(night) - number * day for number in user]
+        return {"user_idx": user, "item_idx": item, "rating": [1.0] * len(user), "timestamp": times, "split": split}
 
     def score(
         self, rows: list[Row] | None = None, key: str = "s1", cuts: tuple[int, ...] = (4,), **facts: Any
     ) -> Manifest:
         """`cuts`: the rows at which a new file begins."""
+        form = facts.get("form", "long")
         contract = contracts.recommendations(self.id_type, self.id_type)
         rows = [(self.id(r[0]), r[1], self.id(r[2]), *r[3:]) for r in (good() if rows is None else rows)]
         edges = [0, *cuts, len(rows)]
         parts = [rows[start:end] for start, end in itertools.pairwise(edges)]
         named = [[dict(zip(contract.columns, row, strict=True)) for row in part] for part in parts]
+        if form == "lists":
+            contract, named = contracts.recommendations(self.id_type, self.id_type, "lists"), list(map(as_lists, named))
         tables = [pa.Table.from_pylist(part, schema=contract.schema) for part in named]
         known = {
             "k": 2,
+            "form": form,
+            "active_since": None,
+            "fallback_days": 30,
+            "items": {},
             "users": 4,
             "short_users": 0,
             "model_version": "m1",
             "seen": "all",
             "prepare_run": "p1",
         }
-        return self._run("score", key, {contract: tables}, known | facts)
+        config = facts.pop("config", {})
+        return self._run("score", key, {contract: tables}, known | facts, config)
 
     def id(self, name: str) -> Any:
         """The customer's id: a name, or a number that may be negative."""
@@ -119,7 +145,14 @@ class Night:
             tuple(row.values()) for row in duckdb.from_arrow(scan).select(*COLUMNS).to_arrow_table().to_pylist()
         )
 
-    def _run(self, stage: str, key: str, tables: dict[Any, list[pa.Table]], facts: dict[str, Any]) -> Manifest:
+    def _run(
+        self,
+        stage: str,
+        key: str,
+        tables: dict[Any, list[pa.Table]],
+        facts: dict[str, Any],
+        config: dict[str, Any] | None = None,
+    ) -> Manifest:
         runs = self.lake.stage(self.ds, stage)
         run = runs.begin(key)
         written = {}
@@ -129,7 +162,17 @@ class Night:
                 for i, part in enumerate(parts)
             ]
             written[contract.name] = TableInfo(contract.name, contract.fingerprint, tuple(files))
-        return runs.finish(Manifest(stage, self.ds, key, run, {}, {}, written, facts))
+        return runs.finish(Manifest(stage, self.ds, key, run, config or {}, {}, written, facts))
+
+
+def as_lists(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the long form as the other one's."""
+    offer = ("rank", "item_id", "score", "reason")
+    return [
+        {"user_id": user, "items": [{name: row[name] for name in offer} for row in mine], "model_version": version}
+        for (user, version), group in itertools.groupby(rows, lambda row: (row["user_id"], row["model_version"]))
+        if (mine := list(group))
+    ]
 
 
 @pytest.fixture
@@ -160,10 +203,16 @@ MUTANTS: dict[str, tuple[list[Row], str]] = {
     "unknown item": (changed(6, item_id="grapes"), r"'dan': item 'grapes'; needed an item of item_index"),
     "unknown user": ([(("eve" if r[0] == "dan" else r[0]), *r[1:]) for r in good()], r"'eve' is unknown"),
     "other model": (changed(7, model_version="m0"), r"'dan': model_version 'm0'; needed 'm1'"),
-    "missing user": (good()[:6], r"3 users; user 'dan' of history has no row"),
-    "extra user": ([*good(), ("eve", 1, "figs", 1.0, "m1"), ("eve", 2, "eggs", 1.0, "m1")], r"'eve' is unknown"),
-    "extra row": ([*good(), ("dan", 3, "cheese", 0.1, "m1")], r"'dan': 3 rows; needed at most 2"),
-    "short user": (good()[:7], r"1 of 4 users have fewer than 2 rows; needed at most the 0"),
+    "missing user": (good()[:6], r"user 'dan' has no row; needed every user that is due"),
+    "extra user": ([*good(), ("eve", 1, "figs", 1.0, "m1", "model")], r"'eve' is unknown"),
+    "extra row": ([*good(), ("dan", 3, "cheese", 0.1, "m1", "model")], r"'dan': 3 rows; needed at most 2"),
+    "short user": (good()[:7], r"user 'dan' has 1 rows; needed 2: K, or all that are left"),
+    "other reason": (changed(5, reason="luck"), r"'cat': reason 'luck'; needed 'model' or 'popular'"),
+    "two reasons": (changed(5, reason="popular"), r"'cat': reason 'popular' at rank 2; needed the user's first"),
+    "popular in place of the model": (
+        [(*r[:5], "popular" if r[0] == "cat" else "model") for r in good()],
+        r"'cat' has reason 'popular'; needed 'model'",
+    ),
     "user in two places": ([*good(), *good()[:2]], r"'ann' begins 2 times \(files part-0000\d-000.parquet, part-"),
 }  # fmt: skip
 
@@ -221,7 +270,7 @@ def test_a_user_who_has_seen_everything_needs_no_rows(night: Night, monkeypatch:
     monkeypatch.setitem(SEEN, "dan", list(range(len(ITEMS))))
     night.prepare()
     night.score(good()[:6])
-    with pytest.raises(ContractError, match="1 of 4 users have fewer than 2 rows"):
+    with pytest.raises(ContractError, match="1 users with fewer than 2 items; needed the 0 that score counted"):
         night.publish()
     night.score(good()[:6], short_users=1, users=3)
     with pytest.raises(ContractError, match="4 users; needed the 3 that score counted"):
@@ -230,15 +279,181 @@ def test_a_user_who_has_seen_everything_needs_no_rows(night: Night, monkeypatch:
     assert night.publish() == ("done", 0)
 
 
-def test_as_many_users_may_be_short_as_score_counted(night: Night) -> None:
+def test_a_user_is_short_only_where_nothing_is_left(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dan has seen all but apple: one row is all there is. While bread is left, one row is too few, whatever score
+    counted."""
     night.score(good()[:7], short_users=1)
+    with pytest.raises(ContractError, match="'dan' has 1 rows; needed 2"):
+        night.publish()
+    monkeypatch.setitem(SEEN, "dan", [1, 2, 3, 4, 5])
+    night.prepare()
     assert night.publish() == ("done", 0)
 
 
 def test_a_count_that_forgets_a_user_does_not_hide_it(night: Night) -> None:
     night.score(good()[:6], users=3)
-    with pytest.raises(ContractError, match="user 'dan' of history has no row"):
+    with pytest.raises(ContractError, match="user 'dan' has no row"):
         night.publish()
+
+
+# ---- which users, which items ------------------------------------------------------------------------------
+
+
+def popular(user: str, *items: str) -> list[Row]:
+    return [(user, rank + 1, item, 1.0, "m1", "popular") for rank, item in enumerate(items)]
+
+
+def without(*users: str) -> list[Row]:
+    return [row for row in good() if row[0] not in users]
+
+
+@pytest.mark.parametrize("rows_per_bucket", [1, 100])
+def test_known_users_without_a_history_get_what_is_popular(
+    night: Night, rows_per_bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cat has test rows alone, dan no rows at all tonight, eve is of the side table and was never seen."""
+    monkeypatch.setattr(unseen, "ROWS_PER_BUCKET", rows_per_bucket)
+    monkeypatch.setitem(SEEN, "cat", [])
+    monkeypatch.setitem(HELD_OUT, "cat", [5])
+    monkeypatch.setitem(SEEN, "dan", [])
+    night.prepare(unseen=("eve",))
+    cat, dan, eve = popular("cat", "bread", "cheese"), popular("dan", "apple", "figs"), popular("eve", "bread", "figs")
+    rest = without("cat", "dan")
+    for rows, message in (
+        ([*good(), *eve], "'cat' has reason 'model'; needed 'popular': no row of theirs was trained on"),
+        ([*rest, *cat, *good()[6:], *eve], "'dan' has reason 'model'; needed 'popular'"),
+        ([*rest, *popular("cat", "figs", "bread"), *dan, *eve], "'cat' is offered item 'figs', seen by"),
+        ([*rest, *cat, *dan], "'eve' has no row"),
+        ([*rest, *cat, *dan, *eve[:1]], "'eve' has 1 rows; needed 2"),
+    ):
+        night.score(rows, users=5)
+        with pytest.raises(ContractError, match=message):
+            night.publish()
+    night.score([*rest, *cat, *dan, *eve], users=5)
+    assert night.publish() == ("done", 0)
+
+
+def test_without_a_fallback_they_get_nothing(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SEEN, "dan", [])
+    night.prepare(unseen=("eve",))
+    night.score(without("dan") + popular("dan", "apple", "figs"), users=4, fallback_days=None)
+    with pytest.raises(ContractError, match="'dan' has rows; needed none"):
+        night.publish()
+    night.score(without("dan") + popular("eve", "apple", "figs"), users=3, fallback_days=None)
+    with pytest.raises(ContractError, match="'eve' is unknown"):
+        night.publish()
+    night.score(without("dan"), users=3, fallback_days=None)
+    assert night.publish() == ("done", 0)
+
+
+@pytest.mark.parametrize("rows_per_bucket", [1, 100])
+def test_only_active_users_where_that_is_promised(
+    night: Night, rows_per_bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last interactions of ann, bob, cat and dan are 0, 1, 2 and 3 days before midnight of the 31st."""
+    monkeypatch.setattr(unseen, "ROWS_PER_BUCKET", rows_per_bucket)
+    night.prepare(unseen=("eve",))
+    night.score(active_since="2026-01-29")
+    with pytest.raises(ContractError, match="'dan' has rows; needed none but for users with an interaction since 2026"):
+        night.publish()
+    night.score(without("cat", "dan"), active_since="2026-01-29", users=3)
+    with pytest.raises(ContractError, match="'cat' has no row"):
+        night.publish()
+    night.score(without("dan"), active_since="2026-01-29", users=3)
+    assert night.publish() == ("done", 0)
+
+
+def test_item_lists_hold(night: Night) -> None:
+    """Apple is not on the list of what is allowed, figs is denied; then only as many items are due as are left."""
+    path = night.root / "allowed.txt"
+    path.write_text("bread\ncheese\ndates\neggs\nfigs\n\nnobody's\n")
+    ids = sorted(path.read_text().split("\n"))
+    allow = {"path": str(path), "ids": 6, "sha256": ids_digest([text for text in ids if text])}
+    deny = {"path": None, "ids": 1, "sha256": ids_digest(["figs"])}
+    config, lists = {"score": {"deny_items": ["figs"]}}, {"allow_items": allow, "deny_items": deny}
+    night.score(config=config, items=lists)
+    with pytest.raises(ContractError, match="'bob': item 'figs'; needed an item that score.allow_items and score.deny"):
+        night.publish()
+    night.score([r for r in good() if r[2] != "figs"], config=config, items=lists)
+    with pytest.raises(ContractError, match="'bob': rank 2; needed rank 1"):
+        night.publish()
+    rows = [*without("bob", "dan")[:2], ("bob", 1, "eggs", 1.0, "m1", "model"), ("bob", 2, "bread", 0.5, "m1", "model")]
+    rows += [*without("ann", "bob", "dan"), ("dan", 1, "cheese", 1.0, "m1", "model")]
+    night.score(rows, config=config, items=lists, short_users=1)
+    with pytest.raises(ContractError, match="'dan' has 1 rows; needed 2"):
+        night.publish()
+    night.score([*rows, ("dan", 2, "bread", 0.5, "m1", "model")], config=config, items=lists)
+    assert night.publish() == ("done", 0)
+    path.write_text("bread\n")
+    night.score([*rows, ("dan", 2, "bread", 0.5, "m1", "model")], key="s2", config=config, items=lists)
+    with pytest.raises(ContractError, match="allowed.txt\\) has changed since score run s2; .* rerun the job score"):
+        night.publish()
+    path.unlink()
+    with pytest.raises(ContractError, match="allowed.txt cannot be read .* rerun the job score"):
+        night.publish()
+
+
+# ---- lists -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in MUTANTS if n != "user in two places"])
+def test_the_rules_hold_for_lists(night: Night, name: str) -> None:
+    rows, message = MUTANTS[name]
+    night.score(rows, form="lists", cuts=())
+    with pytest.raises(ContractError, match=message):
+        night.publish()
+
+
+def test_lists_are_published_a_row_a_user(night: Night) -> None:
+    night.score(form="lists")
+    assert night.publish() == ("done", 0)
+    scan = DeltaTable(str(night.table)).scan(predicate=f"ds = '{night.ds}'")
+    found = duckdb.from_arrow(scan).order("user_id").to_arrow_table().to_pylist()
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in good()]
+    assert found == [{"ds": night.ds, **row} for row in as_lists(rows)]
+    assert night.latest()["rows"] == len(SEEN)
+
+
+def test_an_empty_list_is_refused(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SEEN, "dan", list(range(len(ITEMS))))
+    night.prepare()
+    score = night.score(good()[:6], form="lists", short_users=1)
+    contract = contracts.recommendations(night.id_type, night.id_type, "lists")
+    rows = pa.Table.from_pylist([{"user_id": "dan", "items": [], "model_version": "m1"}], schema=contract.schema)
+    more = write_parquet(rows, score.table_path("recommendations"), "part-00009-000.parquet")
+    table = score.tables["recommendations"]
+    tables = {"recommendations": TableInfo(table.path, table.schema, (*table.files, more))}
+    night.lake.stage(night.ds, "score").finish(dataclasses.replace(score, tables=tables))
+    with pytest.raises(ContractError, match="'dan': an empty list"):
+        night.publish()
+
+
+@pytest.mark.parametrize("first", ["long", "lists"])
+def test_a_table_of_the_other_form_is_left_alone(night: Night, first: str) -> None:
+    night.score(form=first)
+    night.publish()
+    other = Night(night.root, "2026-02-01")
+    other.prepare()
+    other.score(form="lists" if first == "long" else "long")
+    with pytest.raises(ContractError, match="set publish.table to a new name, or score.form to the form"):
+        other.publish()
+    assert {p["ds"] for p in DeltaTable(str(night.table)).partitions()} == {night.ds}
+
+
+def test_a_table_from_before_there_were_reasons_is_left_alone(night: Night) -> None:
+    """What to do is said; neither its nights nor its readers are touched."""
+    schema = contracts.recommendations(pa.string(), pa.string()).schema
+    old = schema.remove(schema.get_field_index("reason")).insert(0, pa.field("ds", pa.string(), nullable=False))
+    DeltaTable.create(str(night.table), old, partition_by=["ds"])
+    night.score()
+    with pytest.raises(
+        ContractError, match="needed .*reason string, partitioned by ds: .* publish.table to a new name"
+    ):
+        night.publish()
+    assert DeltaTable(str(night.table)).version() == 0
+
+
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_file_is_refused(night: Night) -> None:

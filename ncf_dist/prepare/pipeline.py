@@ -433,7 +433,8 @@ class _Night:
             spec = SideSpec(source, id_type, side_columns(side, kind))
             contract = side_contract(side, kind, id_type)
             index = self.frames[f"{kind[:-1]}_index"]
-            self.tables[kind], found = write_side(self.spark, spec, contract, index, self.run, self.staging)
+            tables, found = write_side(self.spark, spec, contract, index, self.run, self.staging)
+            self.tables |= tables
             facts[f"side_{kind}"] = found
             if found["unusable"] or found["repeated"] or found["bad_values"]:
                 log.warning("input.%s: %s", kind, found)

@@ -114,9 +114,9 @@ def _value(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
 
 def write_side(
     spark: SparkSession, spec: SideSpec, contract: contracts.Contract, index: DataFrame, run: str, staging: str
-) -> tuple[TableInfo, dict[str, int]]:
-    """Write the side table of every indexed id; (its table, what was found). Raises InputError where it has no row.
-    index: (id, idx) frame of the side's index."""
+) -> tuple[dict[str, TableInfo], dict[str, int]]:
+    """Write the side table of every indexed id, and of users those that have no index; (the tables, what was found).
+    Raises InputError where it has no row. index: (id, idx) frame of the side's index."""
     kind = contract.name
     units = len(spec.source.units)
     path = posixpath.join(staging, kind)
@@ -149,5 +149,10 @@ def write_side(
         "rows": total, "unusable": unusable, "repeated": repeated, "unknown": unknown, "without": without,
         "bad_values": bad,
     }  # fmt: skip
-    table = write_table(stored.where(F.col(idx).isNotNull()), run, contract, F.floor(F.col(idx) / F.lit(ROWS_PER_FILE)))
-    return table, {name: int(value) for name, value in found.items()}
+    file = F.floor(F.col(idx) / F.lit(ROWS_PER_FILE))
+    tables = {kind: write_table(stored.where(F.col(idx).isNotNull()), run, contract, file)}
+    if kind == "users":
+        unseen = contracts.unseen_users(spec.id_type)
+        file = F.pmod(F.xxhash64(id_column), F.lit(1 + unknown // ROWS_PER_FILE))
+        tables[unseen.name] = write_table(stored.where(F.col(idx).isNull()), run, unseen, file)
+    return tables, {name: int(value) for name, value in found.items()}

@@ -1,16 +1,19 @@
 """Nothing is published that was not read and counted first: the audit of a night's recommendations.
 
 Every file is read once, one at a time, and must be the file of the manifest (sha256, rows, schema). Every
-user has ranks 1..n with n = K, or less for as many users as score counted; distinct items that exist; finite
-scores that do not rise with rank; the one model version that score names. `unseen` then checks across files:
-no user twice, none forgotten, nobody offered what is masked.
+user has ranks 1..n without gaps; distinct items that exist and that the item lists permit; finite scores that do
+not rise with rank; one reason; the one model version that score names. `unseen` then checks across files: exactly
+the users that score promised, each once, with K items or all that are left for them, none of them masked, by the
+model where it knows the user and by popularity where it does not.
 
-Users must be contiguous, in the manifest's order of files; a user may go on in the next file. Memory: one
-file, plus the item index. The first violation raises ContractError; nothing is repaired here.
+Nothing here is score's own code: the table is held to its manifest's facts and to prepare's tables. Users must be
+contiguous, in the manifest's order of files; a user may go on in the next file. Memory: one file, plus the item
+index. The first violation raises ContractError; nothing is repaired here.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -20,31 +23,46 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ncf_dist.artifacts import FileInfo, Manifest, read_bytes, read_schema, read_table
-from ncf_dist.contracts import Contract, item_index, recommendations, user_index
-from ncf_dist.errors import ContractError
-from ncf_dist.publish.unseen import Offers
+from ncf_dist.artifacts import FileInfo, Manifest, ids_digest, listed_ids, read_bytes, read_schema, read_table
+from ncf_dist.contracts import (
+    MODEL,
+    POPULAR,
+    Contract,
+    Form,
+    in_long_form,
+    item_index,
+    recommendations,
+    user_index,
+)
+from ncf_dist.errors import ContractError, InputError
+from ncf_dist.publish.unseen import Offers, Rules
 
 
 @dataclass(frozen=True)
 class Promise:
-    """What score said about the table it wrote."""
+    """What score said about the table it wrote. active_since: the first day of an active user's last interaction;
+    fallback: whether users without a model history are served."""
 
     k: int
+    form: Form
     users: int
     short_users: int
     model_version: str
     seen: str
     prepare_run: str
+    active_since: dt.date | None
+    fallback: bool
 
     @classmethod
     def of(cls, score: Manifest) -> Promise:
         """Raises ContractError where the manifest lacks a fact."""
         facts = score.facts
         try:
+            since = facts["active_since"]
             return cls(
-                int(facts["k"]), int(facts["users"]), int(facts.get("short_users", 0)),
+                int(facts["k"]), facts["form"], int(facts["users"]), int(facts["short_users"]),
                 str(facts["model_version"]), str(facts["seen"]), str(facts["prepare_run"]),
+                dt.date.fromisoformat(since) if since else None, facts["fallback_days"] is not None,
             )  # fmt: skip
         except KeyError as error:
             raise ContractError(
@@ -62,7 +80,7 @@ class Audited:
     most: dict[str, Any]
 
 
-def contract_of(prepare: Manifest) -> Contract:
+def contract_of(prepare: Manifest, form: Form = "long") -> Contract:
     """The recommendations contract with the id types of this night's indexes."""
     types = []
     for name in ("user_id", "item_id"):
@@ -70,12 +88,14 @@ def contract_of(prepare: Manifest) -> Contract:
         schema = read_schema(prepare.files(table)[0])
         (user_index if name == "user_id" else item_index)(schema.field(name).type).check(schema)
         types.append(schema.field(name).type)
-    return recommendations(*types)
+    return recommendations(types[0], types[1], form)
 
 
 def audit(score: Manifest, prepare: Manifest, work: str) -> list[Audited]:
-    """Check the whole night. `work`: a local folder for the checks across files. Raises ContractError."""
-    promise, contract = Promise.of(score), contract_of(prepare)
+    """Check the whole night. `work`: a local folder for the checks across files. Raises ContractError: a rule is broken
+    or an item list is not what score read any more."""
+    promise = Promise.of(score)
+    contract = contract_of(prepare, promise.form)
     if promise.prepare_run != prepare.run_key:
         raise ContractError(
             f"score run {score.run_key} was made from prepare run {promise.prepare_run}, but the current one "
@@ -86,18 +106,51 @@ def audit(score: Manifest, prepare: Manifest, work: str) -> list[Audited]:
     if not np.array_equal(ids["item_idx"].to_numpy(), np.arange(len(ids))):
         raise ContractError(f"table item_index: item_idx is not 0..{len(ids) - 1}; rerun the job prepare")
     items = ids["item_id"].combine_chunks()
+    permitted = _permitted(items, score)
     passed = []
     names = [info.path for info in table.files]
-    user_id = contract.schema.field("user_id").type
-    with Offers(work, prepare, items, user_id, promise.seen, names, table.rows) as offers:
-        rules = _Rules(promise, items, names, offers)
+    rows = table.rows * (1 if promise.form == "long" else promise.k)
+    needed = Rules(promise.k, promise.seen, permitted, promise.active_since, promise.fallback)
+    with Offers(work, prepare, items, contract.schema.field("user_id").type, needed, names, rows) as offers:
+        rules = _Rules(promise, items, permitted, names, offers)
         for number, (info, path) in enumerate(zip(table.files, score.files(contract.name), strict=True)):
-            rows = _read(path, info, contract)
-            rules.add(number, rows)
-            passed.append(_statistics(info, path, rows))
+            stored = _read(path, info, contract)
+            rules.add(number, _long(info.path, stored))
+            passed.append(_statistics(info, path, stored))
         rules.close()
-        rules.check_short(offers.check(promise.users))
+        users, short = offers.check()
+    for found, said, what in (
+        (users, promise.users, ""),
+        (short, promise.short_users, f" with fewer than {promise.k} items"),
+    ):
+        if found != said:
+            _refuse("*", f"{found} users{what}", f"the {said} that score counted")
     return passed
+
+
+def _permitted(items: pa.Array, score: Manifest) -> np.ndarray:
+    """(I,) which items the lists permit."""
+    texts, permitted = items.cast(pa.string()), np.ones(len(items), dtype=bool)
+    for name, wanted in (("allow_items", True), ("deny_items", False)):
+        if name in score.facts["items"]:
+            listed = pc.is_in(texts, value_set=_list(score, name)).to_numpy(zero_copy_only=False)
+            permitted &= listed == wanted
+    return permitted
+
+
+def _list(score: Manifest, name: str) -> pa.Array:
+    """The ids of one list: read again from its file, or as the run's config has them."""
+    fact = score.facts["items"][name]
+    try:
+        ids = listed_ids(fact["path"] or tuple(score.config["score"][name]))
+    except InputError as error:
+        raise ContractError(f"score.{name}: {error}; rerun the job score") from None
+    if ids_digest(ids) != fact["sha256"]:
+        raise ContractError(
+            f"score.{name} ({fact['path']}) has changed since score run {score.run_key}; needed the list that it "
+            "ranked by: rerun the job score"
+        )
+    return pa.array(ids, pa.string())
 
 
 def checked_bytes(path: str, info: FileInfo) -> bytes:
@@ -124,14 +177,31 @@ def _read(path: str, info: FileInfo, contract: Contract) -> pa.Table:
     rows = file.read()
     if rows.num_rows != info.rows:
         _refuse(info.path, f"{rows.num_rows} rows", f"{info.rows} as the manifest says")
-    for name in contract.columns:
+    _no_nulls(info.path, rows)
+    return rows
+
+
+def _no_nulls(file: str, rows: pa.Table) -> None:
+    for name in rows.column_names:
         if rows[name].null_count:
-            _refuse(info.path, f"{rows[name].null_count} nulls in {name}", "none")
+            _refuse(file, f"{rows[name].null_count} nulls in {name}", "none")
+
+
+def _long(file: str, stored: pa.Table) -> pa.Table:
+    """The rows in the long form."""
+    if "items" not in stored.column_names:
+        return stored
+    empty = pc.equal(pc.list_value_length(stored["items"]), 0)
+    if pc.any(empty).as_py():
+        user = stored["user_id"].filter(empty)[0].as_py()
+        _refuse(file, f"user {user!r}: an empty list", "no row for a user without items")
+    rows = in_long_form(stored)
+    _no_nulls(file, rows)
     return rows
 
 
 def _statistics(info: FileInfo, path: str, rows: pa.Table) -> Audited:
-    names = ("user_id", "rank") if rows.num_rows else ()
+    names = [name for name in ("user_id", "rank") if name in rows.column_names and rows.num_rows]
     ranges = {name: pc.min_max(rows[name]).as_py() for name in names}
     return Audited(info, path, *({name: r[end] for name, r in ranges.items()} for end in ("min", "max")))
 
@@ -139,9 +209,10 @@ def _statistics(info: FileInfo, path: str, rows: pa.Table) -> Audited:
 class _Rules:
     """The rules within a user, over whole users: the last one of a file waits for the next file."""
 
-    def __init__(self, promise: Promise, items: pa.Array, names: list[str], offers: Offers) -> None:
-        self.promise, self.items, self.names, self.offers = promise, items, names, offers
-        self.short = 0
+    def __init__(
+        self, promise: Promise, items: pa.Array, permitted: np.ndarray, names: list[str], offers: Offers
+    ) -> None:
+        self.promise, self.items, self.permitted, self.names, self.offers = promise, items, permitted, names, offers
         self._waiting: list[tuple[int, pa.Table]] = []
 
     def add(self, file: int, rows: pa.Table) -> None:
@@ -161,13 +232,6 @@ class _Rules:
         for file, rows in self._waiting:
             self._check(rows, np.full(rows.num_rows, file), _starts(rows["user_id"]))
         self._waiting = []
-
-    def check_short(self, without_rows: int) -> None:
-        """`without_rows`: users for whom no item is left to offer."""
-        short = self.short + without_rows
-        if short > self.promise.short_users:
-            found = f"{short} of {self.promise.users} users have fewer than {self.promise.k} rows"
-            _refuse("*", found, f"at most the {self.promise.short_users} that score counted")
 
     def _check(self, rows: pa.Table, files: np.ndarray, starts: np.ndarray) -> None:
         if not rows.num_rows:
@@ -194,13 +258,17 @@ class _Rules:
         none(counts[run] > self.promise.k, "{count} rows", "at most {k}")
         none(rows["rank"].to_numpy() != due, "rank {rank}", "rank {due} at that place: 1, 2, … without gaps")
         none(item < 0, "item {item_id!r}", "an item of item_index")
+        none(~self.permitted[item], "item {item_id!r}", "an item that score.allow_items and score.deny_items permit")
         none(_repeats(run * len(self.items) + item), "item {item_id!r} twice", "distinct items")
         none(~np.isfinite(score), "score {score} at rank {rank}", "a finite number")
         none(rises, "score {score} at rank {rank} is above the one before it", "scores that do not rise")
         other = pc.not_equal(rows["model_version"], self.promise.model_version).to_numpy()
         none(other, "model_version {model_version!r}", f"{self.promise.model_version!r} in every row")
-        self.short += int((counts < self.promise.k).sum())
-        self.offers.add(files, rows["user_id"], item, due == 1)
+        by_model = pc.equal(rows["reason"], MODEL).to_numpy(zero_copy_only=False)
+        unknown = ~by_model & pc.not_equal(rows["reason"], POPULAR).to_numpy(zero_copy_only=False)
+        none(unknown, "reason {reason!r}", f"{MODEL!r} or {POPULAR!r}")
+        none(by_model != by_model[starts][run], "reason {reason!r} at rank {rank}", "the user's first reason")
+        self.offers.add(files, rows["user_id"], item, due == 1, by_model)
 
 
 def _starts(users: pa.ChunkedArray) -> np.ndarray:

@@ -25,7 +25,8 @@ def publish(config: Config, ds: str) -> Outcome:
     """
     lake = Lake(config.paths.lake)
     score, prepare = lake.stage(ds, "score").current(), lake.stage(ds, "prepare").current()
-    promise, contract = Promise.of(score), contract_of(prepare)
+    promise = Promise.of(score)
+    contract = contract_of(prepare, promise.form)
     night = Night(ds, score.run_key, promise.model_version, promise.k)
     table = PublishedTable(lake.path(config.publish.table), contract)
     files = [table.path_of(night, info.path, info.sha256) for info in score.table(contract).files]

@@ -32,12 +32,11 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from ncf_dist.artifacts import exists, is_local, list_names, make_dirs, read_bytes, remove, sync, write_atomic
-from ncf_dist.contracts import Contract
+from ncf_dist.contracts import PARTITION, Contract
 from ncf_dist.errors import BusyRun, ContractError, StaleRun
 from ncf_dist.publish.audit import Audited, checked_bytes
 
 LATEST = "latest.json"
-PARTITION = "ds"
 STALE_SECONDS = 3_600
 """Age at which a half-written file of a run that died is swept up."""
 _HALF_WRITTEN = re.compile(r"\.tmp$|\.json#\d+$")
@@ -178,7 +177,7 @@ class PublishedTable:
             raise ContractError(
                 f"the published table {self.root} has columns {_columns(table.schema())}; needed "
                 f"{_columns(self.schema)}, partitioned by ds: readers rely on them, so set publish.table to a new "
-                "name"
+                "name, or score.form to the form that is published; nothing was changed"
             )
         nights = _nights(table)
         if {path for path, _ in nights.get(night.ds, [])} == files:
@@ -197,7 +196,7 @@ class PublishedTable:
             "numRecords": file.info.rows,
             "minValues": file.least,
             "maxValues": file.most,
-            "nullCount": dict.fromkeys(self.contract.columns, 0),
+            "nullCount": {f.name: 0 for f in self.contract.schema if not pa.types.is_nested(f.type)},
         }
         path = self.path_of(night, file.info.path, file.info.sha256)
         return AddAction(path, file.info.bytes, {PARTITION: night.ds}, int(time.time() * 1000), True, json.dumps(stats))

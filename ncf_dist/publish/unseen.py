@@ -1,8 +1,10 @@
-"""The rules that need tables joined: no user twice, none forgotten, nobody is offered what the config masks.
+"""The rules that need tables joined: the users that were promised, no user twice, none forgotten, all the items that
+are due to each, none that the config masks, and the right reason.
 
 A hash join by hand, so that memory does not grow with users: rows are dealt to buckets on local disk by their
 user, and equal users meet again in one bucket. Offers and user_index meet by user_id, which gives user_idx;
-then offers and history meet by user_idx.
+then offers and history meet by user_idx. Users of the side table that have no index get one for the occasion,
+after the last of user_index.
 
 Cost: offers, user_index and history are each read once and spilled once (before LZ4: about 28 bytes an offer
 with integer ids, 8 an interaction); memory is one bucket plus the item ids. Linear in rows, without Spark.
@@ -10,9 +12,12 @@ with integer ids, 8 an interaction); memory is one bucket plus the item ids. Lin
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 import posixpath
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -23,7 +28,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ncf_dist.artifacts import Manifest, filesystem, make_dirs, read_table
-from ncf_dist.contracts import HISTORY
+from ncf_dist.contracts import HISTORY, INTERACTIONS
 from ncf_dist.errors import ContractError
 from ncf_dist.sampling import hash64
 
@@ -37,6 +42,9 @@ MASKED = {"all": ("item_idx", "test_item_idx"), "train": ("item_idx",)}
 """The columns of history that score masks."""
 HISTORY_BATCH = 8_192
 """Users of history unpacked at once."""
+INTERACTIONS_BATCH = 262_144
+UNSEEN = "unseen_users"
+OFFER = {"item_idx": pa.int32(), "file": pa.int32(), "by_model": pa.bool_()}
 
 
 class Buckets:
@@ -71,6 +79,17 @@ class Buckets:
         return self._writers[number]
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What the table as a whole must be. permitted: (I,) which items the lists permit."""
+
+    k: int
+    seen: str
+    permitted: np.ndarray
+    active_since: dt.date | None
+    fallback: bool
+
+
 class Offers:
     """Collects (user, item) of every row while the files are read; `check` then judges them together."""
 
@@ -80,25 +99,30 @@ class Offers:
         prepare: Manifest,
         items: pa.Array,
         user_id: pa.DataType,
-        seen: str,
+        rules: Rules,
         names: list[str],
         rows: int,
     ) -> None:
-        if seen not in MASKED:
-            raise ContractError(f"score says seen={seen!r}; needed one of {', '.join(MASKED)}: rerun the job score")
-        self.prepare, self.items, self.masked = prepare, items, MASKED[seen]
+        if rules.seen not in MASKED:
+            raise ContractError(
+                f"score says seen={rules.seen!r}; needed one of {', '.join(MASKED)}: rerun the job score"
+            )
+        self.prepare, self.items, self.rules, self.masked = prepare, items, rules, MASKED[rules.seen]
         info = prepare.table(HISTORY)
         size = max(rows / ROWS_PER_BUCKET, sum(file.bytes for file in info.files) / HISTORY_BYTES_PER_BUCKET)
         self.count = min(MAX_BUCKETS, max(1, math.ceil(size)))
         self.names = names
         self._work, self._user_id = work, user_id
+        self._indexed = prepare.tables["user_index"].rows
+        # Users without an index are served where there is a fallback and where being active is not asked of them.
+        serves_unseen = rules.fallback and rules.active_since is None and UNSEEN in prepare.tables
+        self._unseen = prepare.files(UNSEEN) if serves_unseen else []
+        self._total = self._indexed + (prepare.tables[UNSEEN].rows if serves_unseen else 0)
 
     def __enter__(self) -> Offers:
         make_dirs(self._work)
         self._folder = tempfile.TemporaryDirectory(prefix="publish-", dir=self._work)
-        self._offers = self._buckets(
-            "offers", user_id=self._user_id, item_idx=pa.int32(), file=pa.int32(), first=pa.bool_()
-        )
+        self._offers = self._buckets("offers", user_id=self._user_id, **OFFER, first=pa.bool_())
         return self
 
     def __exit__(
@@ -107,44 +131,82 @@ class Offers:
         self._offers.close()
         self._folder.cleanup()
 
-    def add(self, files: np.ndarray, users: pa.ChunkedArray, items: np.ndarray, first: np.ndarray) -> None:
+    def add(
+        self, files: np.ndarray, users: pa.ChunkedArray, items: np.ndarray, first: np.ndarray, by_model: np.ndarray
+    ) -> None:
         """`files`: the number of each row's file; `first`: whether a user begins at that row."""
-        rows = pa.table({"user_id": users, "item_idx": items, "file": files, "first": first})
+        rows = pa.table({"user_id": users, "item_idx": items, "file": files, "by_model": by_model, "first": first})
         self._offers.add(rows, bucket_of(users, self.count))
 
-    def check(self, users: int) -> int:
-        """Raise ContractError unless all `users` users have offers, each in one place, and none was seen.
-
-        Returns how many users have no offers because they have seen the whole catalogue.
-        """
-        offers = self._by_index()
-        seen = self._seen()
-        found, without, forgotten = 0, 0, None
+    def check(self) -> tuple[int, int]:
+        """Raise ContractError unless exactly the users that are due have offers, each in one place and as many as are
+        due, none of what is masked, with the reason that is due. (users that are due, how many of them have fewer
+        than K items left)"""
+        offers, seen, active = self._by_index(), self._seen(), self._active()
+        users = short = 0
         for number in range(self.count):
-            rows, history = offers.read(number), seen.read(number)
-            past = np.unique(_pairs(history, len(self.items)))
-            again = _contains(past, _pairs(rows, len(self.items)))
-            if again.any():
-                row = rows.slice(int(np.argmax(again)), 1).to_pylist()[0]
-                user_id, item_id = self._name_of(row["user_idx"]), self.items[row["item_idx"]].as_py()
-                what = f"user {user_id!r} is offered item {item_id!r}, seen by {' or '.join(self.masked)} of history"
-                self._refuse(row["file"], f"{what}; needed only unseen items")
-            known, spent = np.unique(past // len(self.items), return_counts=True)
-            user = np.unique(rows["user_idx"].to_numpy())
-            absent = ~_contains(user, known)
-            missing = known[absent & (spent < len(self.items))]
-            forgotten = int(missing[0]) if forgotten is None and len(missing) else forgotten
-            without += int(absent.sum()) - len(missing)
-            found += len(user)
-        if forgotten is not None:
-            name = self._name_of(forgotten)
-            self._refuse(
-                None,
-                f"{found} users; user {name!r} of history has no row; needed every user with unseen items",
-            )
-        if found + without != users:
-            self._refuse(None, f"{found + without} users; needed the {users} that score counted")
-        return without
+            recent = None if active is None else active.read(number)["user_idx"].to_numpy()
+            due, few = self._check_bucket(number, offers.read(number), seen.read(number), recent)
+            users, short = users + due, short + few
+        return users, short
+
+    def _check_bucket(
+        self, number: int, rows: pa.Table, history: pa.Table, recent: np.ndarray | None
+    ) -> tuple[int, int]:
+        """The users whose user_idx is `number` modulo the count of buckets; place p is user_idx number + p · count."""
+        n = len(range(number, self._total, self.count))
+        past = np.unique(_pairs(history, len(self.items)))
+        again = _contains(past, _pairs(rows, len(self.items)))
+        if again.any():
+            row = rows.slice(int(np.argmax(again)), 1).to_pylist()[0]
+            user_id, item_id = self._name_of(row["user_idx"]), self.items[row["item_idx"]].as_py()
+            what = f"user {user_id!r} is offered item {item_id!r}, seen by {' or '.join(self.masked)} of history"
+            self._refuse(row["file"], f"{what}; needed only unseen items")
+        permitted = past[self.rules.permitted[past % len(self.items)]]
+        left = int(self.rules.permitted.sum()) - np.bincount(self._place(permitted // len(self.items)), minlength=n)
+        due = np.minimum(self.rules.k, left)
+        known = self._marks(n, history.filter(history["trained"])["user_idx"].to_numpy())
+        wanted = np.full(n, True) if self.rules.fallback else known
+        if recent is not None:
+            wanted = wanted & self._marks(n, recent)
+        user = self._place(rows["user_idx"].to_numpy())
+        found = np.bincount(user, minlength=n)
+        by_model = self._marks(n, rows.filter(rows["by_model"])["user_idx"].to_numpy())
+
+        def none(bad: np.ndarray, what: str, needed: str) -> None:
+            at = int(np.argmax(bad)) if n else 0
+            if n and bad[at]:
+                file = rows["file"][int(np.argmax(user == at))].as_py() if found[at] else None
+                words = {"found": found[at], "due": due[at]}
+                user_id = self._name_of(number + at * self.count)
+                self._refuse(file, f"user {user_id!r} {what.format(**words)}; needed {needed.format(**words)}")
+
+        active = f"with an interaction since {self.rules.active_since}" if recent is not None else "of history"
+        none((found > 0) & ~wanted, "has rows", f"none but for users {active}, with train rows or with a fallback")
+        none(wanted & (due > 0) & (found == 0), "has no row", "every user that is due, while items are left")
+        none(wanted & (found != due), "has {found} rows", "{due}: K, or all that are left")
+        none((found > 0) & by_model & ~known, "has reason 'model'", "'popular': no row of theirs was trained on")
+        none((found > 0) & ~by_model & known, "has reason 'popular'", "'model': they have train rows")
+        return int(wanted.sum()), int((wanted & (due < self.rules.k)).sum())
+
+    def _place(self, user_idx: np.ndarray) -> np.ndarray:
+        return user_idx // self.count
+
+    def _marks(self, n: int, user_idx: np.ndarray) -> np.ndarray:
+        marks = np.zeros(n, dtype=bool)
+        marks[self._place(user_idx)] = True
+        return marks
+
+    def _active(self) -> Buckets | None:
+        """Users with an interaction since the day that is asked for, dealt by user_idx."""
+        if self.rules.active_since is None:
+            return None
+        since = np.datetime64(self.rules.active_since, "us").astype(np.int64)
+        active = self._buckets("active", user_idx=pa.int32())
+        for batch in self._batches(INTERACTIONS.name, ["user_idx", "timestamp"], INTERACTIONS_BATCH):
+            users = batch.filter(pc.greater_equal(batch["timestamp"], pa.scalar(since)))["user_idx"].unique()
+            active.add(pa.table({"user_idx": users}), users.to_numpy() % self.count)
+        return active
 
     def _by_index(self) -> Buckets:
         """Offers with user_idx in place of user_id, dealt by it."""
@@ -152,7 +214,13 @@ class Offers:
         for path in self.prepare.files("user_index"):
             part = read_table(path)
             index.add(part, bucket_of(part["user_id"], self.count))
-        dealt = self._buckets("dealt", user_idx=pa.int32(), item_idx=pa.int32(), file=pa.int32())
+        following = self._indexed
+        for path in self._unseen:
+            part = read_table(path)
+            part = part.append_column("user_idx", pa.array(np.arange(len(part), dtype=np.int32) + following))
+            index.add(part, bucket_of(part["user_id"], self.count))
+            following += len(part)
+        dealt = self._buckets("dealt", user_idx=pa.int32(), **OFFER)
         for number in range(self.count):
             rows, known = self._offers.read(number), index.read(number)
             begins = rows.filter(rows["first"])
@@ -167,33 +235,39 @@ class Offers:
             at = pc.index_in(rows["user_id"], value_set=known["user_id"])
             if at.null_count:
                 row = rows.filter(pc.is_null(at)).slice(0, 1).to_pylist()[0]
-                self._refuse(row["file"], f"user {row['user_id']!r} is unknown; needed a user of user_index")
+                self._refuse(row["file"], f"user {row['user_id']!r} is unknown; needed a user who is due")
             user_idx = known["user_idx"].take(at)
-            offered = pa.table({"user_idx": user_idx, "item_idx": rows["item_idx"], "file": rows["file"]})
+            offered = pa.table({"user_idx": user_idx, **{name: rows[name] for name in OFFER}})
             dealt.add(offered, user_idx.to_numpy() % self.count)
         index.close()
         return dealt
 
     def _seen(self) -> Buckets:
-        """History as (user_idx, item_idx) rows, dealt by user_idx."""
-        seen = self._buckets("seen", user_idx=pa.int32(), item_idx=pa.int32())
-        for path in self.prepare.files(HISTORY.name):
+        """History as (user_idx, item_idx, whether it is a train or validation row), dealt by user_idx."""
+        seen = self._buckets("seen", user_idx=pa.int32(), item_idx=pa.int32(), trained=pa.bool_())
+        for batch in self._batches(HISTORY.name, ["user_idx", *self.masked], HISTORY_BATCH):
+            for column in self.masked:
+                lists = batch.column(column)
+                user = batch.column("user_idx").take(pc.list_parent_indices(lists))
+                trained = np.full(len(user), column == "item_idx")
+                rows = pa.table({"user_idx": user, "item_idx": pc.list_flatten(lists), "trained": trained})
+                seen.add(rows, user.to_numpy() % self.count)
+        return seen
+
+    def _batches(self, table: str, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+        for path in self.prepare.files(table):
             fs, inner = filesystem(path)
             with fs.open(inner, "rb") as source:
-                columns = ["user_idx", *self.masked]
-                for batch in pq.ParquetFile(source).iter_batches(HISTORY_BATCH, columns=columns):
-                    for column in self.masked:
-                        lists = batch.column(column)
-                        user = batch.column("user_idx").take(pc.list_parent_indices(lists))
-                        rows = pa.table({"user_idx": user, "item_idx": pc.list_flatten(lists)})
-                        seen.add(rows, user.to_numpy() % self.count)
-        return seen
+                yield from pq.ParquetFile(source).iter_batches(rows, columns=columns)
 
     def _buckets(self, name: str, **columns: pa.DataType) -> Buckets:
         return Buckets(self._folder.name, name, pa.schema(columns), self.count)
 
     def _name_of(self, user_idx: int) -> Any:
         """The customer's id of a user: only looked up to say what is wrong."""
+        if user_idx >= self._indexed:
+            unseen = pa.concat_tables([read_table(path) for path in self._unseen])
+            return unseen["user_id"][user_idx - self._indexed].as_py()
         for path in self.prepare.files("user_index"):
             table = read_table(path)
             hit = table.filter(pc.equal(table["user_idx"], user_idx))

@@ -1,4 +1,4 @@
-"""Score a block of users on an executor and write their top K.
+"""Rank for a block of users on an executor and write their top K.
 
 A task holds the item side of the model, the catalogue's ids, one block of users' scores and one output file's rows;
 none of it grows with the number of users.
@@ -7,52 +7,161 @@ none of it grows with the number of users.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
+import numpy.typing as npt
+import psutil
 import pyarrow as pa
 import torch
+from pyspark import TaskContext
 
 from ncf_dist import scoring
 from ncf_dist.artifacts import read_table
 from ncf_dist.bundle import load_model
+from ncf_dist.contracts import MODEL, POPULAR
+from ncf_dist.score.popular import Popular
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.scoring import Lists, ModelScorer
 from ncf_dist.spark_io import FileSink, runs_of
 
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
 
 def score_pass(spec: ScorePass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """For mapInArrow: rows (_file, user_id, user_idx, item_idx list, test_item_idx list), ascending in _file;
+    """For mapInArrow: rows (_file, user_id, user_idx, item_idx list, test_item_idx list, by_model), ascending in _file;
     one row `stats` a task out."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         torch.set_num_threads(1)
         counts: Counter[str] = Counter()
+        clock = _Clock()
         # A file holds whole users; it is cut only by the number of files, never by rows.
         sink = FileSink(spec.folder, spec.contract.schema, rows_per_file=2**31)
-        scorer: ModelScorer | None = None
+        ranker: Ranker | None = None
         for batch in batches:
-            if scorer is None:
-                scorer, item_ids = (
-                    ModelScorer(load_model(spec.bundle), spec.bundle.n_items),
-                    read_item_ids(spec.item_files),
-                )
+            if ranker is None:
+                clock.restart()
+                ranker = Ranker(spec)
+                clock.add("load")
             for file, start, end in runs_of(batch.column("_file").to_numpy()):
-                for first in range(start, end, spec.users_per_block):
-                    block = batch.slice(first, min(spec.users_per_block, end - first))
-                    table = recommend(scorer, block, item_ids, spec)
-                    counts.update(
-                        users=block.num_rows,
-                        short_users=_short(table, block.num_rows, spec.k),
-                        rows=table.num_rows,
-                    )
+                for first in range(start, end, spec.config.users_per_block):
+                    clock.restart()
+                    table = ranker.recommend(batch.slice(first, min(spec.config.users_per_block, end - first)), counts)
+                    counts["table_bytes"] += table.nbytes
+                    clock.add("score")
                     sink.add(file, table)
-        yield pa.RecordBatch.from_pydict(
-            {"stats": [json.dumps({"counts": counts, "files": [vars(f) for f in sink.close()]})]}
-        )
+                    clock.add("write")
+        clock.restart()
+        files = [vars(file) for file in sink.close()]
+        clock.add("write")
+        stats = {"counts": counts, "files": files, "seconds": clock.seconds, "memory": clock.memory}
+        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
 
     return run
+
+
+class _Clock:
+    """Where a task's time goes, and the most memory its process had after any step."""
+
+    def __init__(self) -> None:
+        self.seconds = {"load": 0.0, "score": 0.0, "write": 0.0}
+        self.memory = 0
+        self._since = time.perf_counter()
+
+    def restart(self) -> None:
+        """What went by is not ours: Spark was handing over rows."""
+        self._since = time.perf_counter()
+
+    def add(self, step: str) -> None:
+        now = time.perf_counter()
+        self.seconds[step] += now - self._since
+        self._since = now
+        self.memory = max(self.memory, psutil.Process().memory_info().rss)
+
+
+class Ranker:
+    """The model and the catalogue of one task."""
+
+    def __init__(self, spec: ScorePass) -> None:
+        self.spec, self.k, self.device = spec, spec.config.k, assigned_device()
+        self.item_ids = read_item_ids(spec.item_files)
+        eligible = spec.lists.eligible(self.item_ids)
+        self.n_eligible = spec.bundle.n_items if eligible is None else len(eligible)
+        with self.device:
+            self.scorer = ModelScorer(
+                load_model(spec.bundle).to(self.device),
+                spec.bundle.n_items,
+                eligible=None if eligible is None else torch.from_numpy(eligible).to(self.device),
+                precision=spec.config.precision,
+            )
+        files = spec.popularity_files
+        self.popular = Popular.read(files, spec.bundle.n_items, eligible) if files else None
+
+    def recommend(self, block: pa.RecordBatch, counts: Counter[str]) -> pa.Table:
+        """The recommendations of one block of users, best first within each user."""
+        by_model = block.column("by_model").to_numpy(zero_copy_only=False)
+        values = np.full((block.num_rows, self.k), -np.inf, dtype=np.float32)
+        items = np.zeros((block.num_rows, self.k), dtype=np.int64)
+        for rows, ranked in ((by_model, self._by_model), (~by_model, self._by_popularity)):
+            if rows.any():
+                some = block if rows.all() else block.filter(pa.array(rows))
+                best, index = ranked(some)
+                values[rows, : best.shape[1]], items[rows, : best.shape[1]] = best, index
+        # Not isfinite: a score that is not a number must be seen by the audit, not left out.
+        offered = values != -np.inf
+        counts.update(
+            users=len(by_model),
+            popular_users=int((~by_model).sum()),
+            short_users=int((offered.sum(axis=1) < self.k).sum()),
+            recommendations=int(offered.sum()),
+            pairs=int(by_model.sum()) * self.n_eligible,
+        )
+        return self._table(block, by_model, values, items, offered)
+
+    def _by_model(self, block: pa.RecordBatch) -> tuple[Floats, Ints]:
+        users = torch.from_numpy(block.column("user_idx").to_numpy().astype(np.int64)).to(self.device)
+        with self.device:
+            values, items = scoring.recommend(self.scorer, users, seen_lists(block, self.spec.masked), self.k)
+        return values.cpu().numpy(), items.cpu().numpy()
+
+    def _by_popularity(self, block: pa.RecordBatch) -> tuple[Floats, Ints]:
+        assert self.popular is not None
+        return self.popular.top(seen_lists(block, self.spec.masked), self.k)
+
+    def _table(self, block: pa.RecordBatch, by_model: Bools, values: Floats, items: Ints, offered: Bools) -> pa.Table:
+        """The block's rows in the contract's form."""
+        row, place = np.nonzero(offered)
+        offers = {
+            "rank": pa.array((place + 1).astype(np.int32)),
+            "item_id": self.item_ids.take(pa.array(items[offered])),
+            "score": pa.array(values[offered]),
+            "reason": pa.array([POPULAR, MODEL]).take(pa.array(by_model[row].astype(np.int8))),
+        }
+        if self.spec.config.form == "lists":
+            sizes = offered.sum(axis=1)
+            row = np.flatnonzero(sizes)  # A user without any item has no row, in either form.
+            fields = list(self.spec.contract.schema.field("items").type.value_type)
+            structs = pa.StructArray.from_arrays([offers[field.name] for field in fields], fields=fields)
+            ends = np.concatenate([[0], np.cumsum(sizes[row])]).astype(np.int32)
+            offers = {"items": pa.ListArray.from_arrays(pa.array(ends), structs)}
+        offers["user_id"] = block.column("user_id").take(pa.array(row))
+        offers["model_version"] = pa.repeat(pa.scalar(self.spec.bundle.model_version), len(row))
+        schema = self.spec.contract.schema
+        return pa.table([offers[field.name].cast(field.type) for field in schema], schema=schema)
+
+
+def assigned_device() -> torch.device:
+    """The GPU that Spark assigned to this task, else the CPU."""
+    context = TaskContext.get()
+    gpu = context.resources().get("gpu") if context else None
+    if gpu and torch.cuda.is_available():
+        return torch.device("cuda", int(gpu.addresses[0]))
+    return torch.device("cpu")
 
 
 def read_item_ids(files: tuple[str, ...]) -> pa.Array:
@@ -62,11 +171,10 @@ def read_item_ids(files: tuple[str, ...]) -> pa.Array:
     return table.column("item_id").combine_chunks().take(pa.array(order))
 
 
-def seen_lists(batch: pa.RecordBatch, mask_test: bool) -> Lists:
-    """What each user of the block must not be offered."""
-    names = ("item_idx", "test_item_idx") if mask_test else ("item_idx",)
+def seen_lists(batch: pa.RecordBatch, columns: tuple[str, ...]) -> Lists:
+    """What each user of the block must not be offered: the lists of `columns` together."""
     rows, values = [], []
-    for name in names:
+    for name in columns:
         column = batch.column(name)
         sizes = column.value_lengths().to_numpy(zero_copy_only=False)
         rows.append(np.repeat(np.arange(len(sizes)), sizes))
@@ -77,25 +185,3 @@ def seen_lists(batch: pa.RecordBatch, mask_test: bool) -> Lists:
         value[order],
         np.concatenate([[0], np.cumsum(np.bincount(row, minlength=batch.num_rows))]).astype(np.int64),
     )
-
-
-def recommend(scorer: ModelScorer, batch: pa.RecordBatch, item_ids: pa.Array, spec: ScorePass) -> pa.Table:
-    """The recommendations of one block of users, best first within each user."""
-    users = torch.from_numpy(batch.column("user_idx").to_numpy().astype(np.int64))
-    values, items = scoring.recommend(scorer, users, seen_lists(batch, spec.mask_test), spec.k)
-    offered = torch.isfinite(values)
-    rank = torch.arange(1, values.shape[1] + 1, dtype=torch.int32).expand_as(values)[offered]
-    row = torch.arange(len(users))[:, None].expand_as(values)[offered]
-    columns = [
-        batch.column("user_id").take(pa.array(row.numpy())),
-        pa.array(rank.numpy()),
-        item_ids.take(pa.array(items[offered].numpy())),
-        pa.array(values[offered].numpy()),
-        pa.array([spec.bundle.model_version]).take(pa.array(np.zeros(len(row), dtype=np.int64))),
-    ]
-    return pa.table(columns, schema=spec.contract.schema)
-
-
-def _short(table: pa.Table, users: int, k: int) -> int:
-    """Users of the block with fewer than K rows."""
-    return users - int((table.column("rank").to_numpy() == k).sum())

@@ -1,0 +1,79 @@
+"""Does the table say what the model says? A few users' rows are read back from the written files and compared with the
+trained model, pair by pair: weights read and checked anew, ids looked up anew, no scorer in between.
+
+This is what catches scores of another model, a shifted item map or a scorer that ranks wrongly: publish cannot, since
+it reads no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from ncf_dist.artifacts import read_table
+from ncf_dist.bundle import load_model, verify_weights
+from ncf_dist.contracts import in_long_form
+from ncf_dist.models import Recommender
+from ncf_dist.score.spec import ScorePass
+
+ITEMS_A_CALL = 16_384
+TOLERANCE = {"fp32": 1e-4, "bf16": 2**-5}
+"""Of a user's largest score: sums are rounded in another order than the scorer's."""
+
+
+def check_pass(
+    spec: ScorePass, files: tuple[str, ...]
+) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """For mapInArrow: rows (user_id, user_idx, item_idx list, test_item_idx list) of the users to check, whose
+    recommendations are in `files`; one row `problem` out for each that is wrong."""
+
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        torch.set_num_threads(1)
+        users = [user for batch in batches for user in batch.to_pylist()]
+        if not users:
+            return
+        verify_weights(spec.bundle)
+        model = load_model(spec.bundle)
+        catalogue = pa.concat_tables([read_table(path) for path in spec.item_files]).sort_by("item_idx")["item_id"]
+        ids = catalogue.combine_chunks()
+        wanted = pa.array([user["user_id"] for user in users], spec.contract.schema.field("user_id").type)
+        tables = (read_table(path) for path in files)
+        rows = pa.concat_tables([in_long_form(t.filter(pc.is_in(t["user_id"], value_set=wanted))) for t in tables])
+        allowed = spec.lists.may(ids)
+        for user in users:
+            mine = rows.filter(pc.equal(rows["user_id"], pa.scalar(user["user_id"], wanted.type))).sort_by("rank")
+            may = allowed.copy()
+            may[[item for column in spec.masked for item in user[column]]] = False
+            if problem := _problem(spec, mine, all_scores(model, user["user_idx"], len(ids)), may, ids):
+                yield pa.RecordBatch.from_pydict({"problem": [f"user {user['user_id']!r}: {problem}"]})
+
+    return run
+
+
+@torch.no_grad()
+def all_scores(model: Recommender, user: int, n_items: int) -> np.ndarray:
+    """(I,) the model's scores of one user, as training computes them."""
+    parts = torch.arange(n_items).split(ITEMS_A_CALL)
+    return torch.cat([model(torch.tensor([user]), part).float() for part in parts]).numpy()
+
+
+def _problem(spec: ScorePass, rows: pa.Table, scores: np.ndarray, may: np.ndarray, ids: pa.Array) -> str | None:
+    """What is wrong with a user's rows, in order of rank."""
+    wanted = min(spec.config.k, int(may.sum()))
+    if rows.num_rows != wanted:
+        return f"{rows.num_rows} rows; needed {wanted}"
+    given = rows["score"].to_numpy()
+    item = pc.index_in(rows["item_id"], value_set=ids).to_numpy()
+    best = np.sort(scores[may])[::-1][:wanted]
+    slack = TOLERANCE[spec.config.precision] * float(np.abs(scores).max())
+    for of, needed in (("the model gives this pair", scores[item]), ("the model's score at this rank is", best)):
+        off = ~(np.abs(given - needed) <= slack)  # A score that is not a number is off, too.
+        if off.any():
+            at = int(np.argmax(off))
+            found = f"item {rows['item_id'][at].as_py()!r} has score {given[at]:.6g} at rank {at + 1}"
+            return f"{found}; {of} {needed[at]:.6g}"
+    return None

@@ -1,0 +1,58 @@
+"""The job's own pass over a few users, for a while: what a forecast is made of."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import pyarrow as pa
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ncf_dist.artifacts import remove
+from ncf_dist.bundle import load_model
+from ncf_dist.score.spec import ScorePass
+from ncf_dist.score.users import score_pass
+
+
+def probe_pass(spec: ScorePass, seconds: float) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """`users.score_pass` over what it gets done in `seconds`, at least a block; adds `flops` a pair to its row."""
+
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        begun = time.perf_counter()
+        try:
+            (row,) = score_pass(spec)(_for_a_while(batches, spec.config.users_per_block, seconds))
+        finally:
+            remove(spec.folder)
+        stats = json.loads(row.column("stats")[0].as_py())
+        stats["flops"] = flops_a_pair(spec)
+        stats["task_s"] = time.perf_counter() - begun
+        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
+
+    return run
+
+
+def _for_a_while(batches: Iterable[pa.RecordBatch], rows: int, seconds: float) -> Iterator[pa.RecordBatch]:
+    """Blocks of `rows` until the time is up, the first block's (which loads the model) not counted."""
+    first = True
+    end = 0.0
+    for batch in batches:
+        for start in range(0, batch.num_rows, rows):
+            if not first and time.perf_counter() > end:
+                continue  # The rest must be taken all the same: Spark waits until its rows are read.
+            yield batch.slice(start, rows)
+            if first:
+                first, end = False, time.perf_counter() + seconds
+
+
+def flops_a_pair(spec: ScorePass, users: int = 16, items: int = 256) -> float:
+    """Floating-point operations of the matrix products that join a user with an item, as torch counts them.
+    What is computed once a user or once an item is not in it."""
+    model = load_model(spec.bundle)
+    users, items = min(users, spec.bundle.n_users), min(items, spec.bundle.n_items)
+    with torch.no_grad():
+        user, item = model.user_side(torch.arange(users)), model.item_side(torch.arange(items))
+        with FlopCounterMode(display=False) as counter:
+            model.score_block(user, item)
+    return float(counter.get_total_flops()) / (users * items)

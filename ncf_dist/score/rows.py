@@ -1,0 +1,91 @@
+"""Who is ranked, and what is popular: the Spark side of score.
+
+Users with a model history are those with train or validation rows tonight. Everybody else who is known (users of
+earlier nights whose rows are gone, users of the side table that never interacted, users with nothing but test rows)
+has an embedding that no row of tonight trained, or none: they get what is popular, or nothing where `fallback_days`
+is None.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from ncf_dist import contracts
+from ncf_dist.artifacts import Manifest, read_schema
+from ncf_dist.config import Score
+from ncf_dist.spark_io import read_files, read_table
+
+DAY = 86_400 * 10**6
+"""Microseconds, as timestamps count."""
+
+
+def midnight(day: dt.date) -> int:
+    """Microseconds from 1970 to the beginning of `day` (UTC)."""
+    return (day - dt.date(1970, 1, 1)).days * DAY
+
+
+def active_from(config: Score, ds: str) -> dt.date | None:
+    """The first day of an active user's last interaction; None where everybody counts."""
+    since = config.active_since
+    return dt.date.fromisoformat(ds) - dt.timedelta(days=since) if isinstance(since, int) else since
+
+
+def users_to_rank(spark: SparkSession, prepare: Manifest, config: Score, ds: str) -> DataFrame:
+    """A row a user: user_id, user_idx (-1 without one), item_idx and test_item_idx (what they have seen), by_model."""
+    files = prepare.files("user_index")
+    index = read_files(spark, files, read_schema(files[0]))
+    history = read_table(spark, prepare, contracts.HISTORY)
+    since, fallback = active_from(config, ds), config.fallback_days is not None
+    rows = index.join(history, "user_idx", "left" if fallback else "inner")
+    if fallback and since is None and "unseen_users" in prepare.tables:
+        files = prepare.files("unseen_users")
+        rows = rows.unionByName(read_files(spark, files, read_schema(files[0])), allowMissingColumns=True)
+    none = F.array().cast("array<int>")
+    seen, held_out = (F.coalesce(name, none) for name in ("item_idx", "test_item_idx"))
+    rows = rows.select(
+        "user_id",
+        F.coalesce("user_idx", F.lit(-1)).alias("user_idx"),
+        seen.alias("item_idx"),
+        held_out.alias("test_item_idx"),
+        (F.size(seen) > 0).alias("by_model"),
+    )
+    if not fallback:
+        rows = rows.where("by_model")
+    if since is not None:
+        recent = read_table(spark, prepare, contracts.INTERACTIONS).where(F.col("timestamp") >= midnight(since))
+        rows = rows.join(recent.select("user_idx").distinct(), "user_idx", "left_semi")
+    return rows
+
+
+def in_files(rows: DataFrame, files: int, indexed: int) -> DataFrame:
+    """Each user's file, a function of the user alone. Neighbours in the index share one, so that a task touches only
+    its own stretch of the model's (memory-mapped) user table; users without an index are dealt by a hash."""
+    stretch = F.floor(F.col("user_idx") / F.lit(max(1, -(-indexed // files))))
+    file = F.when(F.col("user_idx") >= 0, stretch).otherwise(F.pmod(F.xxhash64("user_id"), F.lit(files)))
+    return rows.select(file.cast("int").alias("_file"), "user_id", "user_idx", "item_idx", "test_item_idx", "by_model")
+
+
+def in_tasks(rows: DataFrame, tasks: int) -> DataFrame:
+    """File f in partition f mod `tasks`, sorted. Hashing the numbers of files would give some partitions several and
+    others none, and the job would take as long as the fullest: so each partition gets a key that hashes to it."""
+    number = F.col("id").cast("int")
+    hashed = rows.sparkSession.range(32 * tasks).select(number.alias("_key"), F.pmod(F.hash(number), F.lit(tasks)))
+    keys = hashed.toDF("_key", "_task").groupBy("_task").agg(F.min("_key").alias("_key"))
+    keyed = rows.withColumn("_task", F.pmod("_file", F.lit(tasks))).join(F.broadcast(keys), "_task", "left")
+    # Asked for by number: the optimiser must not merge a small input whose work is heavy into one task.
+    dealt = keyed.repartition(tasks, F.coalesce("_key", "_task"))
+    return dealt.drop("_key", "_task").sortWithinPartitions("_file", "user_id")
+
+
+def popularity(spark: SparkSession, prepare: Manifest, config: Score, ds: str) -> DataFrame:
+    """Rows of contracts.POPULARITY. Test rows count as what `seen` says of them."""
+    assert config.fallback_days is not None
+    rows = read_table(spark, prepare, contracts.INTERACTIONS)
+    if config.seen == "train":
+        rows = rows.where(F.col("split") != contracts.TEST_SPLIT)
+    first = dt.date.fromisoformat(ds) - dt.timedelta(days=config.fallback_days)
+    recent = F.sum((F.col("timestamp") >= midnight(first)).cast("bigint"))
+    return rows.groupBy("item_idx").agg(recent.alias("recent"), F.count("*").alias("total"))
