@@ -278,12 +278,15 @@ def recommend(scorer: Scorer, users: Tensor, masked: Lists, k: int) -> tuple[Ten
     blocks are looked through while they are in cache, and only what may be among the K best is kept.
     """
     k = min(k, scorer.n_items)
-    values, items = torch.full((len(users), k), -torch.inf), torch.full((len(users), k), -1)
+    values = torch.full((len(users), k), -torch.inf, device=users.device)
+    items = torch.full((len(users), k), -1, device=users.device)
     for start in range(0, len(users), USERS):
         end = min(start + USERS, len(users))
         some, their = users[start:end], masked.part(start, end)
-        best = _model_best(scorer, some, their, k) if isinstance(scorer, ModelScorer) else _best(scorer, some, their, k)
-        values[start:end], items[start:end] = best
+        if isinstance(scorer, ModelScorer) and users.device.type == "cpu":
+            values[start:end], items[start:end] = _model_best(scorer, some, their, k)
+        else:  # On a GPU the scores of a block are no further away than a threshold.
+            values[start:end], items[start:end] = _best(scorer, some, their, k)
     return values, items
 
 
