@@ -3,7 +3,8 @@
 `rank` counts from 1. Among candidates equal scores share the mean of the places they take (a constant scorer gets
 chance, not luck); in the full catalogue they are ordered by item_idx, as the published table is.
 
-Letters: U users, S held-out items of all users together, m those of one user, K list length, I items, V distinct values.
+Letters: U users, S held-out items of all users together, m those of one user, K list length, I items, V distinct
+values.
 Ranks of several items a user are ragged: rank (S,), offsets (U+1,) where each user's begin, at least one each. Without
 offsets there is one a user. Formulas are those of Manning, Raghavan & Schütze 2008 (chapter 8) unless said otherwise.
 """
@@ -11,6 +12,7 @@ offsets there is one a user. Formulas are those of Manning, Raghavan & Schütze 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,12 +82,18 @@ def per_user(rank: FloatArray, ks: tuple[int, ...], offsets: IntArray | None = N
 
 def _best(rank: FloatArray, offsets: IntArray | None) -> FloatArray:
     rank = np.asarray(rank, dtype=np.float64)
-    return rank if offsets is None else np.minimum.reduceat(rank, _starts(offsets)) if len(rank) else rank
+    if offsets is None or not len(rank):
+        return rank
+    best: FloatArray = np.minimum.reduceat(rank, _starts(offsets))
+    return best
 
 
-def _sum(values: npt.NDArray[np.generic], offsets: IntArray | None) -> FloatArray:
+def _sum(values: npt.NDArray[Any], offsets: IntArray | None) -> FloatArray:
     values = np.asarray(values, dtype=np.float64)
-    return values if offsets is None else np.add.reduceat(values, _starts(offsets)) if len(values) else values
+    if offsets is None or not len(values):
+        return values
+    total: FloatArray = np.add.reduceat(values, _starts(offsets))
+    return total
 
 
 def _sizes(rank: FloatArray, offsets: IntArray | None) -> IntArray:
@@ -116,7 +124,7 @@ def auc(greater: IntArray, equal: IntArray, candidates: IntArray) -> FloatArray:
 
 
 def per_user_among_candidates(
-    greater: IntArray, equal: IntArray, candidates: IntArray, ks: tuple[int, ...], offsets: IntArray
+    greater: IntArray, equal: IntArray, candidates: IntArray, offsets: IntArray, ks: tuple[int, ...]
 ) -> dict[str, FloatArray]:
     """HR@K, NDCG@K, MRR and AUC by name, each (U,). Every held-out item has a list of its own, itself and its
     candidates (He et al. 2017, section 4.1): a user's value is the mean over these lists. (S,) each, offsets (U+1,)"""

@@ -1,9 +1,9 @@
 """Baselines on an executor: scores of a block of users, and the fit of those that stand on the Gram matrix.
 
 - popularity: train interactions of the item.
-- EASE (Steck, Embarrassingly Shallow Autoencoders for Sparse Data, WWW 2019): P = (XᵀX + λ I)⁻¹, B = I - P · diag(1 / diag P),
-  so that diag B = 0; the scores of a user are the sum of the rows of B of the items in the user's history.
-- item k-nearest-neighbours (Sarwar et al., WWW 2001): cosine of item columns, shrunk, the best neighbours of each item kept.
+- EASE (Steck, Embarrassingly Shallow Autoencoders for Sparse Data, WWW 2019): P = (XᵀX + λ I)⁻¹ and
+  B = I - P · diag(1 / diag P), so that diag B = 0; a user's scores are the sum of the rows of B of the user's items.
+- item k-nearest-neighbours (Sarwar et al., WWW 2001): cosine of item columns, shrunk; each item keeps its nearest.
 - ALS for implicit feedback (Hu, Koren & Volinsky, ICDM 2008), fitted by Spark: user factors · item factors.
 
 X is the binary user-item matrix of train and validation. Letters: U users, I items, D factors.
@@ -81,21 +81,21 @@ def fit(spec: GramFit) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.Recor
     """For mapInArrow over one row: reads the history a file at a time and writes each output as safetensors."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for _ in batches:
-            g = gram(
-                (read_table(path).column("item_idx").combine_chunks() for path in spec.history_files), spec.n_items
-            )
-            made = {
-                "item_knn": lambda: item_knn(g, spec.knn_neighbours, spec.knn_shrink),
-                "ease": lambda: ease(g, spec.ease_lambda),  # Last: it changes the matrix.
-            }
-            outputs = dict(spec.outputs)
-            for name in [name for name in made if name in outputs]:
-                make_dirs(posixpath.dirname(outputs[name]))
-                write_atomic(outputs[name], safetensors.torch.save({"weights": made[name]()}))
+        if sum(batch.num_rows for batch in batches):
+            histories = (read_table(path).column("item_idx").combine_chunks() for path in spec.history_files)
+            g = gram(histories, spec.n_items)
+            if spec.knn_to:
+                _save(spec.knn_to, item_knn(g, spec.knn_neighbours, spec.knn_shrink))
+            if spec.ease_to:  # Last: it changes the matrix.
+                _save(spec.ease_to, ease(g, spec.ease_lambda))
         yield pa.RecordBatch.from_pydict({"stats": [json.dumps({})]})
 
     return run
+
+
+def _save(path: str, weights: Tensor) -> None:
+    make_dirs(posixpath.dirname(path))
+    write_atomic(path, safetensors.torch.save({"weights": weights}))
 
 
 def gram(histories: Iterable[pa.Array], n_items: int) -> Tensor:

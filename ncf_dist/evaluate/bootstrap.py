@@ -1,9 +1,9 @@
 """Poisson bootstrap over users: intervals and paired p-values from sums that tasks can add up.
 
-In each of B replicates a user counts w times, w ~ Poisson(1), which for many users is the bootstrap's multinomial resampling
-(Hanley & MacGibbon 2006; over distributed data: Chamandy et al. 2012). A weight is a hash of (seed, user, replicate): a
-user weighs the same for every scorer, so differences between scorers are paired, and no draw depends on where a user
-is computed. Letters: B replicates, U users.
+In each of B replicates a user counts w times, w ~ Poisson(1), which for many users is the bootstrap's multinomial
+resampling (Hanley & MacGibbon 2006; over distributed data: Chamandy et al. 2012). A weight is a hash of (seed, user,
+replicate): a user weighs the same for every scorer, so differences between scorers are paired, and no draw depends on
+where a user is computed. Letters: B replicates, U users.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def interval(replicates: FloatArray) -> list[float] | None:
 
 
 def p_value(differences: FloatArray) -> float | None:
-    """Two-sided p of "no difference" from the replicates (B,) of a paired difference: twice the smaller share of them on
-    either side of 0, both ends counted once more, at least 2 / (B + 1) (Davison & Hinkley 1997, section 4.2). It is
-    below 0.05 where the 95 % interval leaves 0 out. None without replicates."""
+    """Two-sided p of "no difference" from the replicates (B,) of a paired difference: twice the share of them on the
+    smaller side of 0, one more counted, so at least 2 / (B + 1) (Davison & Hinkley 1997, section 4.2). It agrees with
+    the interval: below 0.05 where that leaves 0 out. None without replicates."""
     found = differences[np.isfinite(differences)]
     if not len(found):
         return None

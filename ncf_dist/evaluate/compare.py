@@ -63,7 +63,8 @@ def check_same_rows(other: Manifest, ours: dict[str, str], prepare: Manifest) ->
     different = [name for name in ours if theirs.get(name) != ours[name]]
     if different:
         raise ContractError(
-            f"{other.root} judged {other.facts.get('model_version')} on other rows: {', '.join(different)} of its prepare "
-            f"run {other.inputs.get('prepare')} (ds {other.ds}) differ from those of {prepare.run_key} (ds {prepare.ds}); "
+            f"{other.root} judged {other.facts.get('model_version')} on other rows: {', '.join(different)} of its "
+            f"prepare run {other.inputs.get('prepare')} (ds {other.ds}) differ from those of {prepare.run_key} "
+            f"(ds {prepare.ds}); "
             "needed the same held-out rows and masks: evaluate both models on one prepare run"
         )

@@ -144,7 +144,7 @@ def user_values(rows: Ranks, spec: FiguresPass) -> dict[str, FloatArray]:
     among = [flat[name].astype(np.int64) for name in ("greater", "equal", "candidates")]
     by_protocol = {
         "full": metrics.per_user(flat["full_rank"].astype(np.float64), spec.ks, offsets),
-        "candidates": metrics.per_user_among_candidates(*among, spec.ks, offsets),
+        "candidates": metrics.per_user_among_candidates(*among, offsets, spec.ks),
     }
     found = {f"{p}/{name}": column for p, columns in by_protocol.items() for name, column in columns.items()}
     found |= {f"{protocol}/n": np.ones(len(rows)) for protocol in by_protocol}

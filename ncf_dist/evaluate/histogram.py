@@ -1,7 +1,7 @@
 """A histogram of scores whose range nobody knows beforehand: bounded, and the same however it was put together.
 
-Bins are [i · 2^e, (i + 1) · 2^e). When values no longer fit, neighbours are merged in pairs (e grows by one), so any two
-histograms can be brought to the same bins exactly, and what comes out is a function of all the values alone.
+Bins are [i · 2^e, (i + 1) · 2^e). When values no longer fit, neighbours are merged in pairs (e grows by one), so any
+two histograms can be brought to the same bins exactly, and what comes out is a function of all the values alone.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _exponent(low: float, high: float) -> int:
 
 
 def on_common_bins(histograms: dict[str, Histogram], bins: int) -> dict[str, list[float]]:
-    """{"edges": (at most bins + 1), name: counts, …}: all of them over the same, equally wide bins; empty without values."""
+    """{"edges": (at most bins + 1), name: counts, …}, all over the same, equally wide bins; empty without values."""
     together = Histogram()
     for histogram in histograms.values():
         if histogram.counts:

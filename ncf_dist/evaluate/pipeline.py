@@ -103,8 +103,8 @@ def check_gram(config: Evaluate, n_items: int) -> None:
     if asked and needed > config.gram_bytes:
         raise ConfigError(
             f"evaluate.baselines asks for {' and '.join(asked)}: {n_items:,} items x {n_items:,} items x 8 bytes x "
-            f"{GRAM_COPIES} matrices = {needed:,} bytes; evaluate.gram_bytes allows {config.gram_bytes:,}: raise it where "
-            f"executors have that much, or leave {' and '.join(asked)} out"
+            f"{GRAM_COPIES} matrices = {needed:,} bytes; evaluate.gram_bytes allows {config.gram_bytes:,}: raise it "
+            f"where executors have that much, or leave {' and '.join(asked)} out"
         )
 
 
@@ -126,20 +126,24 @@ class Night:
     def fit_baselines(self) -> tuple[dict[str, tuple[str, ...]], DataFrame | None]:
         """(files of each baseline by name, ALS's user factors or None)."""
         settings = self.config.evaluate
-        fitted: dict[str, tuple[str, ...]] = {name: () for name in settings.baselines}
+        fitted: dict[str, tuple[str, ...]] = dict.fromkeys(settings.baselines, ())
         grams = {name: posixpath.join(self.fits, f"{name}.safetensors") for name in settings.baselines if name in GRAM}
         if grams:
-            history = tuple(self.prepare.files("history"))
             spec = GramFit(
-                history, self.bundle.n_items, tuple(grams.items()),
-                settings.ease_lambda, settings.knn_neighbours, settings.knn_shrink,
-            )  # fmt: skip
+                tuple(self.prepare.files("history")),
+                self.bundle.n_items,
+                grams.get("ease"),
+                grams.get("item_knn"),
+                settings.ease_lambda,
+                settings.knn_neighbours,
+                settings.knn_shrink,
+            )
             self.spark.range(0, 1, 1, 1).mapInArrow(on_executors(spec), "stats string").collect()
             fitted |= {name: (path,) for name, path in grams.items()}
         if "als" not in fitted:
             return fitted, None
-        history = read_table(self.spark, self.prepare, contracts.HISTORY)
-        users, items = fit_als(history, settings, self.config.seed, self.fits)
+        seen = read_table(self.spark, self.prepare, contracts.HISTORY)
+        users, items = fit_als(seen, settings, self.config.seed, self.fits)
         fitted["als"] = tuple(posixpath.join(self.fits, items.path, info.path) for info in items.files)
         return fitted, users
 
@@ -216,7 +220,7 @@ def held_out_users(
     spark: SparkSession, prepare: Manifest, als_users: DataFrame | None = None, als_rank: int = 0
 ) -> DataFrame:
     """One row a user with held-out items: user_idx, seen (train and validation items), held_out (list of item_idx,
-    rating, timestamp, candidates, ascending by item), and ALS factors where there are (zeros for a user without any)."""
+    rating, timestamp, candidates, ascending by item), and ALS factors if any (zeros for a user without)."""
     history = read_table(spark, prepare, contracts.HISTORY).selectExpr("user_idx", "item_idx as seen")
     times = (
         read_table(spark, prepare, contracts.INTERACTIONS)

@@ -30,11 +30,12 @@ class EvaluationPass:
 
 @dataclass(frozen=True)
 class GramFit:
-    """Item-item weights from the Gram matrix of the history: `ease` and `item_knn`, each to a file."""
+    """Item-item weights from the Gram matrix of the history, each to a file, or None where it is not wanted."""
 
     history_files: tuple[str, ...]
     n_items: int
-    outputs: tuple[tuple[str, str], ...]
+    ease_to: str | None
+    knn_to: str | None
     ease_lambda: float
     knn_neighbours: int
     knn_shrink: float

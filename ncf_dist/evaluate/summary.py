@@ -13,6 +13,8 @@ from ncf_dist.evaluate.figures import MODEL, POPULARITY, FloatArray, Sums
 from ncf_dist.evaluate.segments import PopularityDeciles
 
 PROTOCOLS = ("full", "candidates", "rating")
+KINDS = ("mrr", "auc", "hr", "recall", "precision", "ndcg", "map")
+"""Metrics in the order in which they are given."""
 
 
 class Means:
@@ -20,7 +22,8 @@ class Means:
 
     def __init__(self, sums: Sums, scorer: str, protocol: str) -> None:
         prefix = f"{scorer}/{protocol}/"
-        found = {name.removeprefix(prefix): values for name, values in sums.items() if name.startswith(prefix)}
+        named = {name.removeprefix(prefix): values for name, values in sums.items() if name.startswith(prefix)}
+        found = {name: named[name] for name in sorted(named, key=_order)}
         n = found.pop("n", np.zeros(1))
         with np.errstate(divide="ignore", invalid="ignore"):
             self.values = {name: values / n[: len(values)] for name, values in found.items()}
@@ -39,6 +42,12 @@ class Means:
     def intervals(self) -> dict[str, list[float]]:
         found = {name: interval(values[1:]) for name, values in self.values.items()}
         return {name: bounds for name, bounds in found.items() if bounds is not None}
+
+
+def _order(metric: str) -> tuple[int, int]:
+    """By K, then by kind."""
+    kind, _, k = metric.partition("@")
+    return int(k or 0), KINDS.index(kind) if kind in KINDS else 0
 
 
 def of_scorer(sums: Sums, scorer: str) -> dict[str, Any]:
