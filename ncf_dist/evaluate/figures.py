@@ -141,10 +141,10 @@ def _with_interval(name: str) -> bool:
 def user_values(rows: Ranks, spec: FiguresPass) -> dict[str, FloatArray]:
     """Metrics of each user, (U,), by `protocol/metric`; `protocol/n` is 1 a user, of ratings how many there are."""
     flat, offsets = rows.flat, rows.offsets
-    among = [flat[name].astype(np.int64) for name in ("greater", "equal", "candidates")]
+    greater, equal, among = (flat[name].astype(np.int64) for name in ("greater", "equal", "candidates"))
     by_protocol = {
         "full": metrics.per_user(flat["full_rank"].astype(np.float64), spec.ks, offsets),
-        "candidates": metrics.per_user_among_candidates(*among, offsets, spec.ks),
+        "candidates": metrics.per_user_among_candidates(greater, equal, among, offsets, spec.ks),
     }
     found = {f"{p}/{name}": column for p, columns in by_protocol.items() for name, column in columns.items()}
     found |= {f"{protocol}/n": np.ones(len(rows)) for protocol in by_protocol}
