@@ -36,6 +36,8 @@ class Histogram:
         self.merge(Histogram(exponent, Counter({first + int(i): int(found[i]) for i in np.flatnonzero(found)})))
 
     def merge(self, other: Histogram) -> None:
+        if not other.counts:
+            return
         if not self.counts:
             self.exponent = other.exponent
         exponent = max(self.exponent, other.exponent)
