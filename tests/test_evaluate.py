@@ -203,7 +203,8 @@ def test_p_by_hand() -> None:
     """9 replicates, one of them not above 0: 2 (1 + 1) / (9 + 1)."""
     assert p_value(np.array([-1.0, *[1.0] * 8])) == 2 * (1 + 1) / (9 + 1)
     assert p_value(np.zeros(9)) == 1
-    assert p_value(np.array([])) is interval(np.array([])) is None
+    assert p_value(np.array([])) is None
+    assert interval(np.array([])) is None
 
 
 # ---- sums of a file ----------------------------------------------------------------------------------------
@@ -333,6 +334,12 @@ def test_comparisons_are_paired() -> None:
     assert {(row["protocol"], row["metric"]) for row in found} >= {("full", "hr@10"), ("candidates", "auc")}
 
 
+def test_scorers_of_a_file_must_have_ranked_the_same_users() -> None:
+    ranks = {"model": Ranks.of(ranks_table("model", 9, False)), "other": Ranks.of(ranks_table("model", 8, False))}
+    with pytest.raises(ValueError, match="other ranked 8 users, others 9"):
+        file_sums(ranks, COUNTS, spec_of())
+
+
 def test_flat_names() -> None:
     report = {"full": {"hr@10": 1.0}, "lists": {"gini@10": 0.5}, "baselines": {"ease": {"candidates": {"auc": 0.7}}}}
     assert flat_metrics(report) == {"full.hr@10": 1.0, "lists.gini@10": 0.5, "ease.candidates.auc": 0.7}
@@ -362,7 +369,8 @@ def test_sums_have_the_same_bits_with_any_number_of_partitions(
     assert {name: sums.tobytes() for name, sums in one.items()} == {n: sums.tobytes() for n, sums in four.items()}
     parts = [file_sums(read_ranks(file), COUNTS, spec) for file in spec.files]
     for name, sums in one.items():
-        assert sums.tolist() == pytest.approx(sum(part[name] for part in parts if name in part).tolist()), name
+        wanted = np.sum([part[name] for part in parts if name in part], axis=0)
+        assert sums.tolist() == pytest.approx(wanted.tolist()), name
     assert one["model/full/n"][0] == one["popularity/full/n"][0] == 100
 
 

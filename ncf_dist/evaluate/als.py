@@ -28,10 +28,10 @@ def fit_als(history: DataFrame, config: Evaluate, seed: int, folder: str) -> tup
     """(rows (user_idx, als_user), table of item factors under `folder`). history: rows (user_idx, item_idx list)."""
     from pyspark.ml.recommendation import ALS
 
-    rows = history.select("user_idx", F.explode("item_idx").alias("item_idx"))
+    rows = history.select("user_idx", F.explode("item_idx").alias("item_idx"), F.lit(1.0).alias("rating"))
     als = ALS(
         userCol="user_idx", itemCol="item_idx", implicitPrefs=True, seed=seed, rank=config.als_rank,
-        regParam=config.als_reg, alpha=config.als_alpha, maxIter=config.als_iterations, ratingCol="",
+        regParam=config.als_reg, alpha=config.als_alpha, maxIter=config.als_iterations,
     )  # fmt: skip
     model = als.fit(rows)
     items = model.itemFactors.select(F.col("id").alias("item_idx"), F.col("features").alias("factors"))

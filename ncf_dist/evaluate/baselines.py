@@ -95,7 +95,7 @@ def fit(spec: GramFit) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.Recor
 
 def _save(path: str, weights: Tensor) -> None:
     make_dirs(posixpath.dirname(path))
-    write_atomic(path, safetensors.torch.save({"weights": weights}))
+    write_atomic(path, safetensors.torch.save({"weights": weights.contiguous()}))
 
 
 def gram(histories: Iterable[pa.Array], n_items: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class Ranks:
     user: IntArray
     seen_items: IntArray
     offsets: IntArray
-    flat: dict[str, npt.NDArray[np.generic]]
+    flat: dict[str, npt.NDArray[Any]]
 
     @classmethod
     def of(cls, table: pa.Table, rated: bool = False) -> Ranks:
@@ -75,8 +76,7 @@ def _file_sums(spec: FiguresPass) -> Callable[[Iterable[pa.RecordBatch]], Iterat
         for batch in batches:
             for file in batch.column(0).to_pylist():
                 sums = file_sums(read_ranks(spec.files[file], spec.explicit), counts, spec)
-                if sums:
-                    yield _batch(list(sums), [file] * len(sums), list(sums.values()))
+                yield _batch(list(sums), [file] * len(sums), list(sums.values()))
 
     return run
 
@@ -115,20 +115,24 @@ def read_ranks(files: tuple[tuple[str, str, str], ...], explicit: bool = False) 
 
 
 def file_sums(ranks: dict[str, Ranks], train_count: IntArray, spec: FiguresPass) -> Sums:
-    """Sums over the users of one file."""
-    found: Sums = {}
+    """Sums over the users of one file. Raises ValueError unless every scorer ranked the same users: differences are
+    paired."""
+    users = next(iter(ranks.values())).user
+    columns: dict[str, FloatArray] = {}
     for name, rows in ranks.items():
-        if not len(rows):
-            continue
+        if not np.array_equal(rows.user, users):
+            raise ValueError(
+                f"{name} ranked {len(rows):,} users, others {len(users):,}; needed the same ones in a file"
+            )
         values = user_values(rows, spec)
         if name in (MODEL, POPULARITY):
-            values |= segment_values(name, rows, train_count, spec)
-        columns = {f"{name}/{metric}": column for metric, column in values.items()}
-        wanted = {n for n in columns if spec.replicates and _with_interval(n)}
-        replicated = resampled({n: columns[n] for n in sorted(wanted)}, rows.user, spec)
-        for key, column in columns.items():
-            plain = np.array([column.sum()])
-            found[key] = np.concatenate([plain, replicated[key]]) if key in wanted else plain
+            values |= segment_values(rows, train_count, spec)
+        columns |= {f"{name}/{metric}": column for metric, column in values.items()}
+    found = {name: np.array([column.sum()]) for name, column in columns.items()}
+    if spec.replicates:
+        wanted = {name: columns[name] for name in sorted(columns) if _with_interval(name)}
+        for name, replicates in resampled(wanted, users, spec).items():
+            found[name] = np.concatenate([found[name], replicates])
     return found
 
 
@@ -150,12 +154,12 @@ def user_values(rows: Ranks, spec: FiguresPass) -> dict[str, FloatArray]:
     found |= {f"{protocol}/n": np.ones(len(rows)) for protocol in by_protocol}
     found["rows/n"] = np.diff(offsets).astype(np.float64)
     if rows.rated:
-        errors = metrics.rating_sums(flat["score"], flat["rating"], offsets)  # type: ignore[arg-type]
+        errors = metrics.rating_sums(flat["score"], flat["rating"], offsets)
         found |= {f"rating/{name}": column for name, column in errors.items()}
     return found
 
 
-def segment_values(name: str, rows: Ranks, train_count: IntArray, spec: FiguresPass) -> dict[str, FloatArray]:
+def segment_values(rows: Ranks, train_count: IntArray, spec: FiguresPass) -> dict[str, FloatArray]:
     """HR and NDCG over the full catalogue of each user (U,), by `segment/kind/code/metric`. A user whose held-out items
     fall into several segments counts in each, with the items that are in it; 0 in the others."""
     flat, found = rows.flat, {}
@@ -181,8 +185,6 @@ def segment_values(name: str, rows: Ranks, train_count: IntArray, spec: FiguresP
 
 def resampled(columns: dict[str, FloatArray], user: IntArray, spec: FiguresPass) -> dict[str, FloatArray]:
     """Bootstrap sums (B,) of each column (U,)."""
-    if not columns:
-        return {}
     x = np.column_stack(list(columns.values()))
     total = np.zeros((spec.replicates, x.shape[1]))
     step = max(1, WEIGHTS_A_BLOCK // spec.replicates)

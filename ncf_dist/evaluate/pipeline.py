@@ -57,10 +57,10 @@ def evaluate(config: Config, ds: str) -> Outcome:
     key = run_key(STAGE, ds, used, inputs)
     if done := runs.find(key):
         log.info("already evaluated: %s", done.root)
-        return Outcome.of(done, "already-done")
+        return outcome(done, "already-done")
     if prepare.config["split"]["strategy"] == "none":
         log.warning("nothing is held out (split.strategy none): there is nothing to judge the model by")
-        return Outcome.of(runs.finish(Manifest(STAGE, ds, key, runs.begin(key), used, inputs)))
+        return outcome(runs.finish(Manifest(STAGE, ds, key, runs.begin(key), used, inputs)))
     if not prepare.table(contracts.TEST).rows:
         raise ContractError(
             "the test table is empty: no user has enough items to hold one out; "
@@ -91,9 +91,13 @@ def evaluate(config: Config, ds: str) -> Outcome:
         **{name: report[name] for name in ("beats_popularity",) if name in report},
     }
     seconds = round(time.monotonic() - start, 3)
-    runs.finish(Manifest(STAGE, ds, key, run, used, inputs, {ranks.path: ranks}, facts, flat, seconds))
-    outputs = {"metrics": posixpath.join(run, "metrics.json"), ranks.path: posixpath.join(run, ranks.path)}
-    return Outcome("done", key, outputs, flat)
+    return outcome(runs.finish(Manifest(STAGE, ds, key, run, used, inputs, {ranks.path: ranks}, facts, flat, seconds)))
+
+
+def outcome(run: Manifest, status: str = "done") -> Outcome:
+    """What a run says, finished now or before. A night without held-out rows has no report."""
+    report = {"metrics": posixpath.join(run.root, "metrics.json")} if run.tables else {}
+    return Outcome(status, run.run_key, {**report, **run.outputs()}, run.metrics)
 
 
 def check_gram(config: Evaluate, n_items: int) -> None:
