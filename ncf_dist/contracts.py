@@ -20,6 +20,8 @@ from ncf_dist.errors import ContractError
 ID_TYPES = (pa.int64(), pa.string())
 INDEX = pa.int32()
 INDEX_LIST = pa.list_(pa.field("element", INDEX, nullable=False))
+LONG_LIST = pa.list_(pa.field("element", pa.int64(), nullable=False))
+FLOAT_LIST = pa.list_(pa.field("element", pa.float32(), nullable=False))
 
 
 @dataclass(frozen=True)
@@ -244,3 +246,27 @@ def in_long_form(table: pa.Table) -> pa.Table:
 
 
 _LONG_COLUMNS = ("user_id", "rank", "item_id", "score", "model_version", "reason")
+
+
+RANKS = _contract(
+    "ranks",
+    {
+        "user_idx": INDEX,
+        "scorer": pa.string(),
+        "seen_items": INDEX,
+        "item_idx": INDEX_LIST,
+        "timestamp": LONG_LIST,
+        "rating": FLOAT_LIST,
+        "score": FLOAT_LIST,
+        "full_rank": INDEX_LIST,
+        "candidates": INDEX_LIST,
+        "greater": INDEX_LIST,
+        "equal": INDEX_LIST,
+        "top": INDEX_LIST,
+    },
+    ("user_idx", "scorer"),
+    "evaluate",
+    "what evaluate saw of each user with held-out items, one row a scorer: how many train and validation items; the "
+    "held-out items with their timestamp, rating, score, rank in the catalogue, and how many candidates there were, "
+    "beat them and tied with them (lists of one order); and the items of the longest list, best first",
+)

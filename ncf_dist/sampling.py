@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     INDEX_ORDER = 6
     SPLIT = 7
     USER_CAP = 8
+    BOOTSTRAP = 9
     SHARED_NEGATIVE = 16
 
 

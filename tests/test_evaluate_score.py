@@ -167,8 +167,9 @@ def test_the_planted_answer_is_found(evaluated: Outcome) -> None:
 def test_evaluate_writes_what_it_reports(evaluated: Outcome) -> None:
     report = json.loads(Path(evaluated.outputs["metrics"]).read_text())
     assert report["n_users"] == USERS
-    for protocol in ("full", "candidates"):
-        assert set(report[protocol]) == {"mrr", *(f"{m}@{k}" for m in ("hr", "ndcg") for k in (1, 5, K))}
+    kinds = {"full": ("hr", "recall", "precision", "ndcg", "map"), "candidates": ("hr", "ndcg")}
+    for protocol, alone in (("full", {"mrr"}), ("candidates", {"mrr", "auc"})):
+        assert set(report[protocol]) == alone | {f"{m}@{k}" for m in kinds[protocol] for k in (1, 5, K)}
         for name, value in report[protocol].items():
             assert evaluated.metrics[f"{protocol}.{name}"] == value
             assert (
@@ -178,10 +179,11 @@ def test_evaluate_writes_what_it_reports(evaluated: Outcome) -> None:
 
 def test_evaluating_again_finds_it_done(line: Line, evaluated: Outcome) -> None:
     again = evaluate(line.config(), DS)
-    assert (again.status, again.run_key, dict(again.metrics)) == (
+    assert (again.status, again.run_key, dict(again.metrics), again.outputs) == (
         "already-done",
         evaluated.run_key,
         evaluated.metrics,
+        evaluated.outputs,
     )
 
 
@@ -194,6 +196,7 @@ def test_metrics_of_a_known_model(line: Line, caplog: pytest.LogCaptureFixture) 
     metrics = evaluate(line.config(), DS).metrics
     for name in ("hr@1", "hr@5", f"hr@{K}", "ndcg@1", "ndcg@5", f"ndcg@{K}", "mrr"):
         assert metrics[f"full.{name}"] == metrics[f"candidates.{name}"] == 1.0, name
+    assert line.current("evaluate").facts["beats_popularity"] is True
     assert "DOES NOT BEAT POPULARITY" not in caplog.text
 
 
@@ -212,6 +215,7 @@ def test_a_model_worse_than_popularity_is_warned_of(line: Line, caplog: pytest.L
     assert metrics["full.mrr"] == pytest.approx((others / 16 + 1 / 5) / USERS)
     assert metrics["candidates.mrr"] == pytest.approx((others / 11 + 1 / 5) / USERS)
     assert "THE MODEL DOES NOT BEAT POPULARITY over the full catalogue in mrr, hr@1, ndcg@1, hr@5" in caplog.text
+    assert line.current("evaluate").facts["beats_popularity"] is False
 
 
 def without_test_rows(lake: Lake, strategy: str) -> None:

@@ -1,4 +1,7 @@
-"""The job evaluate: full-catalogue and candidate metrics of this night's model on its test rows, beside popularity."""
+"""The job evaluate: full-catalogue and candidate metrics of this night's model on its test rows, beside its baselines.
+
+One pass over the users with held-out items scores them and stores their ranks; all figures are functions of that table.
+"""
 
 from __future__ import annotations
 
@@ -6,125 +9,254 @@ import json
 import logging
 import posixpath
 import time
-from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
-from ncf_dist import contracts, metrics
-from ncf_dist.artifacts import Lake, Manifest, Outcome, run_key, write_atomic
-from ncf_dist.bundle import current_runs, read_bundle, verify_weights
-from ncf_dist.config import Config
-from ncf_dist.errors import ContractError
-from ncf_dist.evaluate.spec import EvaluationPass, on_executors
-from ncf_dist.spark_io import LIST_BATCH_ROWS, read_table, spark_session
+from ncf_dist import contracts
+from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, remove, run_key, write_atomic
+from ncf_dist.bundle import Bundle, current_runs, read_bundle, verify_weights
+from ncf_dist.config import Config, Evaluate
+from ncf_dist.errors import ConfigError, ContractError
+from ncf_dist.evaluate import summary
+from ncf_dist.evaluate.als import fit_als
+from ncf_dist.evaluate.compare import check_same_rows, find_run, judged_on
+from ncf_dist.evaluate.figures import sum_up, with_other
+from ncf_dist.evaluate.histogram import Histogram, on_common_bins
+from ncf_dist.evaluate.lists import list_metrics, popularity_counts
+from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
+from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass, FiguresPass, GramFit, on_executors
+from ncf_dist.spark_io import LIST_BATCH_ROWS, read_files, read_table, spark_session, table_info
 
 log = logging.getLogger(__name__)
 
 STAGE = "evaluate"
+MIN_FILES = 16
+USERS_A_FILE = 25_000
+"""Bounds the rows of `ranks` that a task holds."""
+GRAM = ("ease", "item_knn")
+GRAM_COPIES = 3
+"""Matrices of items x items, float64, at the worst moment of fitting: the Gram matrix, its factor, the inverse."""
+SCORE_BINS = 64
 
 
 def evaluate(config: Config, ds: str) -> Outcome:
     """Judge the current model of night `ds`.
-    Raises ContractError where train or prepare have not finished or do not fit together."""
+    Raises ContractError where train or prepare have not finished or do not fit together, or the run to compare with
+    judged other rows; ConfigError where a baseline would not fit in memory."""
     start = time.monotonic()
     lake = Lake(config.paths.lake)
     prepare, train = current_runs(lake, ds)
-    used = config.model_dump(mode="json", include={"evaluate"})
+    other = find_run(lake, ds, config.evaluate.compare) if config.evaluate.compare else None
+    used = config.model_dump(mode="json", include={"evaluate", "seed"})
+    inputs = {"prepare": prepare.run_key, "train": train.run_key, **({"compare": other.run_key} if other else {})}
     runs = lake.stage(ds, STAGE)
-    key = run_key(STAGE, ds, used, {"prepare": prepare.run_key, "train": train.run_key})
+    key = run_key(STAGE, ds, used, inputs)
     if done := runs.find(key):
         log.info("already evaluated: %s", done.root)
-        return Outcome.of(done, "already-done")
+        return outcome(done, "already-done")
     if prepare.config["split"]["strategy"] == "none":
         log.warning("nothing is held out (split.strategy none): there is nothing to judge the model by")
-        inputs = {"prepare": prepare.run_key, "train": train.run_key}
-        return Outcome.of(runs.finish(Manifest(STAGE, ds, key, runs.begin(key), used, inputs)))
+        return outcome(runs.finish(Manifest(STAGE, ds, key, runs.begin(key), used, inputs)))
     if not prepare.table(contracts.TEST).rows:
         raise ContractError(
             "the test table is empty: no user has enough items to hold one out; "
             "give more data or lower split.min_interactions"
         )
-
-    run = runs.begin(key)
     bundle = read_bundle(posixpath.join(train.root, "bundle"))
     verify_weights(bundle)
+    check_gram(config.evaluate, bundle.n_items)
+    judged = judged_on(prepare)
+    if other:
+        check_same_rows(other, judged, prepare)
+
+    run = runs.begin(key)
     with spark_session("ncf-evaluate", config.spark, LIST_BATCH_ROWS) as spark:
-        explicit = prepare.facts.get("feedback") == "explicit"
-        spec = EvaluationPass(bundle, tuple(prepare.files("item_stats")), config.evaluate.ks, explicit)
-        rows = held_out_users(spark, prepare).repartition(config.spark.shuffle_partitions, "user_idx")
-        stats = [json.loads(row["stats"]) for row in rows.mapInArrow(on_executors(spec), "stats string").collect()]
-    report = summarise(stats)
-    write_atomic(posixpath.join(run, "metrics.json"), json.dumps(report, indent=1).encode())
+        night = Night(spark, config, prepare, bundle, run)
+        fitted, als_users = night.fit_baselines()
+        ranks, scores, timed = night.rank(fitted, als_users)
+        remove(night.fits)
+        report = {"ds": ds, **night.report(ranks, other, timed), "scores": on_common_bins(scores, SCORE_BINS)}
     _log_comparison(report)
-    protocols = [p for p in ("full", "candidates", "rating") if p in report]
-    flat = {f"{p}.{name}": value for p in protocols for name, value in report[p].items()}
-    flat |= {
-        f"popularity.{p}.{name}": value
-        for p, values in report["baselines"]["popularity"].items()
-        for name, value in values.items()
+    # report.html: here the report is complete; `report_data` adds its sections to it, `render` makes the page of it.
+    write_atomic(posixpath.join(run, "metrics.json"), json.dumps(report, indent=1).encode())
+    flat = summary.flat_metrics(report)
+    facts = {
+        "model_version": bundle.model_version,
+        "n_users": report["n_users"],
+        "judged_on": judged,
+        **{name: report[name] for name in ("beats_popularity",) if name in report},
     }
     seconds = round(time.monotonic() - start, 3)
-    facts = {"model_version": bundle.model_version, "n_users": report["n_users"]}
-    runs.finish(
-        Manifest(
-            STAGE,
-            ds,
-            key,
-            run,
-            used,
-            {"prepare": prepare.run_key, "train": train.run_key},
-            {},
-            facts,
-            flat,
-            seconds,
+    return outcome(runs.finish(Manifest(STAGE, ds, key, run, used, inputs, {ranks.path: ranks}, facts, flat, seconds)))
+
+
+def outcome(run: Manifest, status: str = "done") -> Outcome:
+    """What a run says, finished now or before. A night without held-out rows has no report."""
+    report = {"metrics": posixpath.join(run.root, "metrics.json")} if run.tables else {}
+    return Outcome(status, run.run_key, {**report, **run.outputs()}, run.metrics)
+
+
+def check_gram(config: Evaluate, n_items: int) -> None:
+    """Raise ConfigError where a baseline's matrix of items x items takes more than `evaluate.gram_bytes`."""
+    needed = GRAM_COPIES * 8 * n_items**2
+    asked = [name for name in config.baselines if name in GRAM]
+    if asked and needed > config.gram_bytes:
+        raise ConfigError(
+            f"evaluate.baselines asks for {' and '.join(asked)}: {n_items:,} items x {n_items:,} items x 8 bytes x "
+            f"{GRAM_COPIES} matrices = {needed:,} bytes; evaluate.gram_bytes allows {config.gram_bytes:,}: raise it "
+            f"where executors have that much, or leave {' and '.join(asked)} out"
         )
-    )
-    return Outcome("done", key, {"metrics": posixpath.join(run, "metrics.json")}, flat)
 
 
-def held_out_users(spark: SparkSession, prepare: Manifest) -> DataFrame:
-    """One row a test row: user_idx, seen (train and validation items), item_idx, rating, candidates."""
+@dataclass(frozen=True)
+class Night:
+    """What the steps share."""
+
+    spark: SparkSession
+    config: Config
+    prepare: Manifest
+    bundle: Bundle
+    run: str
+
+    @property
+    def fits(self) -> str:
+        """Folder of the fitted baselines; removed when everybody is ranked."""
+        return posixpath.join(self.run, "baselines")
+
+    def fit_baselines(self) -> tuple[dict[str, tuple[str, ...]], DataFrame | None]:
+        """(files of each baseline by name, ALS's user factors or None)."""
+        settings = self.config.evaluate
+        fitted: dict[str, tuple[str, ...]] = dict.fromkeys(settings.baselines, ())
+        grams = {name: posixpath.join(self.fits, f"{name}.safetensors") for name in settings.baselines if name in GRAM}
+        if grams:
+            spec = GramFit(
+                tuple(self.prepare.files("history")),
+                self.bundle.n_items,
+                grams.get("ease"),
+                grams.get("item_knn"),
+                settings.ease_lambda,
+                settings.knn_neighbours,
+                settings.knn_shrink,
+            )
+            self.spark.range(0, 1, 1, 1).mapInArrow(on_executors(spec), "stats string").collect()
+            fitted |= {name: (path,) for name, path in grams.items()}
+        if "als" not in fitted:
+            return fitted, None
+        seen = read_table(self.spark, self.prepare, contracts.HISTORY)
+        users, items = fit_als(seen, settings, self.config.seed, self.fits)
+        fitted["als"] = tuple(posixpath.join(self.fits, items.path, info.path) for info in items.files)
+        return fitted, users
+
+    def rank(
+        self, fitted: Mapping[str, tuple[str, ...]], als_users: DataFrame | None
+    ) -> tuple[TableInfo, dict[str, Histogram], bool]:
+        """(the table `ranks`, histograms of the model's scores by name, whether held-out items have timestamps)."""
+        files = max(MIN_FILES, -(-self.prepare.tables["history"].rows // USERS_A_FILE))
+        spec = EvaluationPass(
+            self.bundle,
+            tuple(self.prepare.files("item_stats")),
+            posixpath.join(self.run, contracts.RANKS.name),
+            max(self.config.evaluate.ks),
+            tuple(fitted.items()),
+        )
+        rows = held_out_users(self.spark, self.prepare, als_users, self.config.evaluate.als_rank)
+        rows = rows.withColumn("_file", F.pmod("user_idx", F.lit(files)))
+        # Asked for by number: the optimiser must not merge a small input whose work is heavy into one task.
+        rows = rows.repartition(files, "_file").sortWithinPartitions("_file", "user_idx")
+        stats = [json.loads(row["stats"]) for row in rows.mapInArrow(on_executors(spec), "stats string").collect()]
+        histograms: dict[str, Histogram] = {}
+        for task in stats:
+            for name, body in task["scores"].items():
+                histograms.setdefault(name, Histogram()).merge(Histogram.from_json(body))
+        table = table_info(contracts.RANKS, [FileInfo(**info) for task in stats for info in task["files"]], self.run)
+        return table, histograms, any(task["timed"] for task in stats)
+
+    def report(self, ranks: TableInfo, other: Manifest | None, timed: bool) -> dict[str, Any]:
+        """`metrics.json` but for the histograms."""
+        settings = self.config.evaluate
+        explicit = self.prepare.facts.get("feedback") == "explicit"
+        stats = read_table(self.spark, self.prepare, contracts.ITEM_STATS)
+        popularity = popularity_counts(stats)
+        deciles = PopularityDeciles.of(*popularity)
+        paths = [posixpath.join(self.run, ranks.path, info.path) for info in ranks.files]
+        scorers = ["model", *settings.baselines]
+        spec = FiguresPass(
+            files=tuple(tuple((name, name, path) for name in scorers) for path in paths),
+            stats_files=tuple(self.prepare.files("item_stats")),
+            deciles=deciles,
+            ks=settings.ks,
+            lead_k=10 if 10 in settings.ks else max(settings.ks),
+            explicit=explicit,
+            segments=tuple(kind for kind in KINDS if kind != "month" or timed),
+            seed=self.config.seed,
+            replicates=settings.bootstrap,
+        )
+        others: list[str] = list(settings.baselines)
+        if other:
+            name = str(other.facts["model_version"])
+            spec = with_other(spec, name, other.files(contracts.RANKS.name))
+            others.append(name)
+        sums = sum_up(self.spark, spec, self.config.spark.shuffle_partitions)
+        lists = list_metrics(read_files(self.spark, paths, contracts.RANKS.schema), stats, settings.ks, popularity)
+        report: dict[str, Any] = {
+            "model_version": self.bundle.model_version,
+            "feedback": "explicit" if explicit else "implicit",
+            "ks": list(settings.ks),
+            "n_users": summary.check_users(sums),
+            "n_rows": int(sums["model/rows/n"][0]),
+            **summary.of_scorer(sums, "model"),
+            "lists": lists["model"],
+            "baselines": {name: {**summary.of_scorer(sums, name), "lists": lists[name]} for name in settings.baselines},
+            "comparisons": summary.comparisons(sums, others),
+            "segments": summary.by_segment(sums, spec.segments, deciles),
+        }
+        if "popularity" in report["baselines"]:
+            worse = summary.not_better(report["full"], report["baselines"]["popularity"]["full"])
+            report["beats_popularity"] = not worse
+        return report
+
+
+def held_out_users(
+    spark: SparkSession, prepare: Manifest, als_users: DataFrame | None = None, als_rank: int = 0
+) -> DataFrame:
+    """One row a user with held-out items: user_idx, seen (train and validation items), held_out (list of item_idx,
+    rating, timestamp, candidates, ascending by item), and ALS factors if any (zeros for a user without)."""
     history = read_table(spark, prepare, contracts.HISTORY).selectExpr("user_idx", "item_idx as seen")
-    return (
-        read_table(spark, prepare, contracts.TEST)
-        .join(history, "user_idx")
-        .select("user_idx", "seen", "item_idx", "rating", "candidates")
+    times = (
+        read_table(spark, prepare, contracts.INTERACTIONS)
+        .where(F.col("split") == contracts.TEST_SPLIT)
+        .select("user_idx", "item_idx", "timestamp")
     )
-
-
-def summarise(stats: list[dict[str, float]]) -> dict[str, Any]:
-    """Add the tasks' sums and divide: {"full", "candidates", "baselines": {"popularity": {…}}, "n_users"}, and
-    "rating" where scores are ratings."""
-    total: Counter[str] = Counter()
-    for task in stats:
-        total.update(task)
-
-    def sums(scorer: str, protocol: str) -> dict[str, float]:
-        prefix = f"{scorer}/{protocol}/"
-        return {name.removeprefix(prefix): value for name, value in total.items() if name.startswith(prefix)}
-
-    def of(scorer: str, protocol: str) -> dict[str, float]:
-        return metrics.means(sums(scorer, protocol))
-
-    popularity = {protocol: of("popularity", protocol) for protocol in ("full", "candidates")}
-    rated = sums("model", "rating")
-    return {
-        **({"rating": metrics.rating_errors(rated)} if rated else {}),
-        "full": of("model", "full"),
-        "candidates": of("model", "candidates"),
-        "baselines": {"popularity": popularity},
-        "n_users": int(total["model/full/n"]),
-    }
+    held_out = (
+        read_table(spark, prepare, contracts.TEST)
+        .join(times, ["user_idx", "item_idx"])
+        .groupBy("user_idx")
+        .agg(F.sort_array(F.collect_list(F.struct("item_idx", "rating", "timestamp", "candidates"))).alias("held_out"))
+    )
+    rows = held_out.join(history, "user_idx").select("user_idx", "seen", "held_out")
+    if als_users is None:
+        return rows
+    zeros = F.array_repeat(F.lit(0.0).cast("float"), als_rank)
+    return rows.join(als_users, "user_idx", "left").withColumn(ALS_USER, F.coalesce(ALS_USER, zeros))
 
 
 def _log_comparison(report: dict[str, Any]) -> None:
-    baseline = report["baselines"]["popularity"]
+    baselines = report["baselines"]
     for protocol in ("full", "candidates"):
         for name, value in report[protocol].items():
-            log.info("%-10s %-8s %.4f   popularity %.4f", protocol, name, value, baseline[protocol][name])
+            beside = "   ".join(f"{b} {values[protocol][name]:.4f}" for b, values in baselines.items())
+            log.info("%-10s %-12s %.4f   %s", protocol, name, value, beside)
     if "rating" in report:
         log.info("%s", "   ".join(f"{name} {value:.4f}" for name, value in report["rating"].items()))
-    worse = [name for name, value in report["full"].items() if value <= baseline["full"][name]]
-    if worse:
-        log.warning("THE MODEL DOES NOT BEAT POPULARITY over the full catalogue in %s", ", ".join(worse))
+    for row in report["comparisons"]:
+        if row["protocol"] == "full" and row.get("p") is not None and row["with"] not in baselines:
+            values = (row["metric"], row["difference"], row["with"], *row["interval"], row["p"])
+            log.info("%s %+.4f against %s (95 %% interval %+.4f to %+.4f, p = %.4f)", *values)
+    if "popularity" in baselines:
+        worse = summary.not_better(report["full"], baselines["popularity"]["full"])
+        if worse:
+            log.warning("THE MODEL DOES NOT BEAT POPULARITY over the full catalogue in %s", ", ".join(worse))

@@ -8,24 +8,63 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from ncf_dist.bundle import Bundle
+from ncf_dist.evaluate.segments import PopularityDeciles
+
+Batches = Iterable[pa.RecordBatch]
+
+ALS_USER = "als_user"
+"""Column of the users' ALS factors, where ALS is a baseline."""
 
 
 @dataclass(frozen=True)
 class EvaluationPass:
-    """Travels to the workers. stats_files: the item_stats table. explicit: scores are predicted ratings."""
+    """One pass over users with held-out items. stats_files: the item_stats table. explicit: scores are predicted
+    ratings. longest: length of the lists. baselines: by name, the files each needs."""
 
     bundle: Bundle
     stats_files: tuple[str, ...]
+    folder: str
+    longest: int
+    baselines: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class GramFit:
+    """Item-item weights from the Gram matrix of the history, each to a file, or None where it is not wanted."""
+
+    history_files: tuple[str, ...]
+    n_items: int
+    ease_to: str | None
+    knn_to: str | None
+    ease_lambda: float
+    knn_neighbours: int
+    knn_shrink: float
+
+
+@dataclass(frozen=True)
+class FiguresPass:
+    """One pass over the stored ranks. files[f]: (scorer to give in the report, scorer in the file, path) of file number
+    f: this run's, and the other run's that it is compared with. segments: kinds to break down by."""
+
+    files: tuple[tuple[tuple[str, str, str], ...], ...]
+    stats_files: tuple[str, ...]
+    deciles: PopularityDeciles
     ks: tuple[int, ...]
-    explicit: bool = False
+    lead_k: int
+    explicit: bool
+    segments: tuple[str, ...]
+    seed: int
+    replicates: int
 
 
-def on_executors(spec: EvaluationPass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """`users.evaluation_pass` for mapInArrow, imported on the executor."""
+def on_executors(spec: EvaluationPass | GramFit) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
+    """The function for mapInArrow that does this, imported on the executor."""
 
-    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        from ncf_dist.evaluate.users import evaluation_pass
+    def run(batches: Batches) -> Iterator[pa.RecordBatch]:
+        from ncf_dist.evaluate import baselines, users
 
-        return evaluation_pass(spec)(batches)
+        if isinstance(spec, GramFit):
+            return baselines.fit(spec)(batches)
+        return users.evaluation_pass(spec)(batches)
 
     return run

@@ -1,78 +1,213 @@
-"""Metrics of a block of users, on an executor: one task's sums for the model and the popularity baseline.
+"""Ranks of a block of users, on an executor: one row a user and scorer of the table `ranks`.
 
-Full catalogue: the held-out item is ranked among all items but those the user has in train and validation. Candidates:
-among its own 1 + N (the NCF protocol), ties averaged.
+Full catalogue: every held-out item is ranked among all items but those the user has in train and validation.
+Candidates: each among its own 1 + N (the NCF protocol): how many beat it and how many tie with it.
+
+A task holds one block of users' scores, the scorers and one file's rows; blocks are cut within a file and a file is a
+function of the user, so no number depends on how Spark dealt the rows.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
-from ncf_dist import metrics
 from ncf_dist.artifacts import read_table
 from ncf_dist.bundle import load_model
-from ncf_dist.evaluate.spec import EvaluationPass
-from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, Scorer, catalogue_rank, mask
+from ncf_dist.contracts import RANKS
+from ncf_dist.evaluate.baselines import item_factors, item_weights, read_lists
+from ncf_dist.evaluate.histogram import Histogram
+from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
+from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, catalogue_rank, mask, top_k
+from ncf_dist.spark_io import FileSink, runs_of
 
-USERS_A_BLOCK = 512
+SCORES_A_BLOCK = 2**21
+"""Scores held at once (U x I): 8 MiB, and as many again while they are ranked."""
+MOST_USERS_A_BLOCK = 512
+
+Score = Callable[["Users"], Tensor]
+"""Scores (U, I) of a block of users, fresh."""
+
+
+@dataclass(frozen=True)
+class Users:
+    """A block of U users with S held-out items and C candidates. held: item_idx by user; candidates: by held-out item;
+    rating, timestamp: (S,). als: (U, D) factors or None."""
+
+    user: Tensor
+    seen: Lists
+    held: Lists
+    rating: pa.Array
+    timestamp: pa.Array
+    candidates: Lists
+    als: Tensor | None
+
+    @classmethod
+    def of(cls, table: pa.Table) -> Users:
+        """Rows (user_idx, seen list, held_out list of (item_idx, rating, timestamp, candidates)), and ALS factors."""
+        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+        held_out = columns["held_out"]
+        items = held_out.flatten()
+        sizes = held_out.value_lengths().to_numpy(zero_copy_only=False)
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        als = None
+        if ALS_USER in columns:
+            flat = columns[ALS_USER].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+            als = torch.from_numpy(flat.reshape(table.num_rows, -1))
+        return cls(
+            torch.from_numpy(columns["user_idx"].to_numpy().astype(np.int64)),
+            read_lists(columns["seen"]),
+            Lists(items.field("item_idx").to_numpy().astype(np.int64), offsets),
+            items.field("rating"),
+            items.field("timestamp"),
+            read_lists(items.field("candidates")),
+            als,
+        )
 
 
 def evaluation_pass(spec: EvaluationPass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """For mapInArrow: rows (user_idx, seen list, item_idx, rating, candidates list) in,
-    one row `stats` (JSON sums) a task out."""
+    """For mapInArrow: rows (_file, …) as `Users.of` reads them, ascending in (_file, user_idx), in; one row `stats`
+    (JSON: files written, histograms of the model's scores, whether any timestamp is set) a task out."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         torch.set_num_threads(1)
-        total: Counter[str] = Counter()
-        scorers: dict[str, Scorer] = {}
-        for batch in batches:
-            scorers = scorers or _scorers(spec)
-            for start in range(0, batch.num_rows, USERS_A_BLOCK):
-                for name, scorer in scorers.items():
-                    rated = spec.explicit and name == "model"
-                    for key, value in block_sums(scorer, batch.slice(start, USERS_A_BLOCK), spec.ks, rated).items():
-                        total[f"{name}/{key}"] += value  # type: ignore[assignment]
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(total)]})
+        sink = FileSink(spec.folder, RANKS.schema, rows_per_file=2**31)
+        histograms = {"all": Histogram(), "held_out": Histogram(), "first": Histogram()}
+        size = max(1, min(MOST_USERS_A_BLOCK, SCORES_A_BLOCK // spec.bundle.n_items))
+        scorers: dict[str, Score] = {}
+        timed = False
+        for file, table in blocks(batches, size):
+            scorers = scorers or make_scorers(spec)
+            users = Users.of(table)
+            timed |= bool(users.timestamp.to_numpy().any())
+            rows = [
+                rank_users(name, score, users, spec.longest, histograms if name == "model" else None)
+                for name, score in scorers.items()
+            ]
+            sink.add(file, pa.concat_tables(rows).sort_by([(column, "ascending") for column in RANKS.key]))
+        stats = {
+            "timed": timed,
+            "files": [vars(info) for info in sink.close()],
+            "scores": {name: histogram.as_json() for name, histogram in histograms.items()},
+        }
+        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
 
     return run
 
 
-def _scorers(spec: EvaluationPass) -> dict[str, Scorer]:
-    counts = pa.concat_tables([read_table(path) for path in spec.stats_files]).column("train_count").to_numpy()
-    return {
-        "model": ModelScorer(load_model(spec.bundle), spec.bundle.n_items),
-        "popularity": PopularityScorer(counts),
+def blocks(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[int, pa.Table]]:
+    """(file, `size` rows of it; the last block of a file has what is left), however the rows were batched."""
+    held: pa.Table | None = None
+    held_file = -1
+    for batch in batches:
+        for file, start, end in runs_of(batch.column("_file").to_numpy()):
+            part = pa.Table.from_batches([batch.slice(start, end - start)])
+            if held is not None and file != held_file:
+                yield from _cut(held_file, held, size)
+                held = None
+            held, held_file = part if held is None else pa.concat_tables([held, part]), file
+            whole_blocks = held.num_rows // size * size
+            yield from _cut(file, held.slice(0, whole_blocks), size)
+            held = held.slice(whole_blocks)
+    if held is not None:
+        yield from _cut(held_file, held, size)
+
+
+def _cut(file: int, table: pa.Table, size: int) -> Iterator[tuple[int, pa.Table]]:
+    for start in range(0, table.num_rows, size):
+        yield file, table.slice(start, size)
+
+
+def make_scorers(spec: EvaluationPass) -> dict[str, Score]:
+    """The model and the baselines by name."""
+    n_items = spec.bundle.n_items
+    model = ModelScorer(load_model(spec.bundle), n_items)
+    found: dict[str, Score] = {"model": lambda users: model.scores(users.user)}
+    for name, files in spec.baselines:
+        found[name] = BASELINES[name](spec, files)
+    return found
+
+
+def _popularity(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
+    scorer = PopularityScorer(train_counts(spec.stats_files))
+    return lambda users: scorer.scores(users.user)
+
+
+def _item_item(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
+    scorer = item_weights(files[0])
+    return lambda users: scorer.scores(users.seen)
+
+
+def _als(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
+    scorer = item_factors(files, spec.bundle.n_items)
+
+    def scores(users: Users) -> Tensor:
+        assert users.als is not None
+        return scorer.scores(users.als)
+
+    return scores
+
+
+BASELINES: dict[str, Callable[[EvaluationPass, tuple[str, ...]], Score]] = {
+    "popularity": _popularity,
+    "ease": _item_item,
+    "item_knn": _item_item,
+    "als": _als,
+}
+
+
+def train_counts(stats_files: tuple[str, ...]) -> np.ndarray:
+    """(I,) train and validation interactions by item_idx."""
+    return pa.concat_tables([read_table(path) for path in stats_files]).column("train_count").to_numpy()
+
+
+def rank_users(
+    name: str, score: Score, users: Users, longest: int, histograms: dict[str, Histogram] | None = None
+) -> pa.Table:
+    """Rows of `ranks` of one block and one scorer. histograms: what counts the scores of unseen items (`all`), of
+    held-out ones and of those ranked first. Raises ValueError for scores that are not finite."""
+    scores, held, among = score(users), users.held, users.candidates
+    row, item = torch.from_numpy(held.row), torch.from_numpy(held.values)
+    own = scores[row, item].numpy()
+    if not np.isfinite(own).all():
+        # Nothing beats a score that is not a number: such a model would rank every held-out item first.
+        raise ValueError(f"{name} gives held-out items scores that are not finite; needed finite ones: train again")
+    theirs = scores[row[torch.from_numpy(among.row)], torch.from_numpy(among.values)].numpy()
+    greater = np.bincount(among.row, weights=theirs > own[among.row], minlength=len(own))
+    equal = np.bincount(among.row, weights=theirs == own[among.row], minlength=len(own))
+    mask(scores, users.seen)
+    values, top = top_k(scores, longest)
+    offered = torch.isfinite(values)
+    if histograms is not None:
+        histograms["all"].add(scores.numpy().ravel())
+        histograms["held_out"].add(own)
+        histograms["first"].add(values[:, 0].numpy())
+    # A few rows at a time: a user with many held-out items has as many rows of scores.
+    parts = zip(row.split(len(users.user)), item.split(len(users.user)), strict=True)
+    full = torch.cat([catalogue_rank(scores[r], i) for r, i in parts])
+
+    def lists(values: np.ndarray | pa.Array) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(held.offsets, pa.int32()), pa.array(values))
+
+    lengths = np.concatenate([[0], np.cumsum(offered.sum(1).numpy())])
+    columns = {
+        "user_idx": pa.array(users.user.numpy()),
+        "scorer": pa.array([name] * len(users.user)),
+        "seen_items": pa.array(np.diff(users.seen.offsets)),
+        "item_idx": lists(held.values),
+        "timestamp": lists(users.timestamp),
+        "rating": lists(users.rating),
+        "score": lists(own),
+        "full_rank": lists(full.numpy()),
+        "candidates": lists(np.diff(among.offsets)),
+        "greater": lists(greater.astype(np.int64)),
+        "equal": lists(equal.astype(np.int64)),
+        "top": pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), pa.array(top[offered].numpy())),
     }
-
-
-def lists(column: pa.Array) -> Lists:
-    """An Arrow list column as values and offsets from 0."""
-    sizes = column.value_lengths().to_numpy(zero_copy_only=False)
-    return Lists(column.flatten().to_numpy().astype(np.int64), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
-
-
-def block_sums(scorer: Scorer, batch: pa.RecordBatch, ks: tuple[int, ...], rated: bool = False) -> dict[str, float]:
-    """Sums over the users of one block: "full/<metric>" and "candidates/<metric>", and where scores are ratings,
-    "rating/<error>"."""
-    users = torch.from_numpy(batch.column("user_idx").to_numpy().astype(np.int64))
-    item = torch.from_numpy(batch.column("item_idx").to_numpy().astype(np.int64))
-    scores = scorer.scores(users)
-    among = lists(batch.column("candidates"))
-    own = scores.gather(1, item[:, None])[:, 0].numpy()
-    theirs = scores[torch.from_numpy(among.row), torch.from_numpy(among.values)].numpy()
-    greater = np.bincount(among.row, weights=theirs > own[among.row], minlength=len(users))
-    equal = np.bincount(among.row, weights=theirs == own[among.row], minlength=len(users))
-    full = catalogue_rank(mask(scores, lists(batch.column("seen"))), item).numpy()
-    by_protocol = {
-        "full": metrics.sums(full, ks),
-        "candidates": metrics.sums(metrics.mean_rank(greater, equal), ks),
-    }
-    if rated:
-        by_protocol["rating"] = metrics.rating_sums(own, batch.column("rating").to_numpy())
-    return {f"{protocol}/{name}": value for protocol, sums in by_protocol.items() for name, value in sums.items()}
+    return pa.table([pa.array(columns[f.name]).cast(f.type) for f in RANKS.schema], schema=RANKS.schema)
