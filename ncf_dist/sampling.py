@@ -43,6 +43,7 @@ class Purpose(IntEnum):
     SPLIT = 7
     USER_CAP = 8
     SHARED_NEGATIVE = 16
+    EXAMPLE = 24
 
 
 def _signed(value: int) -> int:
