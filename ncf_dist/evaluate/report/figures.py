@@ -11,7 +11,15 @@ from ncf_dist.evaluate.report import charts
 from ncf_dist.evaluate.report.charts import Dot, Series
 from ncf_dist.evaluate.report.text import called, compact, metric_text, percent_text
 
-SEGMENTS = {"activity": "By activity of the user", "item_popularity": "By popularity of the held-out item"}
+SEGMENTS = {
+    "activity": ("By activity of the user", "Items in train and validation."),
+    "item_popularity": (
+        "By popularity of the held-out item",
+        "Each decile holds a tenth of the interactions, the first by the most popular items.",
+    ),
+    "month": ("By month of the held-out item", ""),
+}
+"""Kind of segment: title, note."""
 MOST_MONTHS = 120
 
 
@@ -39,7 +47,7 @@ def _systems(data: Mapping[str, Any], k: int) -> Markup | None:
     return charts.dots(label, rows) if len(rows) > 1 else None
 
 
-def _segments(data: Mapping[str, Any], k: int) -> list[tuple[str, Markup]]:
+def _segments(data: Mapping[str, Any], k: int) -> list[tuple[str, str, Markup]]:
     name, drawn = f"ndcg@{k}", []
     for kind, segments in data["segments"].items():
         if not segments or (kind == "month" and len(segments) > 2):
@@ -49,8 +57,8 @@ def _segments(data: Mapping[str, Any], k: int) -> list[tuple[str, Markup]]:
                 s.get("popularity", {}).get(name), metric_text(s["full"][name]))
             for s in segments
         ]  # fmt: skip
-        title = SEGMENTS.get(kind, f"By {kind}")
-        drawn.append((title, charts.dots(f"{title}: {called(name)} of the model and of popularity", rows)))
+        title, note = SEGMENTS.get(kind, (f"By {kind}", ""))
+        drawn.append((title, note, charts.dots(f"{title}: {called(name)} of the model and of popularity", rows)))
     return drawn
 
 

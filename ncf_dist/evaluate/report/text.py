@@ -86,15 +86,16 @@ def percent_text(share: float | None) -> str:
 
 def seconds_text(seconds: float) -> str:
     """75.2 → 1 min 15 s"""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
 
 
 def bytes_text(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
+    """Three figures: 5.25 MiB, 75.2 MiB, 1,011 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
         count /= 1024
-    return f"{count:,.1f} TiB"
+    return f"{count:,.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
