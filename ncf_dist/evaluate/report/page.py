@@ -6,6 +6,7 @@ forbids the rest. Text from logs is escaped (autoescape), and characters that do
 
 from __future__ import annotations
 
+import functools
 import json
 import posixpath
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,11 @@ def write_report(run: str, data: Mapping[str, Any]) -> str:
 
 def render(data: Mapping[str, Any]) -> str:
     """The page of `report_data`'s result. Sections that the data does not have are left out."""
+    return _environment().get_template("page.html").render(view(data))
+
+
+@functools.cache
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("ncf_dist.evaluate.report"),
         autoescape=True,
@@ -60,7 +66,7 @@ def render(data: Mapping[str, Any]) -> str:
         "cut": lambda found, most: found if len(found) <= most else found[: most - 1] + "…",
         "json": lambda value: json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False),
     }
-    return environment.get_template("page.html").render(view(data))
+    return environment
 
 
 def view(data: Mapping[str, Any]) -> dict[str, Any]:
