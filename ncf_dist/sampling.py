@@ -44,6 +44,7 @@ class Purpose(IntEnum):
     USER_CAP = 8
     BOOTSTRAP = 9
     SHARED_NEGATIVE = 16
+    EXAMPLE = 24
 
 
 def _signed(value: int) -> int:

@@ -14,6 +14,7 @@ WINDOW = {
     "deltalake": ("1.6.6", "2"),
     "filelock": ("3.12", None),
     "fsspec": ("2024.2", None),
+    "jinja2": ("3.1", None),
     "matplotlib": ("3.8", None),
     "numpy": ("1.26", "2"),
     "pandas": ("2.1", "3"),

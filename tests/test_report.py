@@ -1,0 +1,559 @@
+"""report.html: what stands on it is what the data says, and nothing in a log can change the page."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyspark.sql import SparkSession
+
+from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, write_parquet
+from ncf_dist.contracts import HISTORY, INTERACTIONS, ITEM_STATS, QUARANTINE, Contract, item_index, items, user_index
+from ncf_dist.evaluate.report import charts, text
+from ncf_dist.evaluate.report.data import report_data, thinned
+from ncf_dist.evaluate.report.examples import example_users, examples
+from ncf_dist.evaluate.report.page import render, write_report
+from ncf_dist.evaluate.report.profile import long_tail, profile
+
+EVIL = "<script>alert(1)</script>\x00\"' onload=x \u202e"
+VOID = {"meta", "br", "wbr"}
+
+
+def metrics_of(best: float) -> dict[str, float]:
+    names = ("hr", "recall", "precision", "ndcg", "map")
+    return {
+        "mrr": best / 2,
+        **{f"{name}@{k}": best * k / 20 + i / 1000 for i, name in enumerate(names) for k in (5, 10)},
+    }
+
+
+def implicit() -> dict[str, Any]:
+    """A report with every section."""
+    model, popular = metrics_of(0.4), metrics_of(0.2)
+    both = {"full": model, "candidates": {**model, "auc": 0.9}}
+    theirs = {"full": popular, "candidates": {**popular, "auc": 0.6}}
+    segment = {
+        "name": "1–9 items",
+        "users": 40,
+        "full": {"hr@10": 0.3, "ndcg@10": 0.2},
+        "popularity": {"hr@10": 0.1, "ndcg@10": 0.05},
+        "intervals": {"ndcg@10": [0.1, 0.3]},
+    }
+    item = {"item_id": 7, "title": "Film 7 (1977)"}
+    return {
+        "ds": "2026-01-31",
+        "model_version": "neumf-0123456789ab",
+        "feedback": "implicit",
+        "ks": [5, 10],
+        "n_users": 1234,
+        "n_rows": 2345,
+        **both,
+        "lists": {"coverage@10": 0.41, "gini@10": 0.87},
+        "intervals": {name: {m: [v - 0.01, v + 0.01] for m, v in found.items()} for name, found in both.items()},
+        "baselines": {"popularity": {**theirs, "lists": {"coverage@10": 0.02, "gini@10": 0.99}}},
+        "comparisons": [
+            {"with": "popularity", "protocol": "full", "metric": "ndcg@10", "difference": 0.1,
+             "interval": [0.08, 0.12], "p": 0.0004},
+        ],
+        "segments": {
+            "activity": [segment],
+            "item_popularity": [{**segment, "name": "decile 1, items with 10–20"}],
+            "month": [{**segment, "name": f"2000-{month:02}"} for month in range(1, 6)],
+        },
+        "scores": {"edges": [0, 1, 2, 3], "all": [50, 20, 10], "held_out": [1, 4, 5], "first": [0, 1, 9]},
+        "beats_popularity": True,
+        "examples": [
+            {
+                "user_id": "u1",
+                "liked": [{**item, "rating": 4.5}],
+                "held_out": [{**item, "item_id": 8, "title": "Film 8", "rank": 1042}],
+                "recommended": [{**item, "rank": rank, "item_id": rank, "title": f"Film {rank}"} for rank in (1, 2, 8)],
+            }
+        ],
+        "profile": {
+            "users": 1234,
+            "items": 321,
+            "interactions": 98765,
+            "density": 0.25,
+            "rows": {"input": 100000, "accepted": 98765, "duplicates": 1200, "quarantined": {"needed 4 fields": 35}},
+            "quarantine_samples": [{"reason": "needed 4 fields", "file": "a.dat", "place": 17, "raw": "1::2"}],
+            "long_tail": [[1, 0.1], [10, 0.44], [100, 1.0]],
+            "activity": {"edges": [1, 2, 5], "users": [1000, 234]},
+            "item_counts": {"edges": [1, 2, 5, 10], "items": [1, 300, 20]},
+            "by_month": [["2000-01", 50000], ["2000-03", 48765]],
+        },
+        "training": {
+            "epochs": [{"epoch": e, "loss": 0.5 - e / 10, "ndcg@10": 0.3 + e / 10, "hr@10": 0.6} for e in range(3)],
+            "curve": [[e, s, 0.5, 0.001] for e in range(3) for s in range(5)],
+            "best_epoch": 1,
+        },
+        "resources": [
+            {"stage": "prepare", "seconds": 52.3, "facts": {"rows/s": 1912.4, "bytes stored": 3 * 2**20}},
+            {"stage": "train", "seconds": 4000, "facts": {"waiting for data": 0.02}},
+        ],
+        "peak_memory_bytes": 5 * 2**20,
+        "lineage": {
+            "inputs": [{"name": "interactions", "path": "logs/a.dat", "fingerprint": "f00"}],
+            "index": None,
+            "runs": {"prepare": "p1", "train": "t1", "evaluate": "e1"},
+            "weights_sha256": "0123abcd",
+            "config": {"negatives": {"candidates": 99}},
+            "versions": {"ncf_dist": "0.1.0", "torch": "2.13.0"},
+            "seed": 1,
+        },
+    }  # fmt: skip
+
+
+REQUIRED = ("ds", "model_version", "feedback", "ks", "n_users", "full")
+
+
+def explicit() -> dict[str, Any]:
+    """Ratings; no candidates, no baselines, nothing optional but the rating errors."""
+    data = {name: value for name, value in implicit().items() if name in REQUIRED}
+    return {**data, "feedback": "explicit", "rating": {"mse": 0.7512, "rmse": 0.8667, "mae": 0.6812}}
+
+
+class Page(HTMLParser):
+    """Tags that are balanced, their attributes, and the text outside of style."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.values: dict[str, tuple[str, str]] = {}
+        """<data> elements: data-key to (value, text)."""
+        self.texts: list[str] = []
+        self._key: tuple[str, str] | None = None
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    @property
+    def tags(self) -> set[str]:
+        return {tag for tag, _, _ in self.attributes}
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    @property
+    def ids(self) -> set[str | None]:
+        return {value for _, name, value in self.attributes if name == "id"}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs] or [(tag, "", None)]
+        if tag == "data":
+            found = dict(attrs)
+            self._key = (str(found["data-key"]), str(found["value"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "style":
+            return
+        if self._key and self.open[-1] == "data":
+            key, value = self._key
+            self.values[key] = (value, data)
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page(render(implicit()))
+
+
+# ---- the numbers ---------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.dictionaries(
+        st.from_regex(r"[a-z_]{1,8}(@[1-9][0-9]?)?", fullmatch=True), st.floats(-10, 10, allow_nan=False), max_size=12
+    )
+)
+@settings(max_examples=25, deadline=None)
+def test_every_metric_is_on_the_page_as_it_is_in_the_data(more: dict[str, float]) -> None:
+    """Whatever they are called; the exact value beside the one that is read."""
+    data = implicit()
+    data["full"] |= more
+    values = Page(render(data)).values
+    for group in ("full", "candidates", "lists"):
+        for name, value in data[group].items():
+            exact, read = values[f"model.{group}.{name}"]
+            assert float(exact) == value
+            assert float(read.replace("−", "-")) == pytest.approx(value, abs=0.5001e-4)
+        for name, value in data["baselines"]["popularity"][group].items():
+            if name in data[group]:
+                assert float(values[f"popularity.{group}.{name}"][0]) == value
+
+
+def test_figures_beside_the_metrics_are_the_data_s(page: Page) -> None:
+    for wanted in (
+        "2,345 held-out interactions",
+        "NDCG@10 over the full catalogue is 0.2030 , 1.97 times popularity’s 0.1030",  # (.4 · 10/20 + .003) / (.2 · …)
+        "+0.1000 , 95 % interval +0.0800 to +0.1200, p < 0.001",
+        "0.1930–0.2130",
+        "read 100,000 accepted 98,765 duplicates 1,200 quarantined 35",
+        "density 25 %",
+        "52.3 s rows/s 1,912 bytes stored 3 MiB",
+        "1 h 6 min waiting for data 2 %",
+        "at most 5 MiB",
+        "needed 4 fields · a.dat, 17",
+        "Film 8 rank 1,042",
+        "4.5 ★",
+        "this is one training, with seed 1",
+    ):
+        assert wanted in page.text, wanted
+
+
+def test_what_was_held_out_is_marked_where_it_is_offered(page: Page) -> None:
+    html = render(implicit())
+    assert re.findall(r'<li class="hit"><b>(\d+)</b>', html) == ["8"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "difference", "title"),
+    [
+        ([0.08, 0.12], 0.1, "The model beats popularity"),
+        ([-0.01, 0.21], 0.1, "The model is not clearly better than popularity"),
+        ([-0.2, -0.1], -0.15, "The model is worse than popularity"),
+    ],
+)
+def test_the_verdict_is_the_interval_s(interval: list[float], difference: float, title: str) -> None:
+    data = implicit()
+    data["comparisons"][0] |= {"interval": interval, "difference": difference}
+    assert f"<h1>{title}</h1>" in render(data)
+
+
+def test_a_metric_in_which_popularity_is_ahead_is_named_in_the_verdict() -> None:
+    data = implicit()
+    data["full"]["map@5"] = 0.0
+    html = render(data)
+    assert "<h1>The model beats popularity, but not in every metric</h1>" in html
+    assert "Not ahead in MAP@5." in Page(html).text
+
+
+def test_without_a_baseline_nothing_is_claimed() -> None:
+    found = Page(render(explicit()))
+    assert "How the model did" in found.text
+    assert "beats" not in found.text
+
+
+def test_without_intervals_it_says_so() -> None:
+    data = implicit()
+    data["intervals"], data["comparisons"] = {}, []
+    for segment in (s for kind in data["segments"].values() for s in kind):
+        del segment["intervals"]
+    found = Page(render(data)).text
+    assert "no interval was computed" in found
+    assert "bootstrap" not in found
+
+
+# ---- sections ------------------------------------------------------------------------------------------------------
+
+SECTIONS = {
+    "segments": "segments",
+    "examples": "users",
+    "training": "training",
+    "profile": "data",
+    "resources": "resources",
+    "lineage": "lineage",
+}
+
+
+@pytest.mark.parametrize(("name", "section"), SECTIONS.items())
+def test_a_section_is_there_where_its_data_is(page: Page, name: str, section: str) -> None:
+    data = implicit()
+    del data[name]
+    found = Page(render(data))
+    assert section in page.ids
+    assert section not in found.ids
+    assert ("a", "href", f"#{section}") in page.attributes
+    assert ("a", "href", f"#{section}") not in found.attributes
+
+
+def test_with_nothing_but_what_every_evaluation_has(page: Page) -> None:
+    found = Page(render(explicit()))
+    assert found.ids == {"metrics", "small-print"}
+    assert found.values["model.rating.rmse"] == ("0.8667", "0.8667")
+    assert {f"model.full.{name}" for name in explicit()["full"]} <= set(found.values)
+
+
+@pytest.mark.parametrize("name", ["long_tail", "activity", "item_counts", "by_month", "quarantine_samples"])
+def test_an_empty_part_of_the_profile_is_left_out(name: str) -> None:
+    data = implicit()
+    empty: dict[str, Any] = {"activity": {"edges": [], "users": []}, "item_counts": {"edges": [], "items": []}}
+    data["profile"][name] = empty.get(name, [])
+    assert len(render(data)) < len(render(implicit()))
+
+
+def test_one_epoch_and_one_month_and_no_curve_can_be_drawn() -> None:
+    data = implicit()
+    data["training"] = {"epochs": data["training"]["epochs"][:1], "curve": [], "best_epoch": 0}
+    data["segments"]["month"] = data["segments"]["month"][:1]
+    data["profile"]["by_month"] = [["1999-12", 3]]
+    assert "nan" not in render(data)
+
+
+def test_a_metric_that_is_not_defined_is_a_dash() -> None:
+    data = implicit()
+    data["candidates"]["auc"] = math.nan
+    assert Page(render(data)).values["model.candidates.auc"][1] == "–"
+
+
+# ---- nothing from outside, nothing that runs -----------------------------------------------------------------------
+
+
+def with_evil_text(value: Any) -> Any:
+    """Every string that comes from a log or a config, in titles, ids, file names, rows, reasons and names."""
+    if isinstance(value, dict):
+        return {k: with_evil_text(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [with_evil_text(v) for v in value]
+    return f"{EVIL}{value}" if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("name", ["examples", "profile", "segments", "lineage", "model_version", "resources"])
+def test_text_from_a_log_stays_text(name: str) -> None:
+    data = implicit()
+    months = data["profile"]["by_month"]
+    data[name] = with_evil_text(data[name])
+    data["profile"]["by_month"] = months
+    html = render(data)
+    found = Page(html)
+    assert found.tags == Page(render(implicit())).tags
+    assert "script" not in found.tags
+    assert not [name for _, name, _ in found.attributes if name.startswith("on")]
+    assert "\x00" not in html
+    assert "\u202e" not in html
+    assert "<script>alert(1)</script>\\x00" in found.text
+
+
+def test_reasons_and_baselines_are_keys_and_stay_text() -> None:
+    data = implicit()
+    data["profile"]["rows"]["quarantined"] = {EVIL: 3}
+    data["baselines"][EVIL] = copy.deepcopy(data["baselines"]["popularity"])
+    data["comparisons"].append({**data["comparisons"][0], "with": EVIL})
+    assert "script" not in Page(render(data)).tags
+
+
+def test_a_user_s_item_without_a_title_shows_its_id() -> None:
+    data = implicit()
+    for row in data["examples"][0]["recommended"]:
+        row |= {"title": None, "item_id": f"sku-{row['rank']}"}
+    assert "sku-8" in Page(render(data)).text
+
+
+@pytest.mark.parametrize("data", [implicit(), explicit()])
+def test_the_page_is_one_file(data: dict[str, Any]) -> None:
+    html = render(data)
+    found = Page(html)
+    assert not found.tags & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "form",
+        "use",
+        "image",
+        "foreignobject",
+    }
+    links = [value for _, name, value in found.attributes if name in ("href", "src", "xlink:href", "action")]
+    assert {str(link)[0] for link in links} == {"#"}
+    assert {str(link)[1:] for link in links} <= {str(i) for i in found.ids}
+    assert "http" not in html.replace("http-equiv", "")
+    assert "url(" not in html
+    assert "@import" not in html
+    assert len(html.encode()) < 600_000
+
+
+def test_every_drawing_says_what_it_shows(page: Page) -> None:
+    drawings = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    assert len(drawings) == sum(tag == "svg" and name == "role" for tag, name, _ in page.attributes) >= 10
+    assert all(drawings)
+
+
+def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
+    data = implicit()
+    path = write_report(str(tmp_path), data)
+    assert path == f"{tmp_path}/report.html"
+    assert Path(path).read_bytes() == render(json.loads(json.dumps(data))).encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+# ---- drawings and text ---------------------------------------------------------------------------------------------
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 6))
+def test_ticks_are_within_and_evenly_spaced(low: float, width: float, about: int) -> None:
+    high = low + width
+    found = charts.ticks(low, high, about)
+    slack = 1e-6 * max(1.0, abs(low), abs(high))
+    assert 1 <= len(found) <= about + 1
+    assert low - slack <= found[0] <= found[-1] <= high + slack
+    assert np.allclose(np.diff(found), (found[-1] - found[0]) / max(1, len(found) - 1), atol=slack)
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "wanted"),
+    [
+        (text.metric_text, -0.00123, "−0.0012"),
+        (text.metric_text, None, "–"),
+        (text.signed_text, 0.5, "+0.5000"),
+        (text.p_text, 0.0004, "<\xa00.001"),
+        (text.interval_text, [-0.1, 0.2], "−0.1000 to 0.2000"),
+        (text.percent_text, 0.0527, "5.3 %"),
+        (text.percent_text, 0.44, "44 %"),
+        (text.seconds_text, 75.2, "1 min 15 s"),
+        (text.seconds_text, 59.97, "1 min 0 s"),
+        (text.bytes_text, 1023, "1,023 B"),
+        (text.bytes_text, 5 * 2**30, "5 GiB"),
+        (text.compact, 1_234_567, "1.23M"),
+        (text.compact, -0.02, "−0.02"),
+        (text.called, "hr@10", "HR@10"),
+        (text.called, "fresh@3", "fresh@3"),
+        (text.visible, "a\u202eb\x07 c\u200cd", "a\\u202eb\\x07 c\u200cd"),
+    ],
+)
+def test_how_figures_are_written(function: Any, value: Any, wanted: str) -> None:
+    assert function(value) == wanted
+
+
+def test_the_curve_keeps_its_ends_when_thinned() -> None:
+    assert thinned(list(range(1000)), 3) == [0, 500, 999]
+    assert thinned([1, 2], 3) == [1, 2]
+
+
+def test_the_long_tail_by_hand() -> None:
+    """Ten items that anybody touched, 100 interactions: the top 10 % is the one with 55; 1 % is rounded up to it."""
+    shares: dict[float, float] = dict(long_tail(np.array([0, 5, 55, 5, 5, 5, 5, 5, 5, 5, 5])))  # type: ignore[arg-type]
+    assert (shares[1], shares[10], shares[20], shares[100]) == (0.55, 0.55, 0.60, 1.0)
+    assert long_tail(np.zeros(3, dtype=np.int64)) == []
+
+
+# ---- a night -------------------------------------------------------------------------------------------------------
+
+USERS, ITEMS = 30, 12
+SECONDS_A_MONTH = 31 * 24 * 3600
+
+
+def bad_row(number: int) -> dict[str, Any]:
+    return {"file": "a", "place": number, "reason": "late" if number < 20 else EVIL, "raw": f"{EVIL}{number}"}
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]:
+    """Hand-made runs of prepare and train. User u has items 0 … u mod 3 in train, rated 1 + item, then item 5 held out,
+    all in January and February 1970."""
+    root = tmp_path_factory.mktemp("night")
+    rows = [
+        {"user_idx": u, "item_idx": i, "rating": 1.0 + i, "timestamp": (1 + i * SECONDS_A_MONTH) * 10**6, "split": 0}
+        for u in range(USERS)
+        for i in range(u % 3 + 1)
+    ]
+    rows += [{"user_idx": u, "item_idx": 5, "rating": 9.0, "timestamp": 10**6, "split": 2} for u in range(USERS)]
+    seen = [{"user_idx": u, "item_idx": list(range(u % 3 + 1)), "test_item_idx": [5]} for u in range(USERS)]
+    counts = np.bincount([row["item_idx"] for row in rows if row["split"] == 0], minlength=ITEMS)
+    tables: dict[Contract, list[dict[str, Any]]] = {
+        INTERACTIONS: rows,
+        HISTORY: seen,
+        ITEM_STATS: [{"item_idx": i, "train_count": int(c)} for i, c in enumerate(counts)],
+        QUARANTINE: [bad_row(n) for n in range(25)],
+        user_index(pa.int64()): [{"user_idx": u, "user_id": 1000 + u} for u in range(USERS)],
+        item_index(pa.string()): [{"item_idx": i, "item_id": f"sku-{i}"} for i in range(ITEMS)],
+        items(pa.string()): [{"item_idx": i, "item_id": f"sku-{i}", "title": f"{EVIL}{i}"} for i in range(ITEMS - 1)],
+    }
+    stored = {}
+    for contract, body in tables.items():
+        columns = [{n: row[n] for n in contract.schema.names} for row in body]
+        table = pa.Table.from_pylist(columns, schema=contract.schema)
+        info: FileInfo = write_parquet(table, str(root / contract.name), "part-0.parquet")
+        stored[contract.name] = TableInfo(contract.name, contract.fingerprint, (info,))
+    found = {"input": 175, "accepted": 90, "duplicates": 60, "quarantined": {"late": 20, EVIL: 5}}
+    config = {
+        "input": {"format": "csv", "columns": {"rating": "stars"}, "path": ["a", "b"], "items": {"path": "titles"}},
+        "seed": 3,
+    }
+    prepare = Manifest(
+        "prepare", "2026-01-31", "p1", str(root), config, {"interactions": "f1", "items": "f2", "index": None}, stored,
+        {"rows": found, "active_users": USERS, "users": USERS, "items": ITEMS}, {}, 50.0,
+    )  # fmt: skip
+    history = {"epochs": [{"epoch": 0, "loss": 0.5, "ndcg@10": 0.1}], "curve": [[0, 0, 0.6, 0.1]], "epoch": 0}
+    (root / "history.json").write_text(json.dumps(history))
+    train = Manifest("train", "2026-01-31", "t1", str(root), {}, {"prepare": "p1"}, {}, {"sha256": "abc"}, {}, 9.0)
+    return prepare, train
+
+
+def test_the_profile_of_a_night(spark: SparkSession, night: tuple[Manifest, Manifest]) -> None:
+    found = profile(spark, night[0])
+    # 10 users each have 1, 2 and 3 items before the one held out: 60 train rows and 30 held out.
+    assert (found["users"], found["items"], found["interactions"]) == (USERS, 3, 90)
+    assert found["density"] == 90 / (USERS * 3)
+    assert found["activity"] == {"edges": [2, 5], "users": [30]}  # 2, 3 or 4 interactions
+    assert found["item_counts"] == {"edges": [10, 20, 50], "items": [1, 2]}  # 30, 20 and 10 rows
+    assert found["by_month"] == [["1970-01", 60], ["1970-02", 20], ["1970-03", 10]]
+    samples = found["quarantine_samples"]
+    assert len(samples) == 10
+    assert [row["reason"] for row in samples[:4]] == [EVIL, "late"] * 2
+    assert {row["place"] for row in samples} == {*range(5), *range(20, 25)}
+
+
+def test_example_users_are_drawn_by_the_seed(spark: SparkSession, night: tuple[Manifest, Manifest]) -> None:
+    first = example_users(spark, night[0], seed=3)
+    assert len(set(first)) == 10
+    assert first == example_users(spark, night[0], seed=3)
+    assert first[:4] == example_users(spark, night[0], seed=3, count=4)
+    assert first != example_users(spark, night[0], seed=4)
+    assert sorted(example_users(spark, night[0], seed=3, count=99)) == list(range(USERS))
+
+
+def test_a_night_on_a_page(spark: SparkSession, night: tuple[Manifest, Manifest]) -> None:
+    """From the tables to the page: what each user liked best first, what was held out with its rank, what they get."""
+    prepare, train = night
+    ranks = spark.createDataFrame(
+        [(u, [5], [u + 1], [5, 11, 4]) for u in range(USERS)],
+        "user_idx int, item_idx array<int>, full_rank array<int>, top array<int>",
+    )
+    shown = examples(spark, prepare, ranks, seed=3, k=2)
+    for user in shown:
+        index = user["user_id"] - 1000
+        assert [row["rating"] for row in user["liked"]] == [1.0 + i for i in reversed(range(index % 3 + 1))]
+        assert user["held_out"] == [{"item_id": "sku-5", "title": f"{EVIL}5", "rank": index + 1}]
+        assert [(row["rank"], row["item_id"], row["title"]) for row in user["recommended"]] == [
+            (1, "sku-5", f"{EVIL}5"),
+            (2, "sku-11", None),  # Not in the side table.
+        ]
+    metrics = {name: value for name, value in implicit().items() if name in REQUIRED}
+    data = report_data(
+        spark, prepare, train, metrics, run_key="e1", config={"evaluate": {"ks": [5, 10]}}, seconds=2.0, examples=shown
+    )
+    assert set(data) == {*REQUIRED, "examples", "profile", "training", "resources", "lineage"}
+    assert data["lineage"]["inputs"] == [
+        {"name": "interactions", "path": "a, b", "fingerprint": "f1"},
+        {"name": "items", "path": "titles", "fingerprint": "f2"},
+    ]
+    assert [(row["stage"], row["seconds"]) for row in data["resources"]] == [
+        ("prepare", 50.0),
+        ("train", 9.0),
+        ("evaluate", 2.0),
+    ]
+    assert data["resources"][0]["facts"]["rows/s"] == 175 / 50
+    assert json.loads(json.dumps(data)) == data
+    found = Page(render(data))
+    assert "script" not in found.tags
+    assert "sku-11" in found.text
+    assert "Ten users" in found.text
