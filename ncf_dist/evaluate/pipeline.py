@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import posixpath
+import resource
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from ncf_dist.evaluate.compare import check_same_rows, find_run, judged_on
 from ncf_dist.evaluate.figures import sum_up, with_other
 from ncf_dist.evaluate.histogram import Histogram, on_common_bins
 from ncf_dist.evaluate.lists import list_metrics, popularity_counts
+from ncf_dist.evaluate.report.data import report_data
+from ncf_dist.evaluate.report.examples import examples
+from ncf_dist.evaluate.report.page import REPORT, headline_k, write_report
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass, FiguresPass, GramFit, on_executors
 from ncf_dist.spark_io import LIST_BATCH_ROWS, read_files, read_table, spark_session, table_info
@@ -34,6 +38,7 @@ from ncf_dist.spark_io import LIST_BATCH_ROWS, read_files, read_table, spark_ses
 log = logging.getLogger(__name__)
 
 STAGE = "evaluate"
+METRICS = "metrics.json"
 MIN_FILES = 16
 USERS_A_FILE = 25_000
 """Bounds the rows of `ranks` that a task holds."""
@@ -80,9 +85,21 @@ def evaluate(config: Config, ds: str) -> Outcome:
         ranks, scores, timed = night.rank(fitted, als_users)
         remove(night.fits)
         report = {"ds": ds, **night.report(ranks, other, timed), "scores": on_common_bins(scores, SCORE_BINS)}
+        seen = read_files(spark, night.paths(ranks), contracts.RANKS.schema).where(F.col("scorer") == "model")
+        report = report_data(
+            spark,
+            prepare,
+            train,
+            report,
+            run_key=key,
+            config=used,
+            seconds=time.monotonic() - start,
+            examples=examples(spark, prepare, seen, config.seed, headline_k(report)),
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
     _log_comparison(report)
-    # report.html: here the report is complete; `report_data` adds its sections to it, `render` makes the page of it.
-    write_atomic(posixpath.join(run, "metrics.json"), json.dumps(report, indent=1).encode())
+    write_atomic(posixpath.join(run, METRICS), json.dumps(report, indent=1).encode())
+    log.info("report: %s", write_report(run, report))
     flat = summary.flat_metrics(report)
     facts = {
         "model_version": bundle.model_version,
@@ -96,8 +113,9 @@ def evaluate(config: Config, ds: str) -> Outcome:
 
 def outcome(run: Manifest, status: str = "done") -> Outcome:
     """What a run says, finished now or before. A night without held-out rows has no report."""
-    report = {"metrics": posixpath.join(run.root, "metrics.json")} if run.tables else {}
-    return Outcome(status, run.run_key, {**report, **run.outputs()}, run.metrics)
+    names = {"metrics": METRICS, "report": REPORT} if run.tables else {}
+    files = {name: posixpath.join(run.root, file) for name, file in names.items()}
+    return Outcome(status, run.run_key, {**files, **run.outputs()}, run.metrics)
 
 
 def check_gram(config: Evaluate, n_items: int) -> None:
@@ -175,6 +193,9 @@ class Night:
         table = table_info(contracts.RANKS, [FileInfo(**info) for task in stats for info in task["files"]], self.run)
         return table, histograms, any(task["timed"] for task in stats)
 
+    def paths(self, table: TableInfo) -> list[str]:
+        return [posixpath.join(self.run, table.path, info.path) for info in table.files]
+
     def report(self, ranks: TableInfo, other: Manifest | None, timed: bool) -> dict[str, Any]:
         """`metrics.json` but for the histograms."""
         settings = self.config.evaluate
@@ -182,14 +203,14 @@ class Night:
         stats = read_table(self.spark, self.prepare, contracts.ITEM_STATS)
         popularity = popularity_counts(stats)
         deciles = PopularityDeciles.of(*popularity)
-        paths = [posixpath.join(self.run, ranks.path, info.path) for info in ranks.files]
+        paths = self.paths(ranks)
         scorers = ["model", *settings.baselines]
         spec = FiguresPass(
             files=tuple(tuple((name, name, path) for name in scorers) for path in paths),
             stats_files=tuple(self.prepare.files("item_stats")),
             deciles=deciles,
             ks=settings.ks,
-            lead_k=10 if 10 in settings.ks else max(settings.ks),
+            lead_k=headline_k({"ks": settings.ks}),
             explicit=explicit,
             segments=tuple(kind for kind in KINDS if kind != "month" or timed),
             seed=self.config.seed,
