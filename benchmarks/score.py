@@ -31,9 +31,11 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,19 +183,22 @@ def als_job(model: ALSModel, folder: str) -> dict[str, float]:
     return timed(lambda: model.recommendForAllUsers(K).write.mode("overwrite").parquet(f"{folder}/als"))
 
 
-def jobs(users: int, items: int, repeats: int) -> dict[str, list[dict[str, float]]]:
+def jobs(names: list[str], users: int, items: int, repeats: int) -> dict[str, list[dict[str, float]]]:
     """Seconds and CPU seconds of each way and round."""
     seconds: dict[str, list[dict[str, float]]] = {}
     with spark_session("bench-score", SPARK) as spark, tempfile.TemporaryDirectory() as lake:
         spark.sparkContext.setLogLevel("ERROR")
         prepare(lake, users, items)
-        for name in MODELS:
+        for name in names:
             train(lake, name, users, items)
         als = als_model(spark, users, items)
+        ways: dict[str, Callable[[], dict[str, float]]] = {"als": partial(als_job, als, lake)}
+        ways |= {name: partial(job, lake, name) for name in names}
         for number in range(1 + repeats):
-            found = {"als": als_job(als, lake), **{name: job(lake, name) for name in MODELS}}
-            for way, value in found.items():
-                seconds.setdefault(way, []).extend([value] if number else [])
+            for way, run in ways.items():
+                spent = run()
+                seconds.setdefault(way, []).extend([spent] if number else [])
+                print(f"round {number}, {way}: {spent}", file=sys.stderr, flush=True)
     return seconds
 
 
@@ -264,7 +269,7 @@ def overlap(one: Array, other: Array) -> float:
     return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(one.tolist(), other.tolist(), strict=True)]))
 
 
-def kernels(users: int, items: int, repeats: int, python: str | None) -> dict[str, dict[str, Any]]:
+def kernels(names: list[str], users: int, items: int, repeats: int, python: str | None) -> dict[str, dict[str, Any]]:
     """Each way's seconds, millions of pairs a second, and how much of the 10 best it shares with fp32."""
     torch.set_num_threads(1)
     rate = product_rate()
@@ -276,10 +281,10 @@ def kernels(users: int, items: int, repeats: int, python: str | None) -> dict[st
         pairs = users * items / statistics.median(seconds) / 1e6
         out[way] = {"seconds": seconds, "pairs": pairs, "overlap": shared}
 
-    for name in MODELS:
+    for name in names:
         for precision in ("fp32", "bf16"):
             add(f"{name} {precision}", name, *rank(name, users, items, precision, repeats))
-    for name in ("gaussian", "spread") if python else ():
+    for name in [name for name in ("gaussian", "spread") if python and name in names]:
         add(f"implicit {name}", name, *implicit(str(python), name, users, items, repeats))
     return out
 
@@ -322,10 +327,10 @@ def show_kernels(users: int, items: int, found: dict[str, dict[str, Any]]) -> No
 
 
 def main() -> None:
-    os.environ.setdefault("SPARK_CONF_DIR", str(ROOT / "conf"))  # No progress bars in the table.
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="*", default=["6040x3706", "50000x20000"], metavar="USERSxITEMS")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--implicit", metavar="PYTHON")
     parser.add_argument("--parts", nargs="*", default=["jobs", "kernels"], choices=["jobs", "kernels"])
     args = parser.parse_args()
@@ -338,9 +343,9 @@ def main() -> None:
         users, items = map(int, size.split("x"))
         one = results.setdefault(size, {})
         if "jobs" in args.parts:
-            one["jobs"] = show_jobs(users, items, jobs(users, items, args.repeats))
+            one["jobs"] = show_jobs(users, items, jobs(args.models, users, items, args.repeats))
         if "kernels" in args.parts:
-            one["kernels"] = kernels(users, items, args.repeats, args.implicit)
+            one["kernels"] = kernels(args.models, users, items, args.repeats, args.implicit)
             show_kernels(users, items, one["kernels"])
     path.write_text(json.dumps(results, indent=1) + "\n")
 
