@@ -5,7 +5,8 @@
 The job: `score`, as `nightly` runs it, from Parquet tables to Parquet files with 10 recommendations a user, seen items
 masked (100 a user, 50 in the smaller size). Beside it `ALSModel.recommendForAllUsers(10)`, rank 64, written as Parquet;
 it masks nothing. Both in one session on local[2], warm (the first round of each size is not counted), in turns,
-`repeats` times; a ratio is one round's own, since other work on the machine slows both. Models, with random weights:
+`repeats` times; a ratio is one round's own, since other work on the machine slows both, and is given in CPU seconds too
+(the JVM's, its Python workers' and the driver's), which it touches less. Models, with random weights:
 
 - gaussian: mf with 64 factors, all N(0, 1): no item is much longer than another, which is the hardest to rank
 - spread: mf with 64 factors whose sizes fall as d^(-1/2), as those of a trained model do, and item lengths log-normal
@@ -30,13 +31,17 @@ import platform
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pyarrow as pa
 import torch
 from pyspark.ml.recommendation import ALS, ALSModel
@@ -131,8 +136,20 @@ def train(lake: str, name: str, users: int, items: int) -> None:
     runs.finish(Manifest("train", DS, name, run, {}, {"prepare": "p1"}))
 
 
-def job(lake: str, name: str) -> float:
-    """Seconds of the job score, its checks of the weights and its manifest included."""
+def cpu_seconds() -> float:
+    """Of this process and all below it: the JVM, its Python workers, and those of them that have ended."""
+    me = psutil.Process()
+    return sum(sum(p.cpu_times()[:4]) for p in [me, *me.children(recursive=True)])
+
+
+def timed(work: Callable[[], Any]) -> dict[str, float]:
+    start, used = time.monotonic(), cpu_seconds()
+    work()
+    return {"seconds": time.monotonic() - start, "cpu": cpu_seconds() - used}
+
+
+def job(lake: str, name: str) -> dict[str, float]:
+    """The job score, its checks of the weights and its manifest included."""
     shutil.rmtree(f"{lake}/runs/{DS}/score", ignore_errors=True)
     runs = Lake(lake).stage(DS, "train")
     found = runs.find(name)
@@ -146,11 +163,10 @@ def job(lake: str, name: str) -> float:
             "spark": SPARK.model_dump(),
         }
     )
-    start = time.monotonic()
-    outcome = score(config, DS)
-    seconds = time.monotonic() - start
-    assert outcome.metrics["score.short_users"] == 0, outcome
-    return seconds
+    spent = timed(lambda: score(config, DS))
+    outcome = Lake(lake).stage(DS, "score").current()
+    assert (outcome.metrics["score.rows"], outcome.metrics["score.short_users"]) == (outcome.facts["users"] * K, 0)
+    return spent
 
 
 def als_model(spark: SparkSession, users: int, items: int) -> ALSModel:
@@ -163,25 +179,26 @@ def als_model(spark: SparkSession, users: int, items: int) -> ALSModel:
     return model
 
 
-def als_job(model: ALSModel, folder: str) -> float:
-    start = time.monotonic()
-    model.recommendForAllUsers(K).write.mode("overwrite").parquet(f"{folder}/als")
-    return time.monotonic() - start
+def als_job(model: ALSModel, folder: str) -> dict[str, float]:
+    return timed(lambda: model.recommendForAllUsers(K).write.mode("overwrite").parquet(f"{folder}/als"))
 
 
-def jobs(users: int, items: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each way and round."""
-    seconds: dict[str, list[float]] = {}
+def jobs(names: list[str], users: int, items: int, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Seconds and CPU seconds of each way and round."""
+    seconds: dict[str, list[dict[str, float]]] = {}
     with spark_session("bench-score", SPARK) as spark, tempfile.TemporaryDirectory() as lake:
         spark.sparkContext.setLogLevel("ERROR")
         prepare(lake, users, items)
-        for name in MODELS:
+        for name in names:
             train(lake, name, users, items)
         als = als_model(spark, users, items)
+        ways: dict[str, Callable[[], dict[str, float]]] = {"als": partial(als_job, als, lake)}
+        ways |= {name: partial(job, lake, name) for name in names}
         for number in range(1 + repeats):
-            found = {"als": als_job(als, lake), **{name: job(lake, name) for name in MODELS}}
-            for way, value in found.items():
-                seconds.setdefault(way, []).extend([value] if number else [])
+            for way, run in ways.items():
+                spent = run()
+                seconds.setdefault(way, []).extend([spent] if number else [])
+                print(f"round {number}, {way}: {spent}", file=sys.stderr, flush=True)
     return seconds
 
 
@@ -252,7 +269,7 @@ def overlap(one: Array, other: Array) -> float:
     return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(one.tolist(), other.tolist(), strict=True)]))
 
 
-def kernels(users: int, items: int, repeats: int, python: str | None) -> dict[str, dict[str, Any]]:
+def kernels(names: list[str], users: int, items: int, repeats: int, python: str | None) -> dict[str, dict[str, Any]]:
     """Each way's seconds, millions of pairs a second, and how much of the 10 best it shares with fp32."""
     torch.set_num_threads(1)
     rate = product_rate()
@@ -264,10 +281,10 @@ def kernels(users: int, items: int, repeats: int, python: str | None) -> dict[st
         pairs = users * items / statistics.median(seconds) / 1e6
         out[way] = {"seconds": seconds, "pairs": pairs, "overlap": shared}
 
-    for name in MODELS:
+    for name in names:
         for precision in ("fp32", "bf16"):
             add(f"{name} {precision}", name, *rank(name, users, items, precision, repeats))
-    for name in ("gaussian", "spread") if python else ():
+    for name in [name for name in ("gaussian", "spread") if python and name in names]:
         add(f"implicit {name}", name, *implicit(str(python), name, users, items, repeats))
     return out
 
@@ -275,16 +292,27 @@ def kernels(users: int, items: int, repeats: int, python: str | None) -> dict[st
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
-def show_jobs(users: int, items: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
+def show_jobs(users: int, items: int, found: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     title = f"the job, {users:,} x {items:,}"
-    print(f"{title:38} {'seconds':>10} {'from - to':>16} {'pairs':>8} {'x ALS':>7}")
+    print(f"{title:38} {'seconds':>10} {'from - to':>16} {'pairs':>8} {'x ALS':>7} {'CPU':>7} {'x ALS':>7}")
     out = {}
-    for way, times in seconds.items():
-        middle = statistics.median(times)
-        ratio = statistics.median(als / own for als, own in zip(seconds["als"], times, strict=True))
-        out[way] = {"seconds": times, "median": middle, "pairs": users * items / middle / 1e6, "times_als": ratio}
-        between = f"{min(times):.1f} - {max(times):.1f}"
-        print(f"{way:38} {middle:10.2f} {between:>16} {out[way]['pairs']:8.0f} {ratio:7.2f}", flush=True)
+    for way, rounds in found.items():
+        one: dict[str, Any] = {"rounds": rounds}
+        for kind in ("seconds", "cpu"):
+            times = [r[kind] for r in rounds]
+            one[kind] = statistics.median(times)
+            one[f"{kind}_times_als"] = statistics.median(
+                als[kind] / own for als, own in zip(found["als"], times, strict=True)
+            )
+        walls = [r["seconds"] for r in rounds]
+        one["pairs"] = users * items / one["seconds"] / 1e6
+        between = f"{min(walls):.1f} - {max(walls):.1f}"
+        print(
+            f"{way:38} {one['seconds']:10.2f} {between:>16} {one['pairs']:8.0f} {one['seconds_times_als']:7.2f} "
+            f"{one['cpu']:7.2f} {one['cpu_times_als']:7.2f}",
+            flush=True,
+        )
+        out[way] = one
     return out
 
 
@@ -299,10 +327,10 @@ def show_kernels(users: int, items: int, found: dict[str, dict[str, Any]]) -> No
 
 
 def main() -> None:
-    os.environ.setdefault("SPARK_CONF_DIR", str(ROOT / "conf"))  # No progress bars in the table.
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="*", default=["6040x3706", "50000x20000"], metavar="USERSxITEMS")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--implicit", metavar="PYTHON")
     parser.add_argument("--parts", nargs="*", default=["jobs", "kernels"], choices=["jobs", "kernels"])
     args = parser.parse_args()
@@ -315,9 +343,9 @@ def main() -> None:
         users, items = map(int, size.split("x"))
         one = results.setdefault(size, {})
         if "jobs" in args.parts:
-            one["jobs"] = show_jobs(users, items, jobs(users, items, args.repeats))
+            one["jobs"] = show_jobs(users, items, jobs(args.models, users, items, args.repeats))
         if "kernels" in args.parts:
-            one["kernels"] = kernels(users, items, args.repeats, args.implicit)
+            one["kernels"] = kernels(args.models, users, items, args.repeats, args.implicit)
             show_kernels(users, items, one["kernels"])
     path.write_text(json.dumps(results, indent=1) + "\n")
 
