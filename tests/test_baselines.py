@@ -186,7 +186,6 @@ def judged(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Jud
 
 def scores_of(judged: Judged) -> dict[str, np.ndarray]:
     """(U, I) of the model and the baselines that NumPy can do, in float64."""
-    model = GMF(90, 40, 4, 1.0)
     torch.manual_seed(1)
     model = GMF(90, 40, 4, 1.0)
     history = {row["user_idx"]: row["item_idx"] for row in judged.rows("prepare", "history")}

@@ -24,7 +24,6 @@ from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import FiguresPass
 from ncf_dist.evaluate.summary import by_segment, comparisons, flat_metrics, of_scorer
 from ncf_dist.evaluate.users import Users, blocks, rank_users
-from ncf_dist.scoring import Lists
 
 # ---- ranks of a block --------------------------------------------------------------------------------------
 
@@ -483,5 +482,3 @@ def test_nothing_to_count() -> None:
     histogram = Histogram()
     histogram.add(np.array([-np.inf, np.nan], dtype=np.float32))
     assert on_common_bins({"all": histogram}, 64) == {}
-    lists = Lists(np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
-    assert len(lists.row) == 0

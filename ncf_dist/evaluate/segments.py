@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,7 +105,3 @@ def codes_of(
     if kind == "item_popularity":
         return deciles.codes(train_count)
     return activity_codes(seen_items) if kind == "activity" else month_codes(timestamp)
-
-
-def in_order(kind: str, codes: Sequence[int]) -> list[int]:
-    return sorted(codes)
