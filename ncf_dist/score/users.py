@@ -6,6 +6,7 @@ none of it grows with the number of users.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -38,6 +39,8 @@ def score_pass(spec: ScorePass) -> Callable[[Iterable[pa.RecordBatch]], Iterator
                     ModelScorer(load_model(spec.bundle), spec.bundle.n_items),
                     read_item_ids(spec.item_files),
                 )
+                # Spark's Python daemon collects garbage after every task: not in all that torch brings, each time.
+                gc.freeze()
             for file, start, end in runs_of(batch.column("_file").to_numpy()):
                 for first in range(start, end, spec.users_per_block):
                     block = batch.slice(first, min(spec.users_per_block, end - first))
