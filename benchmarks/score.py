@@ -4,7 +4,7 @@
 
 The job: `score`, as `nightly` runs it, from Parquet tables to Parquet files with 10 recommendations a user, seen items
 masked (100 a user, 50 in the smaller size). Beside it `ALSModel.recommendForAllUsers(10)`, rank 64, written as Parquet;
-it masks nothing. Both in one session on local[2], warm (the first round of each size is not counted), in turns,
+it masks nothing. `score.tasks` is 4. Both in one session on local[2], warm (the first round of each size is not counted), in turns,
 `repeats` times; a ratio is one round's own, since other work on the machine slows both, and is given in CPU seconds too
 (the JVM's, its Python workers' and the driver's), which it touches less. Models, with random weights:
 
@@ -61,7 +61,7 @@ from ncf_dist.spark_io import spark_session, table_info
 
 ROOT = Path(__file__).parent.parent
 DS, K, RANK = "2026-01-31", 10, 64
-CORES, USERS_A_CALL, FILES = 2, 512, 16
+CORES, TASKS, USERS_A_CALL, FILES = 2, 4, 512, 16
 MODELS = {
     "gaussian": Model(name="mf", factors=RANK),
     "spread": Model(name="mf", factors=RANK),
@@ -159,7 +159,7 @@ def job(lake: str, name: str) -> dict[str, float]:
         {
             "paths": {"lake": lake, "work": f"{lake}/work"},
             "input": {"path": "unused"},
-            "score": {"k": K, "users_per_block": USERS_A_CALL},
+            "score": {"k": K, "users_per_block": USERS_A_CALL, "tasks": TASKS},
             "spark": SPARK.model_dump(),
         }
     )

@@ -6,6 +6,8 @@ none of it grows with the number of users.
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import time
 from collections import Counter
@@ -46,6 +48,7 @@ def score_pass(spec: ScorePass) -> Callable[[Iterable[pa.RecordBatch]], Iterator
         for batch in batches:
             if ranker is None:
                 clock.restart()
+                freeze_imports()
                 ranker = Ranker(spec)
                 clock.add("load")
             for file, start, end in runs_of(batch.column("_file").to_numpy()):
@@ -63,6 +66,12 @@ def score_pass(spec: ScorePass) -> Callable[[Iterable[pa.RecordBatch]], Iterator
         yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
 
     return run
+
+
+@functools.cache
+def freeze_imports() -> None:
+    """Spark's Python daemon collects garbage after every task: not in all that torch brings, each time."""
+    gc.freeze()
 
 
 class _Clock:
