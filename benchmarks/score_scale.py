@@ -99,12 +99,21 @@ class Watch(threading.Thread):
     def run(self) -> None:
         start = time.monotonic()
         while not self.ended.wait(1.0):
-            try:
-                below = [p for p in self.process.children(recursive=True) if "pyspark" in " ".join(p.cmdline())]
-                sizes = [p.memory_info().rss for p in below if "python" in p.name()]
-            except psutil.Error:
-                continue
-            self.seen.append((time.monotonic() - start, max(sizes, default=0)))
+            self.seen.append((time.monotonic() - start, max(map(size_of, self._below()), default=0)))
+
+    def _below(self) -> list[psutil.Process]:
+        try:
+            return self.process.children(recursive=True)
+        except psutil.Error:
+            return []
+
+
+def size_of(process: psutil.Process) -> int:
+    """Resident bytes of a Python worker of Spark; 0 for any other process, or one that has ended."""
+    try:
+        return process.memory_info().rss if "pyspark.daemon" in process.cmdline() else 0
+    except psutil.Error:
+        return 0
 
 
 def job(root: str, *more: str) -> tuple[dict[str, Any], list[tuple[float, int]]]:
