@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/score.py [--sizes 6040x3706 50000x20000] [--repeats 3] [--implicit PYTHON]
 
 The job: `score`, as `nightly` runs it, from Parquet tables to Parquet files with 10 recommendations a user, seen items
-masked (100 a user, 50 in the smaller size). Beside it `ALSModel.recommendForAllUsers(10)`, rank 64, written as Parquet;
-it masks nothing. `score.tasks` is 4. Both in one session on local[2], warm (the first round of each size is not
+masked (100 a user, 50 in the smaller size), score.tasks=4. Beside it `ALSModel.recommendForAllUsers(10)`, rank 64,
+written as Parquet; it masks nothing. Both in one session on local[2], warm (the first round of each size is not
 counted), in turns, `repeats` times; a ratio is one round's own, since other work on the machine slows both, and is
-given in CPU seconds too
-(the JVM's, its Python workers' and the driver's), which it touches less. Models, with random weights:
+given in CPU seconds too (the JVM's, its Python workers' and the driver's), which it touches less. Models, with random
+weights:
 
 - gaussian: mf with 64 factors, all N(0, 1): no item is much longer than another, which is the hardest to rank
 - spread: mf with 64 factors whose sizes fall as d^(-1/2), as those of a trained model do, and item lengths log-normal
