@@ -70,7 +70,8 @@ class ModelScorer:
 
     eligible: (E,) ascending item indexes; all others score -inf. None: all items are eligible.
     precision: `bf16` rounds the factors of the dot product to bfloat16 and sums in float32; hidden layers stay float32,
-    in which they are quicker. On a processor without bfloat16 products it is float32 after all.
+    in which they are quicker. Where torch has no such product (fewer than some 32 factors, another processor) it is
+    float32 after all.
 
     Memory, besides the model's own weights (of a local bundle memory-mapped, shared by all processes of a machine):
     4 (F + H) bytes an eligible item, e.g. 5.6 MiB for 20,000 × 64; and buffers of USERS × ITEMS scores and twice

@@ -73,6 +73,10 @@ def last_day(user: int) -> int:
     return user % 10 + 1
 
 
+FACTORS = 64
+"""bfloat16 products are made of wide factors only."""
+
+
 class Line:
     """A lake with a finished prepare run and a trained model, made without either job."""
 
@@ -108,12 +112,12 @@ class Line:
         runs.finish(Manifest("prepare", DS, key, run, {}, {}, infos))
 
     def train(self, key: str) -> GMF:
-        model = GMF(INDEXED, ITEMS, 8)
+        model = GMF(INDEXED, ITEMS, FACTORS)
         for table in (model.user, model.item, model.output):
             torch.nn.init.normal_(table.weight)
         runs = self.lake.stage(DS, "train")
         run = runs.begin(key)
-        save_bundle(f"{run}/bundle", model, Model(name="gmf", factors=8), INDEXED, ITEMS, {})
+        save_bundle(f"{run}/bundle", model, Model(name="gmf", factors=FACTORS), INDEXED, ITEMS, {})
         runs.finish(Manifest("train", DS, key, run, {}, {"prepare": "p1"}))
         self.model = model
         return model

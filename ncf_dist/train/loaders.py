@@ -13,10 +13,11 @@ prefetch (50 row groups a rank).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +55,36 @@ def petastorm_tables(files: Sequence[str], columns: Sequence[str], workers: int)
     """The wanted columns of each file, one file (one row group) at a time, in order,
     read ahead by `workers` threads.
 
-    A reader of Petastorm 0.13.1 may end before its last files: its thread pool first asks whether all that was handed
-    out is done, then whether all is handed out, and the rest may be handed out in between. What is missing are the
-    last files, so we open them again.
+    Each thread is a reader of its own, and we take turns. The threads of one reader of Petastorm 0.13.1 take turns too,
+    but its pool passes over a thread that has nothing to do yet, and on a busy machine the next file may be given to it
+    just then: files then come in another order.
     """
     if odd := [path for path in files if set(path) & set("#?")]:
         raise ConfigError(
             f"{odd[0]} has a # or ? in its path, and Petastorm takes the rest for another part of a URL; "
             "needed a path without: set loader.backend=arrow, or another paths.lake"
         )
+    with contextlib.ExitStack() as stack:
+        readers = [_petastorm_thread(files[number::workers], columns) for number in range(min(workers, len(files)))]
+        for reader in readers:
+            stack.callback(reader.close)
+        for number in range(len(files)):
+            yield next(readers[number % len(readers)])
+        for reader in readers:
+            yield from reader  # None are left; a table too many is the caller's to notice.
+
+
+def _petastorm_thread(files: Sequence[str], columns: Sequence[str]) -> Generator[Columns, None, None]:
+    """The tables of `files` in order.
+
+    A reader of Petastorm 0.13.1 may end before its last files: its thread pool first asks whether all that was handed
+    out is done, then whether all is handed out, and the rest may be handed out in between. What is missing are the
+    last files, so we open them again.
+    """
     left = list(files)
     while left:
         read = 0
-        for table in _petastorm_reader(left, columns, workers):
+        for table in _petastorm_reader(left, columns):
             read += 1
             yield table
         if not read:
@@ -74,7 +92,7 @@ def petastorm_tables(files: Sequence[str], columns: Sequence[str], workers: int)
         left = left[read:]
 
 
-def _petastorm_reader(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
+def _petastorm_reader(files: Sequence[str], columns: Sequence[str]) -> Iterator[Columns]:
     from petastorm import make_batch_reader
 
     with warnings.catch_warnings():
@@ -85,8 +103,8 @@ def _petastorm_reader(files: Sequence[str], columns: Sequence[str], workers: int
             schema_fields=[f"^{name}$" for name in columns],
             shuffle_row_groups=False,
             num_epochs=1,
-            workers_count=workers,
-            results_queue_size=workers,
+            workers_count=1,
+            results_queue_size=1,
         )
         try:
             for table in reader:
@@ -218,7 +236,7 @@ class TrainLoader:
             parts: list[list[npt.NDArray[Any]]] = []
             for piece in window.pieces:
                 path, table = next(tables)
-                self._check(path, table)
+                self._check(path, table, self.file_rows[piece.file])
                 rows = order.rows_of(piece)
                 parts.append([table[name][rows] for name in names])
             yield [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
@@ -265,15 +283,21 @@ class TrainLoader:
     def _whole_table(self, names: list[str]) -> Columns:
         parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
         tables = BACKENDS[self.config.backend](self.files, names, self.config.workers)
-        for path, table in zip(self.files, tables, strict=True):
-            self._check(path, table)
+        for path, table, rows in zip(self.files, tables, self.file_rows, strict=True):
+            self._check(path, table, rows)
             for name in names:
                 parts[name].append(table[name])
         return {name: np.concatenate(values) for name, values in parts.items()}
 
-    def _check(self, path: str, table: Columns) -> None:
-        """An index outside its embedding table would read other memory, or end a GPU's process."""
+    def _check(self, path: str, table: Columns, rows: int) -> None:
+        """Rows of another file would be used twice or never. An index outside its embedding table would read other
+        memory, or end a GPU's process."""
         for name, column in table.items():
+            if len(column) != rows:
+                raise ContractError(
+                    f"{path} gives {len(column)} rows of {name}; needed {rows} as the manifest says: "
+                    "rerun the job prepare"
+                )
             if name == "rating" or not len(column):
                 continue
             count = self.task.n_users if name == "user_idx" else self.task.n_items
