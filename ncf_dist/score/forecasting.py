@@ -24,7 +24,8 @@ def slots(spark: SparkSession) -> int:
 
 @dataclass(frozen=True)
 class Forecast:
-    """start_s: the parts of what is spent once, by name. task_s: what each task spends before it scores."""
+    """start_s: the parts of what is spent once, by name. task_s: what a worker's further tasks spend before they
+    score; its first one is part of the start."""
 
     model_users: int
     popular_users: int
@@ -70,8 +71,8 @@ class Forecast:
             pairs_per_s=pairs / busy if busy else 0.0,
             slots=slots,
             tasks=tasks,
-            start_s={**start_s, "workers": max(0.0, probe_s - inside)},
-            task_s=load,
+            start_s={**start_s, "workers": max(0.0, probe_s - inside) + load},
+            task_s=max((task["reload_s"] for task in ran), default=0.0),
             memory_bytes=int(max((task["memory"] for task in ran), default=0) + COPIES * held),
             probe_users=users,
             probe_s=busy,
@@ -86,7 +87,7 @@ class Forecast:
         """Tasks are nearly of one size and run in waves of `slots`."""
         waves = -(-self.tasks // self.slots)
         scoring = self.pairs / self.tasks / self.pairs_per_s if self.pairs_per_s else 0.0
-        return waves * (scoring + self.task_s)
+        return waves * scoring + (waves - 1) * self.task_s
 
     @property
     def seconds(self) -> float:
@@ -119,7 +120,7 @@ class Forecast:
             ("pairs/s a slot", f"{self.pairs_per_s:,.0f}", f"{self.probe_users:,} users in {self.probe_s:.1f} s"),
             ("slots", f"{self.slots:,}", f"{self.tasks:,} tasks"),
             ("start-up", f"{sum(self.start_s.values()):,.0f} s", parts),
-            ("scoring", f"{self.scoring_s:,.0f} s", f"{self.task_s:.1f} s of each task to load the model"),
+            ("scoring", f"{self.scoring_s:,.0f} s", f"{self.task_s:.1f} s of each further task to load the model"),
             ("in all", f"{self.seconds:,.0f} s", str(dt.timedelta(seconds=round(self.seconds)))),
             ("memory a worker", f"{self.memory_bytes / 2**20:,.0f} MiB", "of Python, beside the executor's JVM"),
         ]

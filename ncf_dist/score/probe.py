@@ -13,11 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ncf_dist.artifacts import remove
 from ncf_dist.bundle import load_model
 from ncf_dist.score.spec import ScorePass
-from ncf_dist.score.users import score_pass
+from ncf_dist.score.users import Ranker, score_pass
 
 
 def probe_pass(spec: ScorePass, seconds: float) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """`users.score_pass` over what it gets done in `seconds`, at least a block; adds `flops` a pair to its row."""
+    """`users.score_pass` over what it gets done in `seconds`, at least a block. Adds to its row `reload_s`, what it
+    takes a worker with torch and the files in its cache to load the model for another task, and `flops` a pair."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         begun = time.perf_counter()
@@ -26,6 +27,9 @@ def probe_pass(spec: ScorePass, seconds: float) -> Callable[[Iterable[pa.RecordB
         finally:
             remove(spec.folder)
         stats = json.loads(row.column("stats")[0].as_py())
+        loading = time.perf_counter()
+        Ranker(spec)
+        stats["reload_s"] = time.perf_counter() - loading
         stats["flops"] = flops_a_pair(spec)
         stats["task_s"] = time.perf_counter() - begun
         yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
