@@ -577,7 +577,7 @@ def test_a_reader_that_ends_before_its_last_files_is_opened_again(
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_files_come_in_order_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Petastorm's pool passes over a thread that has nothing to do yet. Here, as on a busy machine, it looks at the
-    second thread for so long that both have their next file before it goes back to the first."""
+    second thread just when both get their next file."""
     from petastorm import make_batch_reader
     from petastorm.workers_pool import ventilator
     from petastorm.workers_pool.thread_pool import ThreadPool
@@ -585,10 +585,15 @@ def test_files_come_in_order_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch, 
     done = ThreadPool.current_worker_done
 
     def slow(pool: ThreadPool, worker: int) -> bool:
-        time.sleep(0.02 * (worker == 1))
+        end = time.monotonic() + 0.8
+        while worker == 1 and done(pool, 1) and time.monotonic() < end:
+            time.sleep(0.01)
         return bool(done(pool, worker))
 
     monkeypatch.setattr(ThreadPool, "current_worker_done", slow)
+    monkeypatch.setattr(
+        ThreadPool, "all_workers_done", lambda pool: done(pool, 0) and done(pool, pool.workers_count - 1)
+    )
     monkeypatch.setattr(ventilator, "sleep", lambda seconds: time.sleep(0.4))
     run = train_run(tmp_path, list(range(1, 21)))
     files = [file_url(path) for path in run.files("train")]

@@ -662,7 +662,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_take(
     found = report["metrics"]
     # Each pair of a GMF with 8 factors is 8 multiplications and 8 additions.
     assert found["forecast.pairs"] == len(TRAINED) * ITEMS
-    assert found["forecast.flops"] == len(TRAINED) * ITEMS * 16
+    assert found["forecast.flops"] == len(TRAINED) * ITEMS * 2 * FACTORS
     assert found["forecast.users"] == INDEXED + len(NEW)
     assert found["forecast.slots"] == 2
     assert found["forecast.seconds"] > found["forecast.start_s"] > 0
