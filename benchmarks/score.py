@@ -168,7 +168,7 @@ def job(lake: str, name: str) -> dict[str, float]:
         {
             "paths": {"lake": lake, "work": f"{lake}/work"},
             "input": {"path": "unused"},
-            "score": {"k": K, "users_per_block": USERS_A_CALL, "tasks": TASKS},
+            "score": {"k": K, "users_per_block": USERS_A_CALL, "tasks": TASKS, "fallback_days": None},
             "spark": SPARK.model_dump(),
         }
     )
