@@ -358,7 +358,7 @@ def main() -> None:
         if "kernels" in args.parts:
             one["kernels"] = kernels(args.models, users, items, args.repeats, args.implicit)
             show_kernels(users, items, one["kernels"])
-    path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
