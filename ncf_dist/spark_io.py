@@ -8,9 +8,12 @@ group, and the same rows give the same bytes with any number of partitions and a
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import os
 import re
 import sys
+import zipimport
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
+from pyspark.sql.types import StructType
 
 from ncf_dist import config as settings
 from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, file_url, write_parquet
@@ -32,6 +36,9 @@ LIST_BATCH_ROWS = 4_096
 """The same where a row holds a user's whole history."""
 BATCH_BYTES = 2**26
 """However long the histories are, a batch ends after the row that goes past this. (Spark 3.5 does not know it.)"""
+
+Pass = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+"""What a Python worker does with a partition's rows."""
 
 _FILE = "_file"
 WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
@@ -83,6 +90,37 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
             spark.stop()
 
 
+def map_in_arrow(frame: DataFrame, work: Pass, schema: str | StructType) -> DataFrame:
+    """`frame.mapInArrow(work, schema)` without two costs of every task, which in small tasks are most of the time:
+    a garbage collection of all that was imported (torch alone brings a million objects), and, before Python 3.12, the
+    reading of the table of contents of Spark's zip archives, once for each folder in them
+    (github.com/python/cpython/issues/103200)."""
+
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        rows = work(batches)  # Imports what it needs.
+        freeze_imports()
+        try:
+            yield from rows
+        finally:
+            forget_archives()
+
+    return frame.mapInArrow(run, schema)
+
+
+@functools.cache
+def freeze_imports() -> None:
+    """Spark's Python daemon collects garbage after every task: not in what is there now."""
+    gc.freeze()
+
+
+def forget_archives() -> None:
+    """Spark invalidates the importers' caches before every task. Those of archives are made again when needed."""
+    if sys.version_info < (3, 12):
+        for path, importer in [*sys.path_importer_cache.items()]:
+            if isinstance(importer, zipimport.zipimporter):
+                del sys.path_importer_cache[path]
+
+
 def read_table(spark: SparkSession, manifest: Manifest, contract: Contract) -> DataFrame:
     """Table `contract.name` of a finished run, exactly the files of its manifest.
     Raises ContractError on a mismatch."""
@@ -110,7 +148,7 @@ def write_table(frame: DataFrame, run: str, contract: Contract, file: Column) ->
     order = contract.key or tuple(contract.columns)
     rows = frame.select(*contract.columns, file.cast("int").alias(_FILE))
     rows = rows.repartition(_FILE).sortWithinPartitions(_FILE, *order)
-    written = rows.mapInArrow(_writer(f"{run}/{contract.name}", contract.schema), WRITTEN).collect()
+    written = map_in_arrow(rows, _writer(f"{run}/{contract.name}", contract.schema), WRITTEN).collect()
     return table_info(contract, [FileInfo(**row.asDict()) for row in written], run)
 
 
@@ -189,7 +227,7 @@ def written_batch(files: list[FileInfo]) -> pa.RecordBatch:
     return batch_of([vars(info) for info in files], schema)
 
 
-def _writer(folder: str, schema: pa.Schema) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _writer(folder: str, schema: pa.Schema) -> Pass:
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         sink = FileSink(folder, schema)
         for batch in batches:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import zipimport
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from ncf_dist import config
 from ncf_dist.artifacts import FileInfo, Manifest, TableInfo
 from ncf_dist.contracts import INDEX_LIST, ITEM_STATS, QUARANTINE, Contract
 from ncf_dist.errors import ContractError
-from ncf_dist.spark_io import FileSink, part_name, read_table, runs_of, spark_session, write_table
+from ncf_dist.spark_io import FileSink, map_in_arrow, part_name, read_table, runs_of, spark_session, write_table
 
 ROOT = Path(__file__).parent.parent
 ROWS = 2_000
@@ -54,6 +56,38 @@ def partitions(spark: SparkSession) -> Iterator[SparkSession]:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- map_in_arrow ------------------------------------------------------------------------------------------
+
+
+def test_a_worker_does_not_read_its_archives_anew_for_every_task(spark: SparkSession) -> None:
+    """Before Python 3.12, each importer of an archive that is left costs some 20 ms at the start of every later task.
+    One may come back when a task imports something."""
+
+    def importers(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        assert len([*batches]) == 1  # Spark ends a worker that leaves some of its rows.
+        import pyspark.sql.functions  # noqa: F401  From the archive, where it is the worker's first.
+
+        archives = [i for i in sys.path_importer_cache.values() if isinstance(i, zipimport.zipimporter)]
+        yield pa.RecordBatch.from_pydict({"pid": [os.getpid()], "archives": [len(archives)]})
+
+    seen: dict[int, list[int]] = {}
+    for _ in range(4):
+        one = spark.range(0, 1, 1, 1)
+        [row] = map_in_arrow(one, importers, "pid bigint, archives bigint").collect()
+        seen.setdefault(row["pid"], []).append(row["archives"])
+    later = [count for counts in seen.values() for count in counts[1:]]
+    assert later, "no worker had two tasks"
+    assert max(later) <= 2 or sys.version_info >= (3, 12)
+
+
+def test_what_a_worker_has_imported_is_not_collected_as_garbage(spark: SparkSession) -> None:
+    def frozen(batches: object) -> Iterator[pa.RecordBatch]:
+        yield pa.RecordBatch.from_pydict({"frozen": [gc.get_freeze_count()]})
+
+    [row] = map_in_arrow(spark.range(0, 1, 1, 1), frozen, "frozen bigint").collect()
+    assert row["frozen"] > 10_000
 
 
 # ---- write_table -------------------------------------------------------------------------------------------

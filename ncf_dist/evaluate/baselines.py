@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from torch import Tensor
 from ncf_dist.artifacts import is_local, make_dirs, read_bytes, read_table, write_atomic
 from ncf_dist.evaluate.spec import GramFit
 from ncf_dist.scoring import Lists
+from ncf_dist.spark_io import Pass
 
 USERS_A_BLOCK = 512
 
@@ -77,7 +78,7 @@ def item_weights(path: str) -> ItemItemScorer:
 # ---- fitting -----------------------------------------------------------------------------------------------------
 
 
-def fit(spec: GramFit) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def fit(spec: GramFit) -> Pass:
     """For mapInArrow over one row: reads the history a file at a time and writes each output as safetensors."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -7,7 +7,7 @@ up in their order, so a sum depends on no partition, and the driver sees one sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from ncf_dist.artifacts import read_table
 from ncf_dist.evaluate import segments
 from ncf_dist.evaluate.bootstrap import poisson_weights
 from ncf_dist.evaluate.spec import FiguresPass
+from ncf_dist.spark_io import Pass, map_in_arrow
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -64,13 +65,13 @@ class Ranks:
 def sum_up(spark: SparkSession, spec: FiguresPass, partitions: int) -> Sums:
     """Every sum over all users, by name."""
     files = spark.range(0, len(spec.files), 1, min(partitions, len(spec.files)))
-    parts: DataFrame = files.mapInArrow(_file_sums(spec), SUMS)
+    parts: DataFrame = map_in_arrow(files, _file_sums(spec), SUMS)
     ordered = parts.repartition(partitions, "name").sortWithinPartitions("name", "file")
-    rows = ordered.mapInArrow(_in_order, SUMS).collect()
+    rows = map_in_arrow(ordered, _in_order, SUMS).collect()
     return {row["name"]: np.frombuffer(row["sums"], dtype=np.float64) for row in rows}
 
 
-def _file_sums(spec: FiguresPass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _file_sums(spec: FiguresPass) -> Pass:
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         counts = pa.concat_tables([read_table(path) for path in spec.stats_files]).column("train_count").to_numpy()
         for batch in batches:

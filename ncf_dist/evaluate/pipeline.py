@@ -33,7 +33,7 @@ from ncf_dist.evaluate.report.examples import examples
 from ncf_dist.evaluate.report.page import REPORT, headline_k, write_report
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass, FiguresPass, GramFit, on_executors
-from ncf_dist.spark_io import LIST_BATCH_ROWS, read_files, read_table, spark_session, table_info
+from ncf_dist.spark_io import LIST_BATCH_ROWS, map_in_arrow, read_files, read_table, spark_session, table_info
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class Night:
                 settings.knn_neighbours,
                 settings.knn_shrink,
             )
-            self.spark.range(0, 1, 1, 1).mapInArrow(on_executors(spec), "stats string").collect()
+            map_in_arrow(self.spark.range(0, 1, 1, 1), on_executors(spec), "stats string").collect()
             fitted |= {name: (path,) for name, path in grams.items()}
         if "als" not in fitted:
             return fitted, None
@@ -186,7 +186,7 @@ class Night:
         rows = rows.withColumn("_file", F.pmod("user_idx", F.lit(files)))
         # Asked for by number: the optimiser must not merge a small input whose work is heavy into one task.
         rows = rows.repartition(files, "_file").sortWithinPartitions("_file", "user_idx")
-        stats = [json.loads(row["stats"]) for row in rows.mapInArrow(on_executors(spec), "stats string").collect()]
+        stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, on_executors(spec), "stats string").collect()]
         histograms: dict[str, Histogram] = {}
         for task in stats:
             for name, body in task["scores"].items():

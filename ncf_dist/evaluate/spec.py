@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from ncf_dist.bundle import Bundle
 from ncf_dist.evaluate.segments import PopularityDeciles
+from ncf_dist.spark_io import Pass
 
 Batches = Iterable[pa.RecordBatch]
 
@@ -57,7 +58,7 @@ class FiguresPass:
     replicates: int
 
 
-def on_executors(spec: EvaluationPass | GramFit) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
+def on_executors(spec: EvaluationPass | GramFit) -> Pass:
     """The function for mapInArrow that does this, imported on the executor."""
 
     def run(batches: Batches) -> Iterator[pa.RecordBatch]:

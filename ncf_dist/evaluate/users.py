@@ -25,7 +25,7 @@ from ncf_dist.evaluate.baselines import item_factors, item_weights, read_lists
 from ncf_dist.evaluate.histogram import Histogram
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, catalogue_rank, mask, top_k
-from ncf_dist.spark_io import FileSink, runs_of
+from ncf_dist.spark_io import FileSink, Pass, runs_of
 
 SCORES_A_BLOCK = 2**21
 """Scores held at once (U x I): 8 MiB, and as many again while they are ranked."""
@@ -71,7 +71,7 @@ class Users:
         )
 
 
-def evaluation_pass(spec: EvaluationPass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def evaluation_pass(spec: EvaluationPass) -> Pass:
     """For mapInArrow: rows (_file, …) as `Users.of` reads them, ascending in (_file, user_idx), in; one row `stats`
     (JSON: files written, histograms of the model's scores, whether any timestamp is set) a task out."""
 

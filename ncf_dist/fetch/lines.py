@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 from pyspark.sql import DataFrame
@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 
 from ncf_dist.artifacts import make_dirs, write_atomic
 from ncf_dist.fetch.delivery import Part
-from ncf_dist.spark_io import batch_of, runs_of
+from ncf_dist.spark_io import Pass, batch_of, map_in_arrow, runs_of
 
 LINES_PER_FILE = 1_000_000
 """About as many lines a file, 25 MB: what a writer holds in memory."""
@@ -43,7 +43,7 @@ def write_lines(
         rows.select(*order, file.alias(_FILE), line.alias(_LINE)).repartition(_FILE).sortWithinPartitions(_FILE, *order)
     )
     make_dirs(folder if files == 1 else posixpath.join(folder, table))
-    found = ordered.select(_FILE, _LINE).mapInArrow(_writer(folder, table, files), _PARTS_DDL).collect()
+    found = map_in_arrow(ordered.select(_FILE, _LINE), _writer(folder, table, files), _PARTS_DDL).collect()
     return sorted((Part(**row.asDict()) for row in found), key=lambda part: part.path)
 
 
@@ -53,7 +53,7 @@ def part_path(table: str, file: int, files: int) -> str:
     return table if files == 1 else f"{table}/{stem}-{file:05d}{dot}{suffix}"
 
 
-def _writer(folder: str, table: str, files: int) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _writer(folder: str, table: str, files: int) -> Pass:
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         number, lines, written = -1, list[str](), list[Part]()
 

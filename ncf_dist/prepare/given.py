@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
@@ -15,7 +15,7 @@ from ncf_dist.artifacts import file_url
 from ncf_dist.errors import InputError
 from ncf_dist.prepare.reading import read_unit
 from ncf_dist.prepare.source import Source
-from ncf_dist.spark_io import batch_of, spark_path
+from ncf_dist.spark_io import Pass, batch_of, map_in_arrow, spark_path
 
 _PAIR = re.compile(r"^\(\s*([^,]+?)\s*,\s*(.+?)\s*\)$")
 
@@ -28,7 +28,7 @@ def candidate_rows(
     schema = pa.schema([("user_id", user_id), ("item_id", item_id), ("candidate", item_id), ("bad", pa.string())])
     path = posixpath.join(staging, "candidates")
     units = len(source.units)
-    frame = spark.range(0, units, 1, max(1, units)).mapInArrow(_pass(source, schema), from_arrow_schema(schema))
+    frame = map_in_arrow(spark.range(0, units, 1, max(1, units)), _pass(source, schema), from_arrow_schema(schema))
     frame.write.parquet(file_url(path))
     rows = spark.read.schema(frame.schema).parquet(spark_path(path))
     if wrong := rows.where(F.col("bad").isNotNull()).select(F.min("bad")).collect()[0][0]:
@@ -39,7 +39,7 @@ def candidate_rows(
     return rows.drop("bad")
 
 
-def _pass(source: Source, schema: pa.Schema) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _pass(source: Source, schema: pa.Schema) -> Pass:
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for unit in batch.column(0).to_pylist():

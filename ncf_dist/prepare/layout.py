@@ -9,7 +9,7 @@ writer sorts its rows, knows the rank of the first one, and keeps its own share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from ncf_dist.config import Layout
 from ncf_dist.contracts import Contract
 from ncf_dist.prepare.users import ORDER_BUCKETS
 from ncf_dist.sampling import IntArray
-from ncf_dist.spark_io import WRITTEN, FileSink, runs_of, table_info, written_batch
+from ncf_dist.spark_io import WRITTEN, FileSink, Pass, map_in_arrow, runs_of, table_info, written_batch
 
 
 def file_count(rows: int, layout: Layout) -> int:
@@ -58,13 +58,11 @@ def write_train(
     placed = placed.repartition("_file").sortWithinPartitions("_file")
     starts = ranks[np.minimum(np.searchsorted(last, np.arange(files)), ORDER_BUCKETS - 1)]
     writer = _writer(f"{run}/{contract.name}", contract.schema, starts, ends)
-    written = placed.mapInArrow(writer, WRITTEN).collect()
+    written = map_in_arrow(placed, writer, WRITTEN).collect()
     return table_info(contract, [FileInfo(**row.asDict()) for row in written], run)
 
 
-def _writer(
-    folder: str, schema: pa.Schema, starts: IntArray, ends: IntArray
-) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _writer(folder: str, schema: pa.Schema, starts: IntArray, ends: IntArray) -> Pass:
     """starts: (F,) rank of the first row that each file is sent; ends: (F+1,) ranks it keeps."""
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

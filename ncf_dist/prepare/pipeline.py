@@ -44,7 +44,15 @@ from ncf_dist.prepare.source import (
 )
 from ncf_dist.prepare.splits import SplitRule, day_of, temporal_rule
 from ncf_dist.prepare.users import UserPass, count_pass, staging_schema, train_contract, user_pass
-from ncf_dist.spark_io import ROWS_PER_FILE, read_files, read_table, spark_session, table_info, write_table
+from ncf_dist.spark_io import (
+    ROWS_PER_FILE,
+    map_in_arrow,
+    read_files,
+    read_table,
+    spark_session,
+    table_info,
+    write_table,
+)
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +276,7 @@ class _Night:
         if not units:
             return []
         numbers = self.spark.range(0, units, 1, min(units, MAX_TASKS))
-        stats = [json.loads(row["stats"]) for row in numbers.mapInArrow(read_pass(spec), "stats string").collect()]
+        stats = [json.loads(row["stats"]) for row in map_in_arrow(numbers, read_pass(spec), "stats string").collect()]
         for unit in stats:
             if "error" in unit:
                 raise InputError(f"{unit['error']}; needed whole files of format {self.config.input.format}: mend them")
@@ -378,13 +386,13 @@ class _Night:
         )
         if config.negatives.alpha > 0 and not spec.explicit:
             spec = replace(spec, weights=self._weights(grouped, spec))
-        passed = grouped.mapInArrow(user_pass(spec), "stats string").collect()
+        passed = map_in_arrow(grouped, user_pass(spec), "stats string").collect()
         return [json.loads(row["stats"]) for row in passed]
 
     def _weights(self, grouped: DataFrame, spec: UserPass) -> tuple[str, ...]:
         """Write item_weights: popularity^alpha in integers, so that a sum does not depend on its order. An item
         without train rows counts as one with a single row."""
-        counts = grouped.mapInArrow(count_pass(spec), "item_idx int, train_count bigint")
+        counts = map_in_arrow(grouped, count_pass(spec), "item_idx int, train_count bigint")
         counts = counts.groupBy("item_idx").agg(F.sum("train_count").alias("train_count"))
         counts = self.frames["item_index"].select("item_idx").join(counts, "item_idx", "left")
         power = F.pow(F.coalesce("train_count", F.lit(1)), F.lit(self.config.negatives.alpha))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from ncf_dist.contracts import QUARANTINE
 from ncf_dist.prepare.reading import Chunk, Mask, as_mask, read_unit
 from ncf_dist.prepare.source import Source
-from ncf_dist.spark_io import ROWS_PER_FILE, FileSink
+from ncf_dist.spark_io import ROWS_PER_FILE, FileSink, Pass
 
 NULLS = pa.array(["\\N", "NULL", "null"])
 """What writes a missing id as text."""
@@ -60,7 +60,7 @@ def staged_schema(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
-def read_pass(spec: RowSpec) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def read_pass(spec: RowSpec) -> Pass:
     """For mapInArrow over unit numbers (column `id`): writes each unit's rows under `staging` and yields `stats`
     (JSON): counts by reason, files of rows and of rejects, or the error that kept a file from being read."""
 

@@ -7,7 +7,7 @@ value that is not of its type is null, and counted. Nothing here reaches the tra
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ from ncf_dist.errors import InputError
 from ncf_dist.prepare.reading import Chunk, as_mask, read_unit
 from ncf_dist.prepare.rows import floats, integers
 from ncf_dist.prepare.source import Source
-from ncf_dist.spark_io import ROWS_PER_FILE, spark_path, write_table
+from ncf_dist.spark_io import ROWS_PER_FILE, Pass, map_in_arrow, spark_path, write_table
 
 TYPES = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 _TRUE, _FALSE = pa.array(["true", "t", "yes", "y", "1"]), pa.array(["false", "f", "no", "n", "0"])
@@ -54,7 +54,7 @@ def side_contract(side: SideTable, kind: str, id_type: pa.DataType) -> contracts
     return contracts.items(id_type, further) if kind == "items" else contracts.users(id_type, further)
 
 
-def side_pass(spec: SideSpec) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def side_pass(spec: SideSpec) -> Pass:
     """For mapInArrow over unit numbers: the rows of the side table, typed."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -121,7 +121,7 @@ def write_side(
     units = len(spec.source.units)
     path = posixpath.join(staging, kind)
     schema = from_arrow_schema(spec.schema)
-    spark.range(0, units, 1, max(1, units)).mapInArrow(side_pass(spec), schema).write.parquet(file_url(path))
+    map_in_arrow(spark.range(0, units, 1, max(1, units)), side_pass(spec), schema).write.parquet(file_url(path))
     rows = spark.read.schema(schema).parquet(spark_path(path))
     total, unusable, bad = rows.agg(
         F.count("*"), F.coalesce(F.sum(F.col("_unusable").cast("int")), F.lit(0)), F.coalesce(F.sum("_bad"), F.lit(0))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from ncf_dist.artifacts import read_table
 from ncf_dist.config import Negatives
 from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.sampling import IntArray, Purpose, hash64
-from ncf_dist.spark_io import FileSink
+from ncf_dist.spark_io import FileSink, Pass
 
 BLOCK_ROWS = 262_144
 ORDER_BUCKETS = 4096
@@ -88,7 +88,7 @@ def staging_schema(negatives: Negatives, explicit: bool = False) -> pa.Schema:
     return train_contract(negatives, explicit).schema.append(pa.field("order_hash", pa.int64(), nullable=False))
 
 
-def user_pass(spec: UserPass) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
+def user_pass(spec: UserPass) -> Pass:
     """A function for mapInArrow: rows (user_idx, item_idx, rating, timestamp, part) in, and `candidates` where they are
     given; one row `stats` (JSON) a task out."""
 
@@ -111,7 +111,7 @@ def user_pass(spec: UserPass) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
     return run
 
 
-def count_pass(spec: UserPass) -> Callable[[Batches], Iterator[pa.RecordBatch]]:
+def count_pass(spec: UserPass) -> Pass:
     """For mapInArrow over the same rows: (item_idx, train_count) of each block's train rows."""
 
     def run(batches: Batches) -> Iterator[pa.RecordBatch]:

@@ -7,7 +7,8 @@ it reads no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,16 +20,15 @@ from ncf_dist.bundle import load_model, verify_weights
 from ncf_dist.contracts import in_long_form
 from ncf_dist.models import Recommender
 from ncf_dist.score.spec import ScorePass
+from ncf_dist.spark_io import Pass
 
 ITEMS_A_CALL = 16_384
 TOLERANCE = {"fp32": 1e-4, "bf16": 2**-5}
 """Of a user's largest score: sums are rounded in another order than the scorer's."""
 
 
-def check_pass(
-    spec: ScorePass, files: tuple[str, ...]
-) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    """For mapInArrow: rows (user_id, user_idx, item_idx list, test_item_idx list) of the users to check, whose
+def check_pass(spec: ScorePass, user_ids: dict[int, Any], files: tuple[str, ...]) -> Pass:
+    """For mapInArrow: rows of contracts.HISTORY of the users to check, whose ids by index are `user_ids` and whose
     recommendations are in `files`; one row `problem` out for each that is wrong."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -40,16 +40,17 @@ def check_pass(
         model = load_model(spec.bundle)
         catalogue = pa.concat_tables([read_table(path) for path in spec.item_files]).sort_by("item_idx")["item_id"]
         ids = catalogue.combine_chunks()
-        wanted = pa.array([user["user_id"] for user in users], spec.contract.schema.field("user_id").type)
+        wanted = pa.array(user_ids.values(), spec.contract.schema.field("user_id").type)
         tables = (read_table(path) for path in files)
         rows = pa.concat_tables([in_long_form(t.filter(pc.is_in(t["user_id"], value_set=wanted))) for t in tables])
         allowed = spec.lists.may(ids)
         for user in users:
-            mine = rows.filter(pc.equal(rows["user_id"], pa.scalar(user["user_id"], wanted.type))).sort_by("rank")
+            user_id = user_ids[user["user_idx"]]
+            mine = rows.filter(pc.equal(rows["user_id"], pa.scalar(user_id, wanted.type))).sort_by("rank")
             may = allowed.copy()
             may[[item for column in spec.masked for item in user[column]]] = False
             if problem := _problem(spec, mine, all_scores(model, user["user_idx"], len(ids)), may, ids):
-                yield pa.RecordBatch.from_pydict({"problem": [f"user {user['user_id']!r}: {problem}"]})
+                yield pa.RecordBatch.from_pydict({"problem": [f"user {user_id!r}: {problem}"]})
 
     return run
 

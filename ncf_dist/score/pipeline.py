@@ -29,7 +29,15 @@ from ncf_dist.score import forecasting
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.rows import active_from, in_files, in_tasks, popularity, users_to_rank
 from ncf_dist.score.spec import ScorePass, checked, on_executors, probed
-from ncf_dist.spark_io import LIST_BATCH_ROWS, ROWS_PER_FILE, read_files, spark_session, table_info, write_table
+from ncf_dist.spark_io import (
+    LIST_BATCH_ROWS,
+    ROWS_PER_FILE,
+    map_in_arrow,
+    read_files,
+    spark_session,
+    table_info,
+    write_table,
+)
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +75,7 @@ def score(config: Config, ds: str) -> Outcome:
             spec = replace(spec, popularity_files=_paths(run, tables["popularity"]))
         users = users_to_rank(spark, night.prepare, config.score, ds)
         rows = in_tasks(in_files(users, night.n_files, night.indexed), config.score.tasks or night.n_files)
-        stats = [json.loads(row["stats"]) for row in rows.mapInArrow(on_executors(spec), "stats string").collect()]
+        stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, on_executors(spec), "stats string").collect()]
         table = table_info(night.contract, [FileInfo(**f) for task in stats for f in task["files"]], run)
         _check(spark, night, spec, _paths(run, table))
     counts = _total(task["counts"] for task in stats)
@@ -121,7 +129,7 @@ def forecast(config: Config, ds: str) -> Outcome:
         every = max(1, users.get(True, 0) // (slots * forecasting.USERS_A_SLOT))
         sample = rows.where("by_model").where(F.pmod(F.xxhash64("user_id"), F.lit(every)) == 0)
         sample = in_files(sample, 1, night.indexed).repartition(slots)
-        probe = sample.mapInArrow(probed(spec, forecasting.SECONDS_A_SLOT), "stats string").collect()
+        probe = map_in_arrow(sample, probed(spec, forecasting.SECONDS_A_SLOT), "stats string").collect()
         probe_s = time.monotonic() - began
     result = forecasting.Forecast.of(
         [json.loads(row["stats"]) for row in probe],
@@ -203,11 +211,11 @@ def _check(spark: SparkSession, night: _Night, spec: ScorePass, files: tuple[str
     ids = [user for path in files for user in _some_users(path)]
     index_files = night.prepare.files("user_index")
     index = read_files(spark, index_files, read_schema(index_files[0])).where(F.col("user_id").isin(ids))
-    places = {row["user_idx"]: row["user_id"] for row in index.collect()}
+    user_ids = {row["user_idx"]: row["user_id"] for row in index.collect()}
     history = read_files(spark, night.prepare.files("history"), contracts.HISTORY.schema)
-    rows = history.where(F.col("user_idx").isin([*places])).join(index, "user_idx")
-    rows = rows.select("user_id", "user_idx", "item_idx", "test_item_idx").coalesce(1)
-    problems = [row["problem"] for row in rows.mapInArrow(checked(spec, files), "problem string").collect()]
+    rows = history.where(F.col("user_idx").isin([*user_ids])).coalesce(1)
+    work = checked(spec, user_ids, files)
+    problems = [row["problem"] for row in map_in_arrow(rows, work, "problem string").collect()]
     if problems:
         raise ContractError(
             f"the recommendations of {len(problems)} of {len(ids)} users are not what the model "

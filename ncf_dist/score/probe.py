@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 import torch
@@ -14,9 +14,10 @@ from ncf_dist.artifacts import remove
 from ncf_dist.bundle import load_model
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.score.users import Ranker, score_pass
+from ncf_dist.spark_io import Pass
 
 
-def probe_pass(spec: ScorePass, seconds: float) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def probe_pass(spec: ScorePass, seconds: float) -> Pass:
     """`users.score_pass` over what it gets done in `seconds`, at least a block. Adds to its row `reload_s`, what it
     takes a worker with torch and the files in its cache to load the model for another task, and `flops` a pair."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -11,8 +12,7 @@ from ncf_dist.bundle import Bundle
 from ncf_dist.config import Score
 from ncf_dist.contracts import Contract
 from ncf_dist.score.items import ItemLists
-
-Pass = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+from ncf_dist.spark_io import Pass
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ def on_executors(spec: ScorePass) -> Pass:
     return run
 
 
-def checked(spec: ScorePass, files: tuple[str, ...]) -> Pass:
+def checked(spec: ScorePass, user_ids: dict[int, Any], files: tuple[str, ...]) -> Pass:
     """`check.check_pass` likewise."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         from ncf_dist.score.check import check_pass
 
-        return check_pass(spec, files)(batches)
+        return check_pass(spec, user_ids, files)(batches)
 
     return run
 

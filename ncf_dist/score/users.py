@@ -6,12 +6,10 @@ none of it grows with the number of users.
 
 from __future__ import annotations
 
-import functools
-import gc
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +25,14 @@ from ncf_dist.contracts import MODEL, POPULAR
 from ncf_dist.score.popular import Popular
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.scoring import Lists, ModelScorer
-from ncf_dist.spark_io import FileSink, runs_of
+from ncf_dist.spark_io import FileSink, Pass, runs_of
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 
-def score_pass(spec: ScorePass) -> Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def score_pass(spec: ScorePass) -> Pass:
     """For mapInArrow: rows (_file, user_id, user_idx, item_idx list, test_item_idx list, by_model), ascending in _file;
     one row `stats` a task out."""
 
@@ -48,7 +46,6 @@ def score_pass(spec: ScorePass) -> Callable[[Iterable[pa.RecordBatch]], Iterator
         for batch in batches:
             if ranker is None:
                 clock.restart()
-                freeze_imports()
                 ranker = Ranker(spec)
                 clock.add("load")
             for file, start, end in runs_of(batch.column("_file").to_numpy()):
@@ -66,12 +63,6 @@ def score_pass(spec: ScorePass) -> Callable[[Iterable[pa.RecordBatch]], Iterator
         yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
 
     return run
-
-
-@functools.cache
-def freeze_imports() -> None:
-    """Spark's Python daemon collects garbage after every task: not in all that torch brings, each time."""
-    gc.freeze()
 
 
 class _Clock:
