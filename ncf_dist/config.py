@@ -392,6 +392,8 @@ class Train(Section):
     """Of the layers' weights; never of biases and batch norm."""
     embedding_decay: Annotated[float, Field(ge=0)] = 0.0
     """Of the embedding tables, rows that a step does not touch included."""
+    embedding_l2: Annotated[float, Field(ge=0)] = 0.0
+    """An L2 term of the loss on the embeddings that a step's pairs use, once for each use; beside any decay."""
     part_decay: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Weight decay of a part instead of the two above, embeddings and layers alike: by the beginning of its parameters'
     names, such as {gmf: 1.0e-6, tower: 1.0e-5}."""

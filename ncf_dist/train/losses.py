@@ -8,6 +8,11 @@ s(u, i) is the model's score, i a row's item, j a negative.
   step share, drawn with q_j = 1 / I; a j that is the row's own item is left out. The term log(M q_j) makes the sum an
   unbiased estimate of the whole catalogue's (Bengio & Senécal 2008; the logQ correction of Yi et al. 2019)
 - mse: (s(u, i) - rating)²
+
+With an L2 term `l2` each adds l2 / 2 · (‖p_u‖² + ‖q_i‖²), all embedding tables together, a mean over the pairs of the
+step's rows (with sampled_softmax the positives). So an embedding shrinks as often as it is used, as in Rendle et al.
+2020 ("Neural Collaborative Filtering vs. Matrix Factorization Revisited", section 3), where an optimiser's decay
+shrinks rare and frequent ones alike.
 """
 
 from __future__ import annotations
@@ -69,6 +74,15 @@ LOSSES: dict[str, Callable[[Recommender, Batch], Tensor]] = {
 }
 
 
+def squared_norms(model: Recommender, batch: Batch) -> Tensor:
+    """½ (‖p_u‖² + ‖q_i‖²), a mean over the batch's pairs."""
+    total = torch.zeros((), device=batch.user.device)
+    for kind, index in (("user", batch.user), ("item", batch.items)):
+        for table in model.tables(kind):
+            total = total + table(index).square().sum(-1).mean() / 2
+    return total
+
+
 class Objective(nn.Module):
     """A model and its loss as one module, so that what DDP wraps is all that a step computes.
 
@@ -76,13 +90,17 @@ class Objective(nn.Module):
     gave, so a flag of any rank is seen by all, after the gradients' own exchange and without another one.
     """
 
-    def __init__(self, model: Recommender, loss: str, precision: str = "fp32", signals: int = 1) -> None:
+    def __init__(
+        self, model: Recommender, loss: str, precision: str = "fp32", signals: int = 1, l2: float = 0.0
+    ) -> None:
         super().__init__()
-        self.model, self.loss, self.bf16 = model, LOSSES[loss], precision == "bf16"
+        self.model, self.loss, self.bf16, self.l2 = model, LOSSES[loss], precision == "bf16", l2
         self.signals = nn.Parameter(torch.zeros(signals))
 
     def forward(self, batch: Batch, flags: Sequence[bool] = (False,)) -> Tensor:
         """The mean loss of a batch, a scalar in float32."""
         with torch.autocast(batch.user.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.loss(self.model, batch)
+        if self.l2:
+            loss = loss + self.l2 * squared_norms(self.model, batch)
         return loss + self.signals @ torch.tensor(flags, dtype=torch.float32, device=loss.device)

@@ -89,7 +89,7 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model.to(world.device)
-        self.signals = Objective(self.model, loss, config.precision, signals=2).to(world.device)
+        self.signals = Objective(self.model, loss, config.precision, 2, config.embedding_l2).to(world.device)
         self.objective: nn.Module = self.signals
         if world.size > 1:
             devices = [world.local_rank] if world.device.startswith("cuda") else None
