@@ -91,6 +91,23 @@ def test_shared_items_score_as_pairs_do(name: Any) -> None:
     torch.testing.assert_close(found, wanted)
 
 
+def test_an_l2_term_counts_an_embedding_as_often_as_it_is_used() -> None:
+    """User 0 has two rows and user 1 has one, each with two items; biases are embeddings too. Item 2 is not used."""
+    model = build_model(Model(name="mf", factors=2, biases=True), 2, 3)
+    values = {
+        "user": [[1.0, 2.0], [3.0, 0.0]],
+        "item": [[2.0, 0.0], [0.0, 1.0], [9.0, 9.0]],
+        "user_bias": [[1.0], [0.0]],
+        "item_bias": [[0.0], [2.0], [9.0]],
+    }
+    model.load_state_dict({f"{name}.weight": torch.tensor(value) for name, value in values.items()})
+    batch = Batch(torch.tensor([0, 0, 1]), torch.tensor([[0, 1], [0, 1], [1, 0]]))
+    users = ((1 + 4 + 1) + (1 + 4 + 1) + 9) / 3
+    items = (4 + (1 + 4) + 4 + (1 + 4) + (1 + 4) + 4) / 6
+    plain, more = Objective(model, "bce")(batch), Objective(model, "bce", l2=0.1)(batch)
+    assert (more - plain).item() == pytest.approx(0.1 / 2 * (users + items), rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", ["bce", "bpr", "sampled_softmax", "mse"])
 def test_bf16_is_close_and_gives_float32_gradients(loss: str) -> None:
     torch.manual_seed(1)
