@@ -9,9 +9,9 @@ NeuMF (factors 8, MLP 64-32-16-8) with random weights: scoring takes as long wha
 here as `prepare` lays them out; then the job score runs on local[2] with a 2 GiB heap, K = 10, and beside it the
 resident size of its Python workers is sampled every second.
 
-From share a, share b is forecast to take: a's seconds that are not scoring or writing + b/a × those that are. Memory is flat
-where the largest worker's size in the last half of the time of scoring is not above that of the first half (+ 10 %).
-Prints a table and writes benchmarks/results/score_scale.json.
+From share a, share b is forecast to take: a's seconds that are not scoring or writing + b/a × those that are. Memory
+is flat where the largest worker's size in the last half of the time of scoring is not above that of the first half (+
+10 %). Prints a table and writes benchmarks/results/score_scale.json.
 """
 
 from __future__ import annotations
