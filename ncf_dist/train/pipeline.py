@@ -45,6 +45,9 @@ NOT_THE_RESULT = {
 RANKS, PLOT = "ranks", "history.svg"
 STOP_S = 20.0
 """What the ranks have, once asked, to save and end."""
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+"""glibc's malloc gives what a step frees back to the system, and the next step pays for every page anew: up to a third
+of a large step's time. These keep it, up to 1 GiB; blocks above 32 MiB, the most that all versions take, excepted."""
 FAILED_S = 8.0
 """What the others have to end by themselves once one has reported a failure."""
 
@@ -174,7 +177,7 @@ def _run_ranks(config: Config, spec: Spec, wanted: str) -> None:
     log.info("starting %d rank(s): %s", _world_size(config), shlex.join(command))
     if config.train.nodes > 1:
         log.info("needed on %d other machine(s): the same command", config.train.nodes - 1)
-    environment = {"OMP_NUM_THREADS": str(threads(config)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads(config)), **KEEP_MEMORY, **os.environ}
     # A rank's stdout must not get between us and the scheduler: ours ends with the report.
     process = subprocess.Popen(
         command, stdout=sys.stderr, env=environment, preexec_fn=lambda: die_with_parent(signal.SIGTERM)
