@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from ncf_dist.config import Config, Model
-from ncf_dist.errors import ContractError
+from ncf_dist.errors import ContractError, TrainingFailed
 from ncf_dist.train.launchers import LAUNCHERS, WORKER, threads
 from ncf_dist.train.pipeline import train
 from tests.conftest import SPARK
@@ -44,6 +45,22 @@ def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     of = [threads(small_config(Path("unused"), GMF, launcher=how, ranks=3)) for how in ("torchrun", "none", "spark")]
     assert of == [8 // 3, 8, 8 // 3]
+
+
+@pytest.mark.parametrize(("own", "wanted"), [({}, str(2**30)), ({"MALLOC_TRIM_THRESHOLD_": "1"}, "1")])
+def test_ranks_keep_what_a_step_frees_unless_told_otherwise(
+    own: dict[str, str], wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, found = small_config(tmp_path, GMF, launcher="none"), tmp_path / "environment.json"
+    prepared(config, 40)
+    look = f"import json, os; open({str(found)!r}, 'w').write(json.dumps(dict(os.environ)))"
+    monkeypatch.setitem(LAUNCHERS, "none", lambda *_: [sys.executable, "-c", look])
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingFailed, match=r"no history\.json"):
+        train(config, DS)
+    assert json.loads(found.read_text())["MALLOC_TRIM_THRESHOLD_"] == wanted
 
 
 def on_nodes(config: Config, started: list[subprocess.Popen[bytes]]) -> None:
