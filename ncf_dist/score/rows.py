@@ -72,8 +72,9 @@ def in_tasks(rows: DataFrame, tasks: int) -> DataFrame:
     """File f in partition f mod `tasks`, sorted. Hashing the numbers of files would give some partitions several and
     others none, and the job would take as long as the fullest: so each partition gets a key that hashes to it."""
     number = F.col("id").cast("int")
-    hashed = rows.sparkSession.range(0, 32 * tasks, 1, 1).select(F.pmod(F.hash(number), F.lit(tasks)), number)
-    keys = {int(row[0]): int(row[1]) for row in sorted(hashed.collect(), reverse=True)}  # The smallest of each.
+    # One partition: then Spark groups without a shuffle.
+    hashed = rows.sparkSession.range(0, 32 * tasks, 1, 1).groupBy(F.pmod(F.hash(number), F.lit(tasks)).alias("task"))
+    keys = {row["task"]: row["key"] for row in hashed.agg(F.min(number).alias("key")).collect()}
     # A partition that none of so many numbers hashes to, which is rare, shares another's.
     key = F.lit([keys.get(task, task) for task in range(tasks)])[F.pmod("_file", F.lit(tasks))]
     # Asked for by number: the optimiser must not merge a small input whose work is heavy into one task.
