@@ -5,7 +5,8 @@
 The recipe (NVIDIA's DeepLearningExamples, NCF for PyTorch): NeuMF with 64 factors and an MLP of 256-256-128-64, 4
 negatives, 2^20 examples a step over all GPUs, Adam, bf16 products. Their README gives 34.1 million samples/s on one
 A100 with AMP. The log: 20,000,263 interactions of 138,493 users with 26,744 items, as many as MovieLens-20M has, users
-and items drawn with long tails from seed 1; `--log 0.01` takes that share of users and interactions, to try the script.
+and items drawn with long tails from seed 1; `--log 0.01` takes that share of users, of interactions and of
+a step's examples, to try the script.
 The tables are made here as `prepare` lays them out; then the job train reads them through Petastorm, and draws the
 negatives on the device (`train.negatives: online`).
 
