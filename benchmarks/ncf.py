@@ -1,12 +1,13 @@
 """Quality on the NCF paper's files (He et al. 2017): the committed settings of each model, trained on all of train.
 
-    .venv/bin/python benchmarks/ncf.py [--seeds 1 2 3] [--at-once 1]
+    .venv/bin/python benchmarks/ncf.py [--seeds 1 2 3] [--at-once 1] [--models ncf-ml-1m-mf]
 
 Each seed prepares the files once and then trains and judges, each as its own job: NeuMF, a GMF and an MLP, a NeuMF
 that starts from those two, and MF. The settings were chosen on each user's latest train row (`split.validation: true`);
 here that row is trained on too, and nothing but `evaluate` reads the test rows. Prints one table (mean and standard
 deviation over seeds; wall seconds of training, the cores shared by `at-once` seeds) and writes
-benchmarks/results/ncf-ml-1m.json. The files come from NCF_DATA_DIR/ncf-ml-1m.
+benchmarks/results/ncf-ml-1m.json; with `--models` these models alone are run, and the others there, of the same seeds,
+stay. The files come from NCF_DATA_DIR/ncf-ml-1m.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 FIGURES = ("candidates.hr@10", "candidates.ndcg@10", "full.hr@10", "full.ndcg@10")
 PRETRAINED = "ncf-ml-1m-pretrained"
+RESULTS = ROOT / "benchmarks/results/ncf-ml-1m.json"
 MODELS = ("ncf-ml-1m-neumf", "ncf-ml-1m-gmf", "ncf-ml-1m-mlp", PRETRAINED, "ncf-ml-1m-mf")
 
 
@@ -44,7 +46,7 @@ def run(job: str, config: str, settings: dict[str, object], threads: int) -> dic
     return {**report, "wall": time.monotonic() - start}
 
 
-def run_seed(files: Path, threads: int, seed: int) -> dict[str, dict[str, float]]:
+def run_seed(files: Path, threads: int, models: list[str], seed: int) -> dict[str, dict[str, float]]:
     """Figures by model, popularity among them."""
     with tempfile.TemporaryDirectory() as lake:
         settings: dict[str, object] = {
@@ -55,10 +57,10 @@ def run_seed(files: Path, threads: int, seed: int) -> dict[str, dict[str, float]
             "split.candidates": files / "ml-1m.test.negative",
             "seed": seed,
         }
-        prepared = run("prepare", MODELS[0], settings, threads)
+        prepared = run("prepare", models[0], settings, threads)
         found: dict[str, dict[str, float]] = {"prepare": {"wall": prepared["wall"]}}
         bundles: dict[str, str] = {}
-        for config in MODELS:
+        for config in models:
             start = {}
             if config == PRETRAINED:
                 start = {f"train.pretrained.{part}": bundles[f"ncf-ml-1m-{part}"] for part in ("gmf", "mlp")}
@@ -75,17 +77,23 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--at-once", type=int, default=1, help="seeds that share the cores")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     args = parser.parse_args()
+    if PRETRAINED in args.models and not {"ncf-ml-1m-gmf", "ncf-ml-1m-mlp"} <= set(args.models):
+        parser.error(f"{PRETRAINED} starts from ncf-ml-1m-gmf and ncf-ml-1m-mlp: name them, too")
     files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ncf-ml-1m"
     if not files.is_dir():
         sys.exit(f"{files} is not there; needed the three files of the NCF paper's repository: set NCF_DATA_DIR")
+    models = [name for name in MODELS if name in args.models]
     threads = max(1, (os.cpu_count() or 1) // args.at_once)
     with ThreadPoolExecutor(args.at_once) as pool:
-        runs = list(pool.map(partial(run_seed, files, threads), args.seeds))
+        runs = list(pool.map(partial(run_seed, files, threads, models), args.seeds))
     machine = f"{os.cpu_count()} cores, {args.at_once} seeds at once, {platform.machine()}"
+    if RESULTS.exists() and (before := json.loads(RESULTS.read_text()))["seeds"] == args.seeds:
+        runs = [old | new for old, new in zip(before["runs"], runs, strict=True)]
     print(f"The NCF paper's MovieLens-1M, seeds {args.seeds}, {machine}")
     print(f"{'':24}" + "".join(f"{name:>20}" for name in (*FIGURES, "training s")))
-    for model in ("popularity", *MODELS):
+    for model in (name for name in ("popularity", *MODELS) if name in runs[0]):
         cells = []
         for name in (*FIGURES, "wall"):
             values = [run[model][name] for run in runs if name in run[model]]
@@ -93,10 +101,8 @@ def main() -> None:
             digits = 0 if name == "wall" else 4
             cells.append(f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}" if values else "")
         print(f"{model:24}" + "".join(f"{cell:>20}" for cell in cells))
-    results = ROOT / "benchmarks/results"
-    results.mkdir(exist_ok=True)
-    body = {"seeds": args.seeds, "machine": machine, "runs": runs}
-    (results / "ncf-ml-1m.json").write_text(json.dumps(body, indent=1) + "\n")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"seeds": args.seeds, "machine": machine, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
