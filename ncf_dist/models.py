@@ -372,6 +372,16 @@ class MF(Recommender):
         return dot_only(torch.cat([self.item(item), one_before(self.item_bias(item))], 1))
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm that meets the last row of an epoch alone: one row has no variance, so it is shifted and scaled as in
+    ranking, by the running mean and variance, which it leaves as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return super().forward(x)
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 class EmbeddingNN(Recommender):
     """Hidden layers over a user's and an item's embedding, each of a size of its own."""
 
@@ -392,7 +402,7 @@ class EmbeddingNN(Recommender):
         widths = (sum(sizes), *layers)
         # Batch norm has a shift of its own, so the layer before it needs no bias.
         self.hidden = nn.ModuleList([nn.Linear(a, b, bias=not batch_norm) for a, b in pairwise(widths)])
-        self.norms = nn.ModuleList([nn.BatchNorm1d(width) for width in layers] if batch_norm else [])
+        self.norms = nn.ModuleList([BatchNorm(width) for width in layers] if batch_norm else [])
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(widths[-1], 1)
         self.y_range = y_range
@@ -439,7 +449,7 @@ class EmbeddingNN(Recommender):
         bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
         if not self.norms:
             return layer.weight, bias
-        norm = cast(nn.BatchNorm1d, self.norms[number])
+        norm = cast(BatchNorm, self.norms[number])
         mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
         scale = norm.weight / torch.sqrt(variance + norm.eps)
         return layer.weight * scale, layer.weight @ (norm.bias - mean * scale) + bias

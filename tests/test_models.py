@@ -197,6 +197,21 @@ def test_forward_is_the_paper(config: Model, users: int, items: int, seed: int) 
     np.testing.assert_allclose(all_pairs(model, users, items), wanted, atol=1e-5, rtol=1e-5)
 
 
+@given(config=models, seed=st.integers(0, 99))
+@budget(max_examples=80, deadline=None)
+def test_a_row_alone_can_be_trained_on(config: Model, seed: int) -> None:
+    """An epoch of 65 rows in steps of 64 ends with one: batch norm has no variance of it, takes the running one, and
+    keeps that."""
+    model = build(config.model_copy(update={"dropout": 0.0}), 3, 4, seed)
+    user, item = torch.tensor([2]), torch.tensor([1])
+    wanted, before = model(user, item), {name: buffer.clone() for name, buffer in model.named_buffers()}
+    found = model.train()(user, item)
+    assert found.detach() == pytest.approx(wanted.detach(), abs=1e-6)
+    found.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 @given(config=models, users=st.integers(1, 9), items=st.integers(1, 12), seed=st.integers(0, 99))
 @budget(max_examples=80, deadline=None)
 def test_score_block_equals_forward_for_all_pairs(config: Model, users: int, items: int, seed: int) -> None:
