@@ -11,8 +11,6 @@ from ncf_dist.bundle import Bundle
 from ncf_dist.evaluate.segments import PopularityDeciles
 from ncf_dist.spark_io import Pass
 
-Batches = Iterable[pa.RecordBatch]
-
 ALS_USER = "als_user"
 """Column of the users' ALS factors, where ALS is a baseline."""
 
@@ -61,7 +59,7 @@ class FiguresPass:
 def on_executors(spec: EvaluationPass | GramFit) -> Pass:
     """The function for mapInArrow that does this, imported on the executor."""
 
-    def run(batches: Batches) -> Iterator[pa.RecordBatch]:
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         from ncf_dist.evaluate import baselines, users
 
         if isinstance(spec, GramFit):

@@ -33,8 +33,6 @@ BLOCK_ROWS = 262_144
 ORDER_BUCKETS = 4096
 """Train rows are counted by the top bits of their order hash, to cut them into equal files."""
 
-Batches = Iterable[pa.RecordBatch]
-
 
 @dataclass(frozen=True)
 class UserPass:
@@ -92,7 +90,7 @@ def user_pass(spec: UserPass) -> Pass:
     """A function for mapInArrow: rows (user_idx, item_idx, rating, timestamp, part) in, and `candidates` where they are
     given; one row `stats` (JSON) a task out."""
 
-    def run(batches: Batches) -> Iterator[pa.RecordBatch]:
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         writers = _Writers(spec)
         counts: Counter[str] = Counter()
         for columns in whole_users(batches):
@@ -114,7 +112,7 @@ def user_pass(spec: UserPass) -> Pass:
 def count_pass(spec: UserPass) -> Pass:
     """For mapInArrow over the same rows: (item_idx, train_count) of each block's train rows."""
 
-    def run(batches: Batches) -> Iterator[pa.RecordBatch]:
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for columns in whole_users(batches):
             block = deduplicate(columns, spec.n_items)
             split, _ = block.split(spec.rule)
@@ -126,7 +124,9 @@ def count_pass(spec: UserPass) -> Pass:
     return run
 
 
-def whole_users(batches: Batches, block_rows: int = BLOCK_ROWS) -> Iterator[dict[str, npt.NDArray[Any]]]:
+def whole_users(
+    batches: Iterable[pa.RecordBatch], block_rows: int = BLOCK_ROWS
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """Regroup batches so that no user is cut: at least `block_rows` rows at a time except at the end."""
     held: list[pa.Table] = []
     rows = 0
