@@ -676,6 +676,14 @@ def test_side_tables_are_typed_and_checked_against_the_index(spark: SparkSession
         prepare(night.config, "2026-01-02")
 
 
+def test_a_table_of_users_may_hold_ids_alone(spark: SparkSession, tmp_path: Path) -> None:
+    """Enough to give what is popular to customers who never came."""
+    (tmp_path / "users.jsonl").write_text('{"user_id": "u0é"}\n{"user_id": "nobody"}\n')
+    night = night_of(spark, tmp_path, LOG, input={"users": {"path": str(tmp_path / "users.jsonl"), "format": "jsonl"}})
+    assert night.rows("unseen_users") == [("nobody",)]
+    assert sorted(row[1] for row in night.rows("users")) == sorted(night.index("user"))
+
+
 # ---- the config --------------------------------------------------------------------------------------------
 
 
