@@ -373,8 +373,8 @@ class MF(Recommender):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm that meets the last row of an epoch alone: one row has no variance, so it is shifted and scaled as in
-    ranking, by the running mean and variance, which it leaves as they are."""
+    """Batch norm for steps of one row, too: it has no variance, so it is shifted and scaled as in ranking, by the
+    running mean and variance, and leaves them as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > 1:
