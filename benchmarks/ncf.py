@@ -29,8 +29,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 FIGURES = ("candidates.hr@10", "candidates.ndcg@10", "full.hr@10", "full.ndcg@10")
 PRETRAINED = "ncf-ml-1m-pretrained"
+STARTS = {"gmf": "ncf-ml-1m-gmf", "mlp": "ncf-ml-1m-mlp"}
+"""What that one starts from."""
 RESULTS = ROOT / "benchmarks/results/ncf-ml-1m.json"
-MODELS = ("ncf-ml-1m-neumf", "ncf-ml-1m-gmf", "ncf-ml-1m-mlp", PRETRAINED, "ncf-ml-1m-mf")
+MODELS = ("ncf-ml-1m-neumf", *STARTS.values(), PRETRAINED, "ncf-ml-1m-mf")
 
 
 def run(job: str, config: str, settings: dict[str, object], threads: int) -> dict[str, Any]:
@@ -63,7 +65,7 @@ def run_seed(files: Path, threads: int, models: list[str], seed: int) -> dict[st
         for config in models:
             start = {}
             if config == PRETRAINED:
-                start = {f"train.pretrained.{part}": bundles[f"ncf-ml-1m-{part}"] for part in ("gmf", "mlp")}
+                start = {f"train.pretrained.{part}": bundles[name] for part, name in STARTS.items()}
             trained = run("train", config, settings | start, threads)
             bundles[config] = trained["outputs"]["bundle"]
             metrics = run("evaluate", config, settings | start, threads)["metrics"]
@@ -79,8 +81,8 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="seeds that share the cores")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     args = parser.parse_args()
-    if PRETRAINED in args.models and not {"ncf-ml-1m-gmf", "ncf-ml-1m-mlp"} <= set(args.models):
-        parser.error(f"{PRETRAINED} starts from ncf-ml-1m-gmf and ncf-ml-1m-mlp: name them, too")
+    if PRETRAINED in args.models and not set(STARTS.values()) <= set(args.models):
+        parser.error(f"{PRETRAINED} starts from {' and '.join(STARTS.values())}: name them, too")
     files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ncf-ml-1m"
     if not files.is_dir():
         sys.exit(f"{files} is not there; needed the three files of the NCF paper's repository: set NCF_DATA_DIR")
