@@ -323,6 +323,16 @@ def test_two_models_on_the_same_rows(judged: Judged, another_model: Manifest) ->
     assert len({outcome.run_key for outcome in outcomes}) == 2
 
 
+def test_without_replicates_there_are_differences_but_no_intervals(judged: Judged, another_model: Manifest) -> None:
+    wanted = another_model.facts["model_version"]
+    outcome = evaluate(judged.with_config(compare=wanted, bootstrap=0, baselines=["popularity"]), DS)
+    report = json.loads(Path(outcome.outputs["metrics"]).read_text())
+    assert {row["with"] for row in report["comparisons"]} == {"popularity", wanted}
+    assert all((row["interval"], row["p"]) == (None, None) for row in report["comparisons"])
+    assert "intervals" not in report
+    assert "no interval was computed" in Path(outcome.outputs["report"]).read_text()
+
+
 def test_a_run_on_other_rows_is_refused(judged: Judged, another_model: Manifest, tmp_path: Path) -> None:
     copy = shutil.copytree(another_model.root, tmp_path / "run")
     manifest = json.loads((copy / "manifest.json").read_text())

@@ -67,10 +67,7 @@ def comparisons(sums: Sums, others: list[str]) -> list[dict[str, Any]]:
             for metric in [name for name in model if name in theirs and _compared(name)]:
                 difference: FloatArray = model[metric] - theirs[metric]
                 row = {"with": other, "protocol": protocol, "metric": metric, "difference": float(difference[0])}
-                replicates = difference[1:]
-                if len(replicates):
-                    row |= {"interval": interval(replicates), "p": p_value(replicates)}
-                found.append(row)
+                found.append({**row, "interval": interval(difference[1:]), "p": p_value(difference[1:])})
     return found
 
 
