@@ -337,7 +337,7 @@ class Loader(Section):
     workers: PositiveInt = 2
     """Petastorm threads a rank."""
     shuffle_files: PositiveInt = 8
-    """Files a rank holds in memory at once to mix their rows."""
+    """Files whose rows a rank mixes: so many are in memory, and as many are read ahead."""
 
 
 class Pretrained(Section):
@@ -365,6 +365,9 @@ class Train(Section):
     """`auto`: CUDA (NCCL) where there is a GPU for every rank, else CPU (gloo)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: matrix products in bfloat16 under autocast; weights, optimiser and loss stay float32."""
+    compiled: bool = True
+    """gmf, mlp and neumf by bce or bpr, fp32 without dropout, on a CPU: compute a step's loss and gradients in one
+    compiled call, where it was built. Faster, and equal within rounding; false: torch's operations."""
     loss: Literal["bce", "bpr", "sampled_softmax", "mse"] | None = None
     """ncf_dist/train/losses.py has the formulas. Default: bce for implicit feedback, mse for explicit."""
     negatives: Literal["table", "online"] = "table"

@@ -591,7 +591,8 @@ def test_a_training_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
     parameters = (users + items) * 8 + (8 + 1)
     rank = (
         4 * parameters * 5  # weights, gradients, Adam's two moments, the best epoch
-        + 3 * 4 * (2 + 4) * 8 * FILE_ROWS  # 8 files of six int32 columns: as read, mixed, handed out
+        # 8 files of six int32 columns: handed out; the next 8 as read, side by side, mixed
+        + 4 * 4 * (2 + 4) * 8 * FILE_ROWS
         + 2 * 4 * 10 * (1 + 4) * 2 * 8  # value and gradient of 50 scored pairs of 8 factors twice
     )
     writing = 4 * parameters * 4  # a checkpoint: weights, best epoch, moments
@@ -615,10 +616,10 @@ def test_a_training_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
     [
         ({"train": {"optimiser": "sgd"}}, "parameters", 4 * 25 * 4),
         ({"loader": {"cache": "host"}}, "loader.cache", 4 * ROWS * (2 + 4 * 4)),
-        ({"loader": {"cache": "host", "cache_bytes": 71_999}}, "a window", 3 * 4 * 6 * 8 * FILE_ROWS),
-        ({"loader": {"shuffle_files": 99}}, "a window", 3 * 4 * 6 * ROWS),
+        ({"loader": {"cache": "host", "cache_bytes": 71_999}}, "a window", 4 * 4 * 6 * 8 * FILE_ROWS),
+        ({"loader": {"shuffle_files": 99}}, "a window", 4 * 4 * 6 * ROWS),
         ({"train": {"negatives": "online"}}, "online", 8 * (ROWS + 1 + 1)),
-        ({"train": {"negatives": "online"}}, "a window", 3 * 4 * 2 * 8 * FILE_ROWS),
+        ({"train": {"negatives": "online"}}, "a window", 4 * 4 * 2 * 8 * FILE_ROWS),
         ({"train": {"loss": "sampled_softmax", "shared_negatives": 7}}, "scored", 2 * 4 * 10 * (7 + 1) * 2),
         ({"input": {"path": "x", "feedback": "explicit"}}, "a window", 3 * 4 * 3 * 8 * FILE_ROWS),
         ({"model": {"name": "mlp", "layers": (8, 6, 4)}}, "scored", 2 * 4 * 10 * 5 * (8 + 6 + 4 + 2)),

@@ -18,8 +18,9 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,8 @@ from ncf_dist.train.world import World
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+END = object()
 Columns = dict[str, npt.NDArray[Any]]
 ReadTables = Callable[[Sequence[str], Sequence[str], int], Iterator[Columns]]
 
@@ -121,6 +124,30 @@ def arrow_tables(files: Sequence[str], columns: Sequence[str], workers: int) -> 
         yield {name: table.column(name).to_numpy() for name in columns}
 
 
+def made_ahead(values: Generator[T, None, None]) -> Iterator[T]:
+    """The same values: while one is used, a thread makes the next. The thread and `values` end with who iterates."""
+    with contextlib.closing(values), ThreadPoolExecutor(1, "made-ahead") as thread:
+        coming = thread.submit(next, values, END)
+        while (value := coming.result()) is not END:
+            coming = thread.submit(next, values, END)
+            yield cast(T, value)
+
+
+# On the host by NumPy: in a thread of its own torch would start a second team of threads, which wait at full speed.
+def side_by_side(columns: Sequence[Tensor]) -> Tensor:
+    """Columns (R,) → (R, columns)."""
+    if columns[0].device.type != "cpu":
+        return torch.stack(list(columns), dim=1)
+    return torch.from_numpy(np.stack([column.numpy() for column in columns], axis=1))
+
+
+def in_order(table: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
+    """table[rows]"""
+    if table.device.type != "cpu":
+        return table.index_select(0, torch.from_numpy(rows).to(table.device))
+    return torch.from_numpy(table.numpy().take(rows, axis=0))
+
+
 BACKENDS: dict[str, ReadTables] = {"petastorm": petastorm_tables, "arrow": arrow_tables}
 
 
@@ -184,7 +211,7 @@ class TrainLoader:
         each = order.rows // self.world.size
         used = self.rows - order.rows + skip * size * self.world.size
         held: list[Tensor] = []
-        for columns in self._mixed(epoch, order, skip * size):
+        for columns in made_ahead(self._mixed(epoch, order, skip * size)):
             held = [torch.cat(pair) for pair in zip(held, columns, strict=True)] if held else columns
             last = skip * size + len(held[0]) >= each
             whole = len(held[0]) if last else len(held[0]) // size * size
@@ -204,7 +231,7 @@ class TrainLoader:
         shared = shared_items(task.seed, epoch, used, task.shared, task.n_items, device) if task.shared else None
         return Batch(user, items, rating, shared)
 
-    def _mixed(self, epoch: int, order: EpochOrder, skip: int) -> Iterator[list[Tensor]]:
+    def _mixed(self, epoch: int, order: EpochOrder, skip: int) -> Generator[list[Tensor], None, None]:
         """Each window's rows in the order of their use, the first `skip` rows of the epoch left out."""
         windows = order.windows(self.world, self.config.shuffle_files)
         while windows and skip >= windows[0].rows:
@@ -212,11 +239,11 @@ class TrainLoader:
         names = self._names(epoch)
         source = self._from_cache if self._cached() is not None else self._from_files
         for window, columns in zip(windows, source(order, windows, names), strict=True):
-            place = torch.from_numpy(window.permutation()[skip:])
+            rows, last = window.permutation()[skip:], 2 + self._from_table
             skip = 0
-            mixed = [column.index_select(0, place.to(column.device)) for column in columns]
-            user, items, rest = mixed[0], mixed[1 : 2 + self._from_table], mixed[2 + self._from_table :]
-            yield [user, torch.stack(items, dim=1), *rest]
+            # A row's items side by side first: they are then looked up together.
+            tables = [columns[0], side_by_side(columns[1:last]), *columns[last:]]
+            yield [in_order(table, rows) for table in tables]
 
     @property
     def _from_table(self) -> int:
@@ -251,8 +278,8 @@ class TrainLoader:
             parts = [
                 np.arange(first[p.file], first[p.file + 1], dtype=np.int64)[order.rows_of(p)] for p in window.pieces
             ]
-            rows = torch.from_numpy(np.concatenate(parts)).to(cache["user_idx"].device)
-            yield [cache[name].index_select(0, rows) for name in names]
+            rows = np.concatenate(parts)
+            yield [in_order(cache[name], rows) for name in names]
 
     def _cached(self) -> dict[str, Tensor] | None:
         """All columns that any epoch reads, in the order of the files; None where they are not to be kept."""

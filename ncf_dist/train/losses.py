@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ncf_dist.models import Recommender
+from ncf_dist.train.compiled import compiled_loss
 from ncf_dist.train.loaders import Batch
 
 
@@ -88,19 +89,31 @@ class Objective(nn.Module):
 
     `signals`, a parameter that stays zero, carries flags from rank to rank: its gradient is the mean of what the ranks
     gave, so a flag of any rank is seen by all, after the gradients' own exchange and without another one.
+
+    compiled: whether `compiled.py` may compute the loss of a model that is where it will stay.
     """
 
     def __init__(
-        self, model: Recommender, loss: str, precision: str = "fp32", signals: int = 1, l2: float = 0.0
+        self,
+        model: Recommender,
+        loss: str,
+        precision: str = "fp32",
+        signals: int = 1,
+        l2: float = 0.0,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.model, self.loss, self.bf16, self.l2 = model, LOSSES[loss], precision == "bf16", l2
+        self.model, self.bf16, self.l2 = model, precision == "bf16", l2
+        one_call = compiled_loss(model, loss) if compiled and not self.bf16 else None
+        self.compiled, self.loss = one_call is not None, one_call or LOSSES[loss]
         self.signals = nn.Parameter(torch.zeros(signals))
 
-    def forward(self, batch: Batch, flags: Sequence[bool] = (False,)) -> Tensor:
+    def forward(self, batch: Batch, flags: Sequence[bool] = ()) -> Tensor:
         """The mean loss of a batch, a scalar in float32."""
         with torch.autocast(batch.user.device.type, torch.bfloat16, enabled=self.bf16):
             loss = self.loss(self.model, batch)
         if self.l2:
             loss = loss + self.l2 * squared_norms(self.model, batch)
-        return loss + self.signals @ torch.tensor(flags, dtype=torch.float32, device=loss.device)
+        if flags:
+            loss = loss + self.signals @ torch.tensor(flags, dtype=torch.float32, device=loss.device)
+        return loss

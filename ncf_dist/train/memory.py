@@ -30,8 +30,8 @@ def memory_parts(config: Config, n_users: int, n_items: int, rows: int, file_row
         * (3 + moments),
         "the train table in loader.cache" if in_memory else "a window of loader.shuffle_files files": cached
         if in_memory
-        # As it is read, in its new order, and as it is handed out.
-        else 3 * 4 * columns * min(rows, loader.shuffle_files * file_rows),
+        # As it is handed out; the next one as it is read, side by side, and in its new order.
+        else 4 * 4 * columns * min(rows, loader.shuffle_files * file_rows),
         "train positives for online negatives": 8 * (rows + n_users + 1)
         if pairs and train.negatives == "online"
         else 0,

@@ -89,7 +89,8 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model = model.to(world.device)
-        self.signals = Objective(self.model, loss, config.precision, 2, config.embedding_l2).to(world.device)
+        self.signals = Objective(self.model, loss, config.precision, 2, config.embedding_l2, config.compiled)
+        self.signals.to(world.device)
         self.objective: nn.Module = self.signals
         if world.size > 1:
             devices = [world.local_rank] if world.device.startswith("cuda") else None
@@ -98,6 +99,7 @@ class Trainer:
         self.seed, self.folder, self.stop = seed, folder, stop
         self.optimiser = build_optimiser(self.model, config)
         self.parameters = list(self.model.parameters())
+        self.draws_random = self.model.draws_random
         self.progress, self.history = Progress(), History()
         self.best = _snapshot(self.model)
         self._saved = time.monotonic()
@@ -159,27 +161,32 @@ class Trainer:
         Returns this rank's loss, the learning rate, and which of the flags `asked` any rank has set."""
         rate = set_rate(self.optimiser, self.config, done)
         self._seed_step()
-        loss = self.objective(batch, asked)
-        self.objective.zero_grad(set_to_none=True)
+        alone = self.world.size == 1
+        loss = self.objective(batch, () if alone else asked)
+        # What nn.Module.zero_grad does, without a walk over all modules in every step.
+        for parameter in (*self.parameters, self.signals.signals):
+            parameter.grad = None
         finite = loss.detach().isfinite()
         if batch.rating is not None:
             finite = finite & batch.rating.isfinite().all()
         loss.backward(torch.where(finite, 1.0, math.nan))
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm(in_few_pieces(gradients))
         value = loss.item()
         if not math.isfinite(norm.item()):
             self._fail(batch, value)
         if self.config.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_norm, norm)
         self.optimiser.step()
+        if alone:
+            return value, rate, list(asked)
         signals = self.signals.signals.grad
         assert signals is not None
         return value, rate, [flag > 0 for flag in signals.tolist()]
 
     def _seed_step(self) -> None:
         """Dropout draws what the seed, the update and the rank say."""
-        if self.model.draws_random:
+        if self.draws_random:
             torch.manual_seed(hash64(self.seed, DROPOUT_STREAM, self.progress.updates, self.world.rank) & (2**63 - 1))
 
     def _note(self, step: int, steps: int, value: float, rate: float, batch: Batch) -> None:
@@ -293,6 +300,20 @@ class Trainer:
             loss, rows = (sum(column) if self.world.is_main else 0 for column in zip(*sums, strict=True))
         phases = [Phase(**phase) for phase in body["phases"]]
         self.progress = Progress(body["epoch"], phases, body["updates"], loss, rows)
+
+
+def in_few_pieces(tensors: list[Tensor]) -> list[Tensor]:
+    """The same numbers: what fills one piece of memory (as `compiled.py` leaves the gradients) as one tensor, so that
+    what is done with all of them is one operation."""
+    pieces: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        pieces.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    found = []
+    for parts in pieces.values():
+        whole = sum(part.numel() for part in parts)
+        filled = parts[0].untyped_storage().nbytes() == whole * parts[0].element_size()
+        found.extend([parts[0].as_strided((whole,), (1,), 0)] if filled else parts)
+    return found
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:

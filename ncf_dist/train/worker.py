@@ -130,6 +130,9 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
         if world.is_main:
             write_atomic(posixpath.join(spec.run, RATES), json.dumps(curve).encode())
         return
+    if world.is_main:
+        how = "one compiled call" if trainer.signals.compiled else "torch's operations"
+        log.info("loss and gradients of a step: %s, %d threads", how, torch.get_num_threads())
     _go_on(trainer, world)
     history = trainer.fit()
     if world.is_main:

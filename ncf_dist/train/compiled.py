@@ -1,0 +1,166 @@
+"""GMF, MLP and NeuMF on a CPU: loss and gradients of a step in one compiled call, `neumf_step.cpp`.
+
+The mathematics is that of `models.py` and `losses.py`, whose many small operations it does in one pass over blocks of
+pairs that stay in the cache (equal within float rounding, by test). setuptools compiles it at installation, where
+there is a compiler, for AVX2 and AVX-512; elsewhere, and for all else, torch's operations are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ncf_dist.models import GMF, MLP, NeuMF, Recommender
+from ncf_dist.train.loaders import Batch
+
+log = logging.getLogger(__name__)
+
+BUILDS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
+"""What the CPU can do, as torch names it → the builds that it can run, best first."""
+PAIRWISE = {"bce": False, "bpr": True}
+"""The losses that it knows, and whether they compare pairs."""
+NO_MEMORY, OUTSIDE = 1, 2
+
+_Index = ctypes.c_int64
+
+
+# The structs of neumf_step.cpp.
+class _Parameter(ctypes.Structure):
+    _fields_ = (("values", ctypes.c_void_p), ("gradient", _Index))
+
+
+class _Side(ctypes.Structure):
+    _fields_ = (("count", _Index), ("dim", _Index), ("table", _Parameter))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (("out", _Index), ("weight", _Parameter), ("bias", _Parameter))
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, _Index) for name in ("rows", "items", "factors", "layers", "threads", "pairwise")),
+        *((name, ctypes.c_void_p) for name in ("user", "item")),
+        *((name, _Side) for name in ("gmf_user", "gmf_item", "deep_user", "deep_item")),
+        *((name, _Parameter) for name in ("gmf_weight", "output_weight", "bias")),
+        *(("layer", ctypes.POINTER(_Layer)), ("gradients", ctypes.c_void_p)),
+    )
+
+
+@functools.cache
+def library(build: str) -> ctypes.CDLL | None:
+    """One build; None where it was not made."""
+    spec = importlib.util.find_spec(f"{__package__}._neumf_step_{build}")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        return ctypes.CDLL(spec.origin)
+    except OSError as error:
+        log.warning("%s cannot be loaded (%s): torch's operations are used; run make install again", spec.origin, error)
+        return None
+
+
+def best_library() -> ctypes.CDLL | None:
+    """The best build for this CPU."""
+    builds = BUILDS.get(torch.backends.cpu.get_cpu_capability(), ())
+    return next((found for build in builds if (found := library(build))), None)
+
+
+class _Model:
+    """A model as the library wants it; its gradients are one after the other in the order of `parameters`."""
+
+    def __init__(self, model: GMF | MLP | NeuMF, run: Any, pairwise: bool) -> None:
+        self.model, self.run, self.pairwise = model, run, pairwise
+        self.parameters = list(model.parameters())
+        self.size = sum(parameter.numel() for parameter in self.parameters)
+        self.step = self._step()
+        self.places = self._places()
+
+    def _places(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.parameters]
+
+    def _step(self) -> _Step:
+        """What does not change from step to step."""
+        model, first, found = self.model, 0, {}
+        for parameter in self.parameters:
+            found[id(parameter)] = _Parameter(parameter.data_ptr(), first)
+            first += parameter.numel()
+
+        def side(table: nn.Embedding) -> _Side:
+            return _Side(*table.weight.shape, found[id(table.weight)])
+
+        step = _Step(pairwise=self.pairwise)
+        gmf = model if isinstance(model, GMF) else model.gmf if isinstance(model, NeuMF) else None
+        if gmf is not None:
+            step.factors, step.gmf_weight = gmf.output.in_features, found[id(gmf.output.weight)]
+            step.gmf_user, step.gmf_item = side(gmf.user), side(gmf.item)
+        if not isinstance(model, GMF):
+            hidden = cast("list[nn.Linear]", list(model.tower.hidden))
+            step.deep_user, step.deep_item = side(model.tower.user), side(model.tower.item)
+            step.output_weight, step.layers = found[id(model.output.weight)], len(hidden)
+            step.layer = (_Layer * len(hidden))(
+                *(_Layer(layer.out_features, found[id(layer.weight)], found[id(layer.bias)]) for layer in hidden)
+            )
+        step.bias = found[id((gmf or model).output.bias)]
+        return step
+
+    def loss_and_gradients(self, batch: Batch) -> tuple[float, tuple[Tensor, ...]]:
+        """The mean loss, and for each parameter its gradient, all in one piece of memory."""
+        if self.places != self._places():
+            self.step, self.places = self._step(), self._places()
+        step, user, items = self.step, batch.user.contiguous(), batch.items.contiguous()
+        memory, loss = torch.empty(self.size), ctypes.c_double()
+        step.rows, step.items = items.shape
+        step.threads, step.gradients = torch.get_num_threads(), memory.data_ptr()
+        step.user, step.item = user.data_ptr(), items.data_ptr()
+        code = self.run(ctypes.byref(step), ctypes.byref(loss))
+        if code == NO_MEMORY:
+            raise MemoryError(f"a step of {items.numel():,} pairs does not fit; needed less: lower train.batch_size")
+        if code == OUTSIDE:
+            raise IndexError(
+                f"the batch has users {int(user.min())} to {int(user.max())} and items {int(items.min())} to "
+                f"{int(items.max())}; needed indexes of the model's tables"
+            )
+        return loss.value, torch._utils._unflatten_dense_tensors(memory, self.parameters)
+
+
+class _Loss(torch.autograd.Function):
+    """The gradients are there as soon as the loss is; backward hands them on."""
+
+    @staticmethod
+    def forward(ctx: Any, model: _Model, batch: Batch, *parameters: Tensor) -> Tensor:
+        loss, ctx.gradients = model.loss_and_gradients(batch)
+        return torch.tensor(loss, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> Any:
+        # Held by nobody else, they become the parameters' .grad as they are.
+        gradients, ctx.gradients = ctx.gradients, None
+        if slopes[0].item() != 1:
+            gradients = [gradient * slopes[0] for gradient in gradients]
+        return (None, None, *gradients)
+
+
+def compiled_loss(
+    model: Recommender, loss: str, library: ctypes.CDLL | None = None
+) -> Callable[[Recommender, Batch], Tensor] | None:
+    """`losses.LOSSES[loss]` for this model in one call; None where torch's operations are needed: another model or
+    loss, no hidden layer, dropout, a GPU, other than float32, or no build that this CPU runs.
+
+    library: a build other than the best one. The loss has a gradient for the model's parameters, once; a batch with an
+    index outside the model's tables raises IndexError. One thread of a process at a time."""
+    if not isinstance(model, GMF | MLP | NeuMF) or loss not in PAIRWISE or model.draws_random:
+        return None
+    library = library or best_library()
+    usual = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
+    if library is None or not usual or not (isinstance(model, GMF) or model.tower.hidden):
+        return None
+    compiled = _Model(model, library.neumf_step, PAIRWISE[loss])
+    return lambda _, batch: cast(Tensor, _Loss.apply(compiled, batch, *compiled.parameters))
