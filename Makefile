@@ -29,7 +29,7 @@ wrong_python = $(if $(filter 3.10.% 3.11.%,$(python_version)),,Python 3.11 or 3.
 wrong_java = $(shell ./spark-submit.sh --java-home 2>&1 >/dev/null)
 
 # The stamp is written last. Without it .venv is half made, so it is built afresh; with an old one it is brought up to date in place.
-.venv/.installed: requirements-torch.txt requirements.lock pyproject.toml ncf_dist/train/neumf_step.cpp $(python)
+.venv/.installed: requirements-torch.txt requirements.lock pyproject.toml $(wildcard ncf_dist/train/*.cpp) $(python)
 	$(if $(wrong_python),$(error $(wrong_python)))
 	$(if $(wrong_java),$(error $(wrong_java)))
 	@if [ ! -e $@ ] || ! $(pip) --version >/dev/null 2>&1; then \

@@ -18,7 +18,7 @@ import pytest
 
 from ncf_dist import contracts
 from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo
-from ncf_dist.config import Config
+from ncf_dist.config import Config, Train
 from ncf_dist.doctor import checks, machine, places
 from ncf_dist.doctor.check import Check
 from ncf_dist.doctor.pipeline import doctor
@@ -242,6 +242,16 @@ def test_cuda_needs_a_gpu_for_every_rank(
     check = checks.gpu(config(tmp_path, train={"device": device, "ranks": ranks}).train)
     assert check.status == status
     assert used in check.detail
+
+
+def test_a_step_that_was_not_compiled_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "COMPILED", tmp_path)
+    missing = checks.compiled(Train())
+    assert (missing.status, "install g++" in missing.detail) == ("warn", True)
+    assert checks.compiled(Train(compiled=False)).status == "ok"
+    for build in ("avx512", "avx2"):
+        (tmp_path / f"_neumf_step_{build}.cpython-311-x86_64-linux-gnu.so").touch()
+    assert str(checks.compiled(Train())) == "ok   compiled steps of gmf, mlp and neumf on a CPU: avx2, avx512"
 
 
 def test_gpus_are_counted_from_the_driver_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

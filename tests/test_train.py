@@ -621,7 +621,7 @@ def test_a_training_that_cannot_fit_is_refused_with_the_arithmetic() -> None:
         ({"train": {"negatives": "online"}}, "online", 8 * (ROWS + 1 + 1)),
         ({"train": {"negatives": "online"}}, "a window", 4 * 4 * 2 * 8 * FILE_ROWS),
         ({"train": {"loss": "sampled_softmax", "shared_negatives": 7}}, "scored", 2 * 4 * 10 * (7 + 1) * 2),
-        ({"input": {"path": "x", "feedback": "explicit"}}, "a window", 3 * 4 * 3 * 8 * FILE_ROWS),
+        ({"input": {"path": "x", "feedback": "explicit"}}, "a window", 4 * 4 * 3 * 8 * FILE_ROWS),
         ({"model": {"name": "mlp", "layers": (8, 6, 4)}}, "scored", 2 * 4 * 10 * 5 * (8 + 6 + 4 + 2)),
     ],
 )
@@ -635,7 +635,7 @@ def test_what_memory_is_for(sections: dict[str, Any], what: str, size: int) -> N
 def test_memory_is_refused_by_default_where_the_machine_has_too_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    needed = 4 * 25 * 5 + 3 * 4 * 6 * 800 + 2 * 4 * 50 * 16 + 4 * 25 * 4
+    needed = 4 * 25 * 5 + 4 * 4 * 6 * 800 + 2 * 4 * 50 * 16 + 4 * 25 * 4
 
     class Small:
         total = math.ceil(needed / 0.8)

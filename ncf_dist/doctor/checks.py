@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 from ncf_dist.artifacts import Lake
 from ncf_dist.config import Config, Model, Train, embedding_size
@@ -18,6 +19,7 @@ from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import NcfError
 
 JAVA = (17, 21)
+COMPILED = Path(__file__).parent.parent / "train"
 CONNECT_S = 5
 
 
@@ -47,6 +49,19 @@ def gpu(train: Train) -> Check:
         )
     used = found >= train.ranks and train.device != "cpu"
     return Check("gpu", "ok", f"{found or 'none'} seen: training uses {'CUDA' if used else 'the CPU'}")
+
+
+def compiled(train: Train) -> Check:
+    """What `make install` built of ncf_dist/train/neumf_step.cpp."""
+    built = [path.name.split(".")[0].rpartition("_")[2] for path in sorted(COMPILED.glob("_neumf_step_*"))]
+    if built or not train.compiled:
+        return Check("compiled", "ok", f"steps of gmf, mlp and neumf on a CPU: {', '.join(built) or 'none asked for'}")
+    return Check(
+        "compiled",
+        "warn",
+        "nothing: slower, not wrong, where gmf, mlp or neumf are trained on a CPU: run apt-get install g++, then "
+        "make -B install",
+    )
 
 
 def memory(config: Config) -> Check:

@@ -42,6 +42,7 @@ def examine(config: Config) -> Iterator[Check]:
     yield from versions()
     yield checks.java()
     yield checks.gpu(config.train)
+    yield checks.compiled(config.train)
     yield from checks.slots(config.spark, config.train)
     yield from checks.master(config.spark)
     yield checks.memory(config)

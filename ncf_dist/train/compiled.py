@@ -63,7 +63,7 @@ def library(build: str) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(spec.origin)
     except OSError as error:
-        log.warning("%s cannot be loaded (%s): torch's operations are used; run make install again", spec.origin, error)
+        log.warning("%s cannot be loaded (%s): torch's operations are used; run make -B install", spec.origin, error)
         return None
 
 
