@@ -189,6 +189,16 @@ def test_the_slope_of_what_follows_is_multiplied_in(slope: float) -> None:
 
 
 @built
+def test_an_l2_term_is_added_to_it() -> None:
+    model, batch = model_of("neumf"), batch_of(9, 7, 20, 5)
+    losses = [Objective(model, "bce", l2=0.3, compiled=how) for how in (True, False)]
+    assert [objective.compiled for objective in losses] == [True, False]
+    found, expected = (gradients(model, objective(batch)) for objective in losses)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@built
 @pytest.mark.parametrize("name", ["gmf", "mlp", "neumf"])
 @pytest.mark.parametrize(
     ("user", "item"), [(9, 0), (-1, 0), (0, 7), (0, -1)], ids=["user", "user below", "item", "item below"]
@@ -241,6 +251,12 @@ def test_everything_else_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> No
     assert compiled_loss(NeuMF(9, 7, 4, (6, 4), 0.0).double(), "bce") is None
     assert not Objective(model_of("gmf"), "bce", "bf16", compiled=True).compiled
     assert not Objective(model_of("gmf"), "bce", compiled=False).compiled
+
+    class Another(GMF):
+        def join(self, user: tuple[Tensor, ...], item: tuple[Tensor, ...]) -> Tensor:
+            return -super().join(user, item)
+
+    assert compiled_loss(Another(9, 7, 4), "bce") is None
     monkeypatch.setattr(compiled, "BUILDS", {})
     assert compiled_loss(model_of("gmf"), "bce") is None
     assert not Objective(model_of("gmf"), "bce", compiled=True).compiled

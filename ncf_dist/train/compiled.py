@@ -156,8 +156,10 @@ def compiled_loss(
 
     library: a build other than the best one. The loss has a gradient for the model's parameters, once; a batch with an
     index outside the model's tables raises IndexError. One thread of a process at a time."""
-    if not isinstance(model, GMF | MLP | NeuMF) or loss not in PAIRWISE or model.draws_random:
+    # No subclass, whose score may be another.
+    if type(model) not in (GMF, MLP, NeuMF) or loss not in PAIRWISE or model.draws_random:
         return None
+    model = cast("GMF | MLP | NeuMF", model)
     library = library or best_library()
     usual = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
     if library is None or not usual or not (isinstance(model, GMF) or model.tower.hidden):

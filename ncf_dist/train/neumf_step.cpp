@@ -1,16 +1,17 @@
 // One training step of GMF, MLP or NeuMF on a CPU, for compiled.py: the loss and all gradients in one call.
 //
-//   score(u, i) = Σ_f h_f p_uf q_if + w · x_L + b,    x_1 = ReLU(U p'_u + V q'_i + c_1),  x_l = ReLU(W_l x_(l-1) + c_l)
+//   score(u, i) = Σ_f h_f p_uf q_if + w · x_L + b,   x_1 = ReLU(U p'_u + V q'_i + c_1),  x_l = ReLU(W_l x_(l-1) + c_l)
 //
 // A step has `rows` users with `items` items each, the positive first: n = rows · items pairs.
 //
-// - The first layer is computed once a row and once an item (V q'_i for the whole catalogue, where that is less than n).
+// - The first layer is computed once a row, and once a pair; once an item of the catalogue where these are fewer.
 // - Pairs are then computed forward and backward in blocks that stay in a core's cache.
-// - Gradients of a table are left a row a pair and added up afterwards, each thread its own range of the table. So no two
-//   threads write one place, and with the same number of threads the same input gives the same bits.
+// - Gradients of a table are left a row a pair (those of V q'_i a catalogue a thread) and added up afterwards, each
+//   thread its own range of the table. So no two threads write one place, and with the same number of threads the same
+//   input gives the same bits.
 // - Matrices are padded to whole vectors: ld is a row's length in memory, and what lies past its width means nothing.
 //
-// Built by setuptools for AVX2 and for AVX-512 (pyproject.toml). OpenMP's threads are torch's own: one library, one pool.
+// Built by setuptools for AVX2 and for AVX-512 (pyproject.toml). OpenMP's threads are torch's: one library, one pool.
 
 #include <omp.h>
 
@@ -64,7 +65,7 @@ constexpr Index kAhead = 8;    // Rows that a look-up is fetched ahead.
 constexpr Index kHeight = 4;   // Rows of `outer` at a time.
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
-typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(4), may_alias));  // Rows of tables are short.
+typedef float Eight __attribute__((vector_size(8 * sizeof(float)), aligned(4), may_alias));  // For tables: short rows.
 
 inline Lanes &lanes(float *at) { return *reinterpret_cast<Lanes *>(at); }
 inline const Lanes &lanes(const float *at) { return *reinterpret_cast<const Lanes *>(at); }
@@ -197,8 +198,8 @@ class Tails {
   Index count = 0;
 };
 
-// A layer, or a half of the first one, padded: forward (in, ldo), backward (out, ldi), bias (ldo,). Its gradients are at
-// `at` of a thread's gradients: weight (up(out, kHeight), ldi), then bias (ldo,).
+// A layer, or a half of the first one, padded: forward (in, ldo), backward (out, ldi), bias (ldo,). Among a thread's
+// gradients its own begin at `at`: weight (up(out, kHeight), ldi), then bias (ldo,).
 struct Weights {
   Index in, out, ldi, ldo, at;
   std::vector<float> forward, backward, bias;
@@ -256,9 +257,9 @@ struct Projection {
   }
 };
 
-class Training {
+class OneStep {
  public:
-  explicit Training(const Step &step)
+  explicit OneStep(const Step &step)
       : s(step), items(step.items), n(step.rows * items), deep(step.layers > 0),
         catalogue(deep && step.deep_item.count <= n), each(std::max<Index>(kTile, kBlock / items / kTile * kTile)) {
     const Index user = s.deep_user.dim, item = s.deep_item.dim;
@@ -268,7 +269,8 @@ class Training {
         weights.emplace_back(layer.weight.values, user + item, layer.bias.values, user, layer.out, gradients);
         weights.emplace_back(layer.weight.values + user, user + item, nullptr, item, layer.out, gradients);
       } else {
-        weights.emplace_back(layer.weight.values, weights.back().out, layer.bias.values, weights.back().out, layer.out, gradients);
+        const Index in = weights.back().out;
+        weights.emplace_back(layer.weight.values, in, layer.bias.values, in, layer.out, gradients);
       }
     }
     if (deep) {
@@ -303,10 +305,9 @@ class Training {
         loss[t] += block(k * each, std::min(s.rows, (k + 1) * each), room, g, item_gradient + t * catalogue_size);
 #pragma omp barrier
       if (s.factors) {
-        const Side &user = s.gmf_user, &item = s.gmf_item;
-        scatter(gmf_user, user.dim, s.user, s.rows, from(user.count), to(user.count), gradient_of(user.table), user.dim,
-                own);
-        scatter(gmf_item, item.dim, s.item, n, from(item.count), to(item.count), gradient_of(item.table), item.dim, own);
+        const Index users = s.gmf_user.count, all = s.gmf_item.count, f = s.factors;
+        scatter(gmf_user, f, s.user, s.rows, from(users), to(users), gradient_of(s.gmf_user.table), f, own);
+        scatter(gmf_item, f, s.item, n, from(all), to(all), gradient_of(s.gmf_item.table), f, own);
       }
       for (Index other = 1; catalogue && other < threads; other++) {
         const Index first = from(catalogue_size), count = to(catalogue_size) - first;
@@ -336,7 +337,7 @@ class Training {
   std::vector<Projection> sides;
   Index gradients = 0, output_at, gmf_at, bias_at;  // of a thread: its size, and where w's, h's and b's are
   Index widest = 0, room_size;
-  Index catalogue_size = 0;  // of the gradient of V q'_i for all items; each thread has one, where the catalogue is used
+  Index catalogue_size = 0;  // of the gradient of V q'_i for all items, of which each thread has one
   float *rooms, *item_gradient, *gmf_user, *gmf_item;
   Index *numbers;
 
@@ -366,13 +367,15 @@ class Training {
       sides.push_back({of, half, index, count, values, d, take(tiles * half.ldi)});
     };
     side(s.deep_user, weights[0], s.user, s.rows, users, take(users * hidden));
-    side(s.deep_item, weights[1], catalogue ? nullptr : s.item, catalogue ? s.deep_item.count : n, projected, item_gradient);
+    const Index *const index = catalogue ? nullptr : s.item;
+    side(s.deep_item, weights[1], index, catalogue ? s.deep_item.count : n, projected, item_gradient);
   }
 
   // The loss of rows b0…b1, summed, and their gradients: those of the layers are added to g.
   double block(Index b0, Index b1, float *room, float *g, float *catalogue_gradient) const {
     const Index m = (b1 - b0) * items, size = up(each * items, kTile);
-    float *const score = room, *const slope = score + size, *const spare[] = {slope + size, slope + size * (1 + widest)};
+    float *const score = room, *const slope = score + size;
+    float *const spare[] = {slope + size, slope + size * (1 + widest)};
     std::vector<float *> x;
     float *next = slope + size * (1 + 2 * widest);
     for (size_t l = 1; l < weights.size(); l++) x.push_back(next), next += size * weights[l].ldo;
@@ -406,7 +409,8 @@ class Training {
       for (Index j = 0; j < items; j++, e++) {
         const Index pair = b * items + j;
         if (catalogue) fetch(sides[1].hidden + s.item[std::min(pair + kAhead, n - 1)] * hidden, hidden);
-        const float *p = sides[0].hidden + b * hidden, *q = sides[1].hidden + (catalogue ? s.item[pair] : pair) * hidden;
+        const float *p = sides[0].hidden + b * hidden;
+        const float *q = sides[1].hidden + (catalogue ? s.item[pair] : pair) * hidden;
         for (Index k = 0; k < hidden; k += kLanes) {
           const Lanes sum = lanes(p + k) + lanes(q + k);
           lanes(x[0] + e * hidden + k) = where_on(sum, sum);
@@ -414,7 +418,10 @@ class Training {
       }
     for (size_t l = 1; l < x.size(); l++) {
       weights[l + 1].times(x[l - 1], m, x[l]);
-      for (Index k = 0; k < m * weights[l + 1].ldo; k += kLanes) lanes(x[l] + k) = where_on(lanes(x[l] + k), lanes(x[l] + k));
+      for (Index k = 0; k < m * weights[l + 1].ldo; k += kLanes) {
+        Lanes &units = lanes(x[l] + k);
+        units = where_on(units, units);
+      }
     }
     const Index width = weights.back().ldo;
     for (Index e = 0; e < m; e++) {
@@ -499,7 +506,10 @@ class Training {
       float *const below = place(l - 1);
       layer.add_gradients(d, x[l - 1], m, g);
       layer.times_transposed(d, m, below);
-      for (Index k = 0; k < m * layer.ldi; k += kLanes) lanes(below + k) = where_on(lanes(x[l - 1] + k), lanes(below + k));
+      for (Index k = 0; k < m * layer.ldi; k += kLanes) {
+        Lanes &slopes = lanes(below + k);
+        slopes = where_on(lanes(x[l - 1] + k), slopes);
+      }
       d = below;
     }
     for (Index b = b0; b < b1; b++) {
@@ -548,7 +558,7 @@ int neumf_step(const Step *step, double *loss) {
   if (outside(step->user, step->rows, user.count)) return kOutside;
   if (outside(step->item, step->rows * step->items, item.count)) return kOutside;
   try {
-    *loss = Training(*step).run();
+    *loss = OneStep(*step).run();
   } catch (const std::bad_alloc &) {
     return kNoMemory;
   }
