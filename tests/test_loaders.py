@@ -10,7 +10,7 @@ import itertools
 import pickle
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +444,37 @@ def test_memory_holds_a_window_of_files_the_next_one_and_less_than_a_batch(
         assert read - given_out < 2 * window * each + batch_size
         given_out += len(batch.user)
     assert read == given_out == 120
+
+
+def test_the_next_window_is_made_while_one_is_used_and_ends_with_who_uses_it() -> None:
+    """Same values, same errors; whoever stops early leaves neither a thread nor an open source."""
+    started = [threading.Event() for _ in range(4)]
+    closed = []
+
+    def values(fails_at: int | None = None) -> Generator[int, None, None]:
+        try:
+            for number in range(4):
+                started[number].set()
+                if number == fails_at:
+                    raise ContractError("number 2")
+                yield number
+        finally:
+            closed.append(True)
+
+    assert list(loaders.made_ahead(values())) == [0, 1, 2, 3]
+    with pytest.raises(ContractError, match="number 2"):
+        list(loaders.made_ahead(values(fails_at=2)))
+    for event in started:
+        event.clear()
+    before = threading.active_count()
+    closed.clear()
+    ahead = loaders.made_ahead(values())
+    assert next(ahead) == 0
+    assert started[1].wait(timeout=10)  # Made although nobody has asked for it.
+    assert not started[2].is_set()  # One, not more.
+    ahead.close()
+    assert closed == [True]
+    assert threading.active_count() == before
 
 
 # ---- only the manifest's files, and only as they were ------------------------------------------------------

@@ -124,7 +124,7 @@ def arrow_tables(files: Sequence[str], columns: Sequence[str], workers: int) -> 
         yield {name: table.column(name).to_numpy() for name in columns}
 
 
-def made_ahead(values: Generator[T, None, None]) -> Iterator[T]:
+def made_ahead(values: Generator[T, None, None]) -> Generator[T, None, None]:
     """The same values: while one is used, a thread makes the next. The thread and `values` end with who iterates."""
     with contextlib.closing(values), ThreadPoolExecutor(1, "made-ahead") as thread:
         coming = thread.submit(next, values, END)
