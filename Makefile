@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test demo ml-1m bench lock clean
+.PHONY: help install check format test soak demo ml-1m bench lock clean
 
 # Choose another with `make PYTHON=/path/to/python3.11 install`.
 PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) python3.11)
@@ -60,7 +60,10 @@ format: install ## rewrite the code in the house format and mend what the linter
 	$(python) -m ruff format .
 
 test: install ## run the tests; PYTEST_ARGS="-k negatives -x" chooses
-	$(java) $(python) -m pytest $(PYTEST_ARGS)
+	$(java) $(python) -m pytest -m "not soak" $(PYTEST_ARGS)
+
+soak: install ## run the long campaigns of kills, races and mutated input: before a release, and by hand
+	$(java) $(python) -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)
 
 demo: install ## made-up data to published recommendations, in minutes
 	./spark-submit.sh fetch --config conf/demo.yaml
