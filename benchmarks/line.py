@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from ncf_dist.machine import cores, processor
+
 ROOT = Path(__file__).parent.parent
 JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish")
 
@@ -71,7 +73,7 @@ def main() -> None:
     for seed in args.seeds:
         with tempfile.TemporaryDirectory() as lake:
             runs.append(run_seed(args.config, args.jobs, seed, lake))
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    machine = f"{cores()} cores, {processor()}, Python {platform.python_version()}"
     print(f"{args.config}, seeds {args.seeds}, {machine}")
     print(f"{'':32} {'mean':>12} {'sd':>10}")
     for name in runs[0]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from ncf_dist.machine import cores, processor
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ("candidates.hr@10", "candidates.ndcg@10", "full.hr@10", "full.ndcg@10")
@@ -87,10 +88,10 @@ def main() -> None:
     if not files.is_dir():
         sys.exit(f"{files} is not there; needed the three files of the NCF paper's repository: set NCF_DATA_DIR")
     models = [name for name in MODELS if name in args.models]
-    threads = max(1, (os.cpu_count() or 1) // args.at_once)
+    threads = max(1, cores() // args.at_once)
     with ThreadPoolExecutor(args.at_once) as pool:
         runs = list(pool.map(partial(run_seed, files, threads, models), args.seeds))
-    machine = f"{os.cpu_count()} cores, {args.at_once} seeds at once, {platform.machine()}"
+    machine = f"{cores()} cores, {args.at_once} seeds at once, {processor()}"
     if RESULTS.exists() and (before := json.loads(RESULTS.read_text()))["seeds"] == args.seeds:
         runs = [old | new for old, new in zip(before["runs"], runs, strict=True)]
     print(f"The NCF paper's MovieLens-1M, seeds {args.seeds}, {machine}")

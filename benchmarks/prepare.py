@@ -37,6 +37,8 @@ import pyarrow.csv
 import pyspark
 import yaml
 
+from ncf_dist.machine import cores, processor
+
 ROOT = Path(__file__).parent.parent
 MASTER, HEAP, PARTITIONS = "local[2]", "2g", 16
 CLUSTER = "local-cluster[2,1,1024]"
@@ -222,7 +224,7 @@ def main() -> None:
     path = ROOT / "benchmarks/results/prepare.json"
     path.parent.mkdir(exist_ok=True)
     old = json.loads(path.read_text()) if path.exists() else {}
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    machine = {"cores": cores(), "machine": processor(), "python": platform.python_version()}
     path.write_text(json.dumps({**old, **machine, **parts}, indent=1) + "\n")
 
 

@@ -29,7 +29,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -56,6 +55,7 @@ from ncf_dist import contracts, scoring
 from ncf_dist.artifacts import Lake, Manifest, write_parquet
 from ncf_dist.bundle import save_bundle
 from ncf_dist.config import Config, Model
+from ncf_dist.machine import cores, processor
 from ncf_dist.models import MF, Recommender, build_model
 from ncf_dist.score.pipeline import score
 from ncf_dist.scoring import Lists, ModelScorer
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--implicit", metavar="PYTHON")
     parser.add_argument("--parts", nargs="*", default=["jobs", "kernels"], choices=["jobs", "kernels"])
     args = parser.parse_args()
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    machine = f"{cores()} cores, {processor()}, torch {torch.__version__}"
     print(f"{machine}; K = {K}, median of {args.repeats}")
     results: dict[str, Any] = {"machine": machine, "k": K, "repeats": args.repeats}
     path = ROOT / "benchmarks/results/score.json"

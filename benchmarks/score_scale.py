@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from ncf_dist import contracts
 from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo, write_parquet
 from ncf_dist.bundle import save_bundle
 from ncf_dist.config import Model
+from ncf_dist.machine import cores, processor
 from ncf_dist.models import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -186,9 +186,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=20_000)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.05])
     args = parser.parse_args()
-    print(
-        f"{args.items:,} items, K {K}, local[{SLOTS}], {os.cpu_count()} cores, heap 2 GiB; allowed a worker: 2,048 MiB"
-    )
+    print(f"{args.items:,} items, K {K}, local[{SLOTS}], {cores()} cores, heap 2 GiB; allowed a worker: 2,048 MiB")
     print(
         f"{'users':>10} {'seconds':>8} {'in pass':>8} {'pairs/s/slot':>12} {'from 1st':>8} {'off':>6} {'dry-run':>8} "
         f"{'off':>6} {'MiB':>8} {'forecast':>8} {'flat':>5}"
@@ -200,7 +198,7 @@ def main() -> None:
         assert results[-1]["most_bytes"] < WORKER
     path = ROOT / "benchmarks/results/score_scale.json"
     path.parent.mkdir(exist_ok=True)
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__, "slots": SLOTS}
+    machine = {"cores": cores(), "machine": processor(), "torch": torch.__version__, "slots": SLOTS}
     path.write_text(json.dumps({**machine, "runs": results}, indent=1) + "\n")
 
 

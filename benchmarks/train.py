@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -35,6 +34,7 @@ from torch import nn
 from ncf_dist import contracts, sampling
 from ncf_dist.artifacts import Lake, Manifest, TableInfo, write_parquet
 from ncf_dist.config import Config, Negatives
+from ncf_dist.machine import cores, processor
 from ncf_dist.train.pipeline import train
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,7 @@ class Bare(nn.Module):
 
 def bare(user: Array, item: Array, drawn: Array, epochs: int) -> list[dict[str, float]]:
     """Samples/s of each epoch."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(cores())
     users = torch.from_numpy(np.repeat(user, 1 + N))
     items = torch.from_numpy(np.column_stack([item, drawn]).reshape(-1))
     labels = torch.zeros(len(user), 1 + N)
@@ -203,7 +203,7 @@ def main() -> None:
             runs["RecBole"] = recbole(args.recbole, user, item, args.epochs)
         for name, epochs in runs.items():
             found.setdefault(name, []).extend(epochs)
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
+    machine = f"{cores()} cores, {processor()}, torch {torch.__version__}"
     print(f"MovieLens-1M, {len(user):,} positives x (1 + {N}), {EXAMPLES:,} examples a step, {machine}")
     print(f"{'':22} {'samples/s':>12} {'sd':>10} {'x bare':>8} {'x RecBole':>10} {'data-wait':>10}")
     rate = {name: statistics.median(e["samples_per_s"] for e in epochs) for name, epochs in found.items()}

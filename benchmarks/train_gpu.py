@@ -28,8 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -44,6 +42,7 @@ import torch
 from ncf_dist import contracts
 from ncf_dist.artifacts import Lake, Manifest, TableInfo, write_parquet
 from ncf_dist.config import Config, Negatives
+from ncf_dist.machine import cores, processor
 from ncf_dist.train.pipeline import train
 
 ROOT = Path(__file__).parent.parent
@@ -159,7 +158,7 @@ def main() -> None:
     counted = epochs[1:]
     rates = [epoch["samples_per_s"] for epoch in counted]
     rate, wait = statistics.median(rates), statistics.median(epoch["data_wait"] for epoch in counted)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{cores()} cores, {processor()}"
     print(f"{rows:,} positives x (1 + {N}), {examples:,} examples a step, {args.gpus} x {name}, cache {args.cache}")
     print(f"samples/s               {rate:16,.0f} ± {statistics.pstdev(rates):,.0f}, {len(counted)} epochs")
     print(f"x one A100 of NVIDIA's  {rate / ANCHOR:16.3f}")

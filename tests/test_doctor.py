@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from ncf_dist import contracts
+from ncf_dist import contracts, machine
 from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo
 from ncf_dist.config import Config, Train
-from ncf_dist.doctor import checks, machine, places
+from ncf_dist.doctor import checks, places, programs
 from ncf_dist.doctor.check import Check
 from ncf_dist.doctor.pipeline import doctor
 from ncf_dist.doctor.versions import WINDOW, versions
@@ -181,24 +181,6 @@ def test_memory_without_a_prepared_night_is_the_drivers(tmp_path: Path, monkeypa
     assert checks.memory(config(tmp_path)).status == "warn"
 
 
-def test_a_container_has_its_own_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal: 8 kB\nMemAvailable:    4096 kB\n")
-    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(machine, "CGROUP", tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert (machine.memory_available(), machine.cores()) == (4096 * 1024, 8)
-    for name, text in (
-        ("memory.max", "1000"),
-        ("memory.current", "700"),
-        ("memory.stat", "anon 5\ninactive_file 200\n"),
-        ("cpu.max", "150000 100000"),
-    ):
-        (tmp_path / name).write_text(text)
-    assert (machine.memory_available(), machine.cores()) == (1000 - 700 + 200, 2)
-    (tmp_path / "memory.max").write_text("max")
-    assert machine.memory_available() == 4096 * 1024
-
-
 @pytest.mark.parametrize(
     ("master", "ranks", "slots", "rank"),
     [
@@ -214,7 +196,7 @@ def test_slots_are_compared_with_cores(
     master: str, ranks: int, slots: str, rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "cores", lambda: 2)
-    monkeypatch.setattr(machine, "gpus", lambda: 0)
+    monkeypatch.setattr(programs, "gpus", lambda: 0)
     chosen = config(tmp_path, spark={"master": master}, train={"ranks": ranks})
     assert [check.status for check in checks.slots(chosen.spark, chosen.train)] == [slots, rank]
 
@@ -238,7 +220,7 @@ def test_cuda_needs_a_gpu_for_every_rank(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(machine, "gpus", lambda: seen)
+    monkeypatch.setattr(programs, "gpus", lambda: seen)
     check = checks.gpu(config(tmp_path, train={"device": device, "ranks": ranks}).train)
     assert check.status == status
     assert used in check.detail
@@ -259,7 +241,7 @@ def test_gpus_are_counted_from_the_driver_tool(tmp_path: Path, monkeypatch: pyte
     tool.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA X (UUID: a)'\necho 'GPU 1: NVIDIA X (UUID: b)'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert machine.gpus() == 2
+    assert programs.gpus() == 2
 
 
 # ---- places ------------------------------------------------------------------------------------------------

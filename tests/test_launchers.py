@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ncf_dist import machine
 from ncf_dist.config import Config, Model
 from ncf_dist.errors import ContractError, TrainingFailed
 from ncf_dist.train.launchers import LAUNCHERS, WORKER, threads
@@ -42,7 +43,7 @@ def test_a_launcher_is_a_command_with_the_spec(launcher: str) -> None:
 
 
 def test_cores_are_shared_by_the_ranks_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
     of = [threads(small_config(Path("unused"), GMF, launcher=how, ranks=3)) for how in ("torchrun", "none", "spark")]
     assert of == [8 // 3, 8, 8 // 3]
 

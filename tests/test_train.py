@@ -24,7 +24,7 @@ import torch
 from pyspark.sql import SparkSession
 from torch import Tensor, nn
 
-from ncf_dist import contracts
+from ncf_dist import contracts, machine
 from ncf_dist.artifacts import Lake, Manifest, read_table
 from ncf_dist.bundle import load_model, read_bundle, verify_weights
 from ncf_dist.config import Config, Loader, Model, Train
@@ -636,13 +636,10 @@ def test_memory_is_refused_by_default_where_the_machine_has_too_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     needed = 4 * 25 * 5 + 4 * 4 * 6 * 800 + 2 * 4 * 50 * 16 + 4 * 25 * 4
-
-    class Small:
-        total = math.ceil(needed / 0.8)
-
-    monkeypatch.setattr(psutil, "virtual_memory", Small)
+    have = math.ceil(needed / 0.8)
+    monkeypatch.setattr(machine, "memory", lambda: have)
     check_memory(memory_config(None), 1, 1, ROWS, FILE_ROWS)
-    Small.total -= 10
+    monkeypatch.setattr(machine, "memory", lambda: have - 10)
     with pytest.raises(ConfigError, match="lower model.factors"):
         check_memory(memory_config(None), 1, 1, ROWS, FILE_ROWS)
 

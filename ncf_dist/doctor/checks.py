@@ -11,10 +11,11 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from ncf_dist import machine
 from ncf_dist.artifacts import Lake
 from ncf_dist.config import Config, Model, Train, embedding_size
 from ncf_dist.config import Spark as SparkSection
-from ncf_dist.doctor import machine
+from ncf_dist.doctor import programs
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import NcfError
 
@@ -28,18 +29,18 @@ def java() -> Check:
         f"needed Java {JAVA[0]} to {JAVA[1]}: run apt-get install openjdk-17-jre-headless, or export "
         "JAVA_HOME=/path/to/jdk-17"
     )
-    found = machine.java()
+    found = programs.java()
     if found is None:
         home = os.environ.get("JAVA_HOME")
         return Check("java", "fail", f"not found {f'at JAVA_HOME={home}' if home else 'on PATH'}: {needed}")
     version, path = found
-    if not JAVA[0] <= machine.java_major(version) <= JAVA[1]:
+    if not JAVA[0] <= programs.java_major(version) <= JAVA[1]:
         return Check("java", "fail", f"{version} at {path}: {needed}")
     return Check("java", "ok", version)
 
 
 def gpu(train: Train) -> Check:
-    found = machine.gpus()
+    found = programs.gpus()
     if train.device == "cuda" and found < train.ranks:
         return Check(
             "gpu",
@@ -97,7 +98,7 @@ def slots(spark: SparkSection, train: Train) -> Iterator[Check]:
         yield Check("slots", "warn" if many else "ok", f"{spark.master} on {cores} cores{advice}")
     else:
         yield Check("slots", "ok", f"{cores} cores here; Spark's are those of {spark.master or 'spark-submit'}")
-    if train.launcher != "none" and train.ranks > max(cores, machine.gpus()):
+    if train.launcher != "none" and train.ranks > max(cores, programs.gpus()):
         yield Check("ranks", "warn", f"{train.ranks} on {cores} cores: slower, not wrong: set train.ranks={cores}")
     else:
         yield Check("ranks", "ok", f"{1 if train.launcher == 'none' else train.ranks}")

@@ -6,9 +6,9 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 
+from ncf_dist import machine
 from ncf_dist.artifacts import Lake, filesystem, input_files, is_local, resolve
 from ncf_dist.config import Config, Negatives, Paths, SideTable
-from ncf_dist.doctor import machine
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import InputError, NcfError
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from ncf_dist import machine
 from ncf_dist.config import Config
 
 WORKER = "ncf_dist.train.worker"
@@ -47,4 +48,4 @@ LAUNCHERS: dict[str, Callable[[Config, str], list[str]]] = {"torchrun": torchrun
 def threads(config: Config) -> int:
     """Threads of each rank: its share of this machine's cores."""
     ranks = 1 if config.train.launcher == "none" else config.train.ranks
-    return max(1, (os.cpu_count() or 1) // ranks)
+    return max(1, machine.cores() // ranks)

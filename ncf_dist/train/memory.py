@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 
+from ncf_dist import machine
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError
 from ncf_dist.models import parameter_count
@@ -56,7 +56,7 @@ def check_memory(config: Config, n_users: int, n_items: int, rows: int, file_row
     if not on_gpu:
         copies = 2 + MOMENTS[config.train.optimiser]
         parts["a checkpoint being written, once"] = 4 * copies * parameter_count(config.model, n_users, n_items)
-    have = torch.cuda.get_device_properties(0).total_memory if on_gpu else psutil.virtual_memory().total
+    have = torch.cuda.get_device_properties(0).total_memory if on_gpu else machine.memory()
     limit = config.train.max_model_bytes or int(have * MEMORY_SHARE)
     needed = sum(parts.values())
     if needed > limit:
