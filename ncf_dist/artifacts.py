@@ -16,7 +16,6 @@ import json
 import os
 import posixpath
 import re
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +28,7 @@ from filelock import FileLock, Timeout
 from ncf_dist import __version__
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import BusyRun, ContractError, InputError
+from ncf_dist.scratch import replace_file
 
 MANIFEST = "manifest.json"
 CURRENT = "current.json"
@@ -321,13 +321,7 @@ def write_atomic(path: str, data: bytes) -> None:
     if not is_local(path):
         write_bytes(path, data)
         return
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    with open(temporary, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
-    sync(os.path.dirname(path))
+    replace_file(path, data)
 
 
 def sync(path: str) -> None:

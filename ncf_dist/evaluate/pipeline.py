@@ -81,9 +81,11 @@ def evaluate(config: Config, ds: str) -> Outcome:
     run = runs.begin(key)
     with spark_session("ncf-evaluate", config.spark, LIST_BATCH_ROWS) as spark:
         night = Night(spark, config, prepare, bundle, run)
-        fitted, als_users = night.fit_baselines()
-        ranks, scores, timed = night.rank(fitted, als_users)
-        remove(night.fits)
+        try:
+            fitted, als_users = night.fit_baselines()
+            ranks, scores, timed = night.rank(fitted, als_users)
+        finally:
+            remove(night.fits)
         report = {"ds": ds, **night.report(ranks, other, timed), "scores": on_common_bins(scores, SCORE_BINS)}
         seen = read_files(spark, night.paths(ranks), contracts.RANKS.schema).where(F.col("scorer") == "model")
         page = report_data(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import datetime as dt
 import math
 import posixpath
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,10 +26,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ncf_dist.artifacts import Manifest, filesystem, make_dirs, read_table
+from ncf_dist.artifacts import Manifest, filesystem, read_table
 from ncf_dist.contracts import HISTORY, INTERACTIONS
 from ncf_dist.errors import ContractError
 from ncf_dist.sampling import hash64
+from ncf_dist.scratch import scratch_folder
 
 ROWS_PER_BUCKET = 2_000_000
 """Offers that are in memory at once."""
@@ -44,6 +44,8 @@ HISTORY_BATCH = 8_192
 """Users of history unpacked at once."""
 INTERACTIONS_BATCH = 262_144
 UNSEEN = "unseen_users"
+SCRATCH = "publish"
+"""What the names of the scratch folders begin with."""
 OFFER = {"item_idx": pa.int32(), "file": pa.int32(), "by_model": pa.bool_()}
 
 
@@ -120,16 +122,18 @@ class Offers:
         self._total = self._indexed + (prepare.tables[UNSEEN].rows if serves_unseen else 0)
 
     def __enter__(self) -> Offers:
-        make_dirs(self._work)
-        self._folder = tempfile.TemporaryDirectory(prefix="publish-", dir=self._work)
+        self._scratch = scratch_folder(self._work, SCRATCH)
+        self._folder = self._scratch.__enter__()
         self._offers = self._buckets("offers", user_id=self._user_id, **OFFER, first=pa.bool_())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._offers.close()
-        self._folder.cleanup()
+        try:
+            self._offers.close()
+        finally:
+            self._scratch.__exit__(kind, error, trace)
 
     def add(
         self, files: np.ndarray, users: pa.ChunkedArray, items: np.ndarray, first: np.ndarray, by_model: np.ndarray
@@ -261,7 +265,7 @@ class Offers:
                 yield from pq.ParquetFile(source).iter_batches(rows, columns=columns)
 
     def _buckets(self, name: str, **columns: pa.DataType) -> Buckets:
-        return Buckets(self._folder.name, name, pa.schema(columns), self.count)
+        return Buckets(self._folder, name, pa.schema(columns), self.count)
 
     def _name_of(self, user_idx: int) -> Any:
         """The customer's id of a user: only looked up to say what is wrong."""
