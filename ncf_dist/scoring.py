@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ncf_dist import products
+from ncf_dist.errors import ConfigError
 from ncf_dist.models import Parts, Recommender
 
 USERS, ITEMS = 256, 1024
@@ -77,7 +79,8 @@ class ModelScorer:
     4 (F + H) bytes an eligible item, e.g. 5.6 MiB for 20,000 × 64; and buffers of USERS × ITEMS scores and twice
     HIDDEN_NUMBERS hidden units, 2 MiB at most where no layer is wider than 64.
 
-    Raises ValueError for `eligible` that is not ascending or not in the catalogue.
+    Raises ValueError for `eligible` that is not ascending or not in the catalogue, ConfigError where this process's
+    products depend on the position.
     """
 
     @torch.no_grad()
@@ -100,8 +103,20 @@ class ModelScorer:
             self.place[eligible.numpy()] = np.arange(len(eligible))
         parts = model.item_parts(torch.zeros(1, dtype=torch.int64))
         self.block: _Split | _Joined = _Joined(model) if parts is None else _Split(model, parts, len(self), precision)
+        if len(self):
+            products.check()
+            self._check_positions()
         for first in range(0, len(self), ITEMS):
             self.block.add_items(first // ITEMS, _filled(self.catalogue[first : first + ITEMS], ITEMS))
+
+    def _check_positions(self) -> None:
+        """The canary with this model's own weights and shapes: a few users and items, repeated."""
+        users = torch.arange(USERS) % products.ROWS * self.model.n_users // products.ROWS
+        items = torch.arange(ITEMS) % products.COLUMNS * len(self) // products.COLUMNS
+        self.block.add_items(0, self.catalogue[items])
+        self.block.take_users(users, USERS)
+        if not products.repeats(self.block.scores(0), products.COLUMNS):
+            raise ConfigError(products.refusal("a score of this model"))
 
     def __len__(self) -> int:
         """E"""
@@ -211,11 +226,11 @@ class _Joined:
 
     def __init__(self, model: Recommender) -> None:
         self.model = model
-        self.items: list[tuple[Tensor, ...]] = []
+        self.items: dict[int, tuple[Tensor, ...]] = {}
         self.out = torch.empty(USERS, ITEMS)
 
     def add_items(self, number: int, items: Tensor) -> None:
-        self.items.append(self.model.item_side(items))
+        self.items[number] = self.model.item_side(items)
 
     def take_users(self, users: Tensor, count: int) -> None:
         self.users, self.count = self.model.user_side(users), count

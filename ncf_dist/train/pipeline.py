@@ -78,6 +78,7 @@ def train(config: Config, ds: str) -> Outcome:
     bundle, history = read_bundle(posixpath.join(run, BUNDLE)), json.loads(read_bytes(posixpath.join(run, HISTORY)))
     write_atomic(posixpath.join(run, PLOT), history_figure(history))
     facts = {"model_version": bundle.model_version, "sha256": bundle.sha256, "prepare_run": prepare.run_key}
+    facts["products"] = history["products"]
     seconds = round(time.monotonic() - start, 3)
     manifest = runs.finish(Manifest(STAGE, ds, key, run, used, inputs, {}, facts, _metrics(history), seconds))
     log.info("trained %s in %.1f s: %s", bundle.model_version, seconds, dict(manifest.metrics))

@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import torch
 
-from ncf_dist import contracts
+from ncf_dist import contracts, products
 from ncf_dist.artifacts import Manifest, exists, read_bytes, read_manifest, write_atomic
 from ncf_dist.bundle import read_bundle, save_bundle
 from ncf_dist.config import Config
@@ -110,6 +110,7 @@ def starting_model(config: Config, spec: Spec, n_users: int, n_items: int) -> Re
 def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> None:
     """Train this rank's share; rank 0 writes the bundle and history.json."""
     config = Config.model_validate_json(spec.config)
+    how = products.facts()
     prepare = read_manifest(spec.prepare)
     task = task_of(config, prepare)
     contract = train_contract(prepare, task.explicit)
@@ -132,8 +133,8 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
             write_atomic(posixpath.join(spec.run, RATES), json.dumps(curve).encode())
         return
     if world.is_main:
-        how = "one compiled call" if trainer.signals.compiled else "torch's operations"
-        log.info("loss and gradients of a step: %s, %d threads", how, torch.get_num_threads())
+        step = "one compiled call" if trainer.signals.compiled else "torch's operations"
+        log.info("loss and gradients of a step: %s, %d threads", step, torch.get_num_threads())
     _go_on(trainer, world)
     # What was imported stays: looking through it for garbage would stop a step for a tenth of a second now and then.
     gc.freeze()
@@ -144,6 +145,7 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
             posixpath.join(spec.run, BUNDLE), trainer.model, config.model, task.n_users, task.n_items, made_from
         )
         record = {**made_from, "epoch": history.best_epoch, "epochs": history.epochs, "curve": history.curve}
+        record["products"] = how
         write_atomic(posixpath.join(spec.run, HISTORY), json.dumps(record, indent=1).encode())
 
 

@@ -1,0 +1,155 @@
+"""Products do not depend on the position: in every process that imports the project, in every branch of MKL, and where
+they would, nothing is scored or trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ncf_dist import products
+from ncf_dist.config import Config
+from ncf_dist.errors import ConfigError
+from ncf_dist.models import MF, Parts
+from ncf_dist.scoring import ModelScorer
+from ncf_dist.train.worker import Spec, train_rank
+from ncf_dist.train.world import World
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import json, os, sys
+{before}
+import ncf_dist
+mode = os.environ["MKL_CBWR"]
+import torch
+from torch.nn import functional
+from ncf_dist import products
+from ncf_dist.errors import NcfError
+torch.set_num_threads(1)
+torch.manual_seed(1)
+dependent = False
+for inputs in range(5, 40):  # The law by itself: one row, everywhere.
+    for outputs in (4, 6, 8, 10):
+        rows = torch.randn(1, inputs).expand(256, inputs).contiguous()
+        dependent |= len(functional.linear(rows, torch.randn(outputs, inputs)).unique(dim=0)) > 1
+message = None
+try:
+    products.check()
+except NcfError as error:
+    message = str(error)
+print(json.dumps([mode, dependent, message]))
+"""
+
+
+def fresh(before: str = "") -> tuple[str, bool, str | None]:
+    """(mode, whether products depend on the position, what the canary says) of a new interpreter that no parent has
+    prepared, as a Spark worker on another machine is."""
+    env = {name: value for name, value in os.environ.items() if name != products.MODE}
+    command = [sys.executable, "-c", PROGRAM.format(before=before)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    mode, dependent, message = json.loads(done.stdout.splitlines()[-1])
+    return mode, dependent, message
+
+
+def test_importing_the_project_is_enough() -> None:
+    assert fresh() == ("AVX2", False, None)
+
+
+def test_torch_may_be_imported_before() -> None:
+    """As the linter orders imports: MKL asks for its mode at the first product."""
+    assert fresh("import torch") == ("AVX2", False, None)
+
+
+def test_after_a_product_it_is_too_late_and_refused() -> None:
+    """On a processor where MKL's default mode breaks the law, as on AMD's; elsewhere nothing is to be refused."""
+    _, dependent, message = fresh("import torch\ntorch.randn(64, 64) @ torch.randn(64, 64)")
+    assert (message is not None) == dependent
+    if message:
+        assert "has other bits in another row or column on this processor" in message
+        assert "import ncf_dist before torch is used, or start the process with MKL_CBWR=AVX2" in message
+
+
+LAWS = """
+import os, sys
+from ncf_dist import products
+assert os.environ["MKL_CBWR"] == sys.argv[1], "a mode of the user's own stays"
+import torch
+torch.set_num_threads(1)
+from tests import test_scoring as laws
+for name in ("mlp", "neumf"):
+    laws.test_a_score_does_not_depend_on_the_call(name, "fp32")
+laws.test_what_is_not_eligible_scores_lowest_and_the_others_keep_their_bits("mlp")
+laws.test_a_recommendation_does_not_depend_on_the_call("embedding_nn")
+"""
+
+
+@pytest.mark.parametrize("branch", ["AVX2", "AVX512", "COMPATIBLE"])
+def test_the_laws_of_scoring_hold_in_each_branch(branch: str) -> None:
+    """A sample; a branch that the processor lacks is another one."""
+    env = {**os.environ, products.MODE: branch}
+    done = subprocess.run([sys.executable, "-c", LAWS, branch], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- a position that matters is noticed, on any processor --------------------------------------------------
+
+
+def off_at(row: int, product: Any) -> Any:
+    """`product` with the last bit of one row changed."""
+
+    def planted(*args: Any, **options: Any) -> Tensor:
+        found = product(*args, **options)
+        found[row] = torch.nextafter(found[row], found.new_tensor(torch.inf))
+        return found
+
+    return planted
+
+
+@pytest.mark.parametrize(("module", "name", "row"), [(functional, "linear", 255), (torch, "mm", -1)])
+def test_one_bit_in_one_row_is_refused(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, row: int) -> None:
+    products.check.__wrapped__()
+    monkeypatch.setattr(module, name, off_at(row, getattr(module, name)))
+    with pytest.raises(ConfigError, match="a float32 product .* has other bits in another row"):
+        products.check.__wrapped__()
+
+
+class Leaning(MF):
+    """Scores depend on the row of the block."""
+
+    def user_parts(self, user: Tensor) -> Parts | None:  # type: ignore[override]
+        return None
+
+    def item_parts(self, item: Tensor) -> Parts | None:  # type: ignore[override]
+        return None
+
+    def score_block(self, user: Any, item: Any) -> Tensor:
+        return super().score_block(user, item) + torch.arange(len(user[0]))[:, None]
+
+
+def test_a_model_whose_scores_lean_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a score of this model has other bits in another row"):
+        ModelScorer(Leaning(9, 20, 4, biases=False), 20)
+
+
+def test_a_rank_refuses_before_it_reads_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "mm", off_at(0, torch.mm))
+    products.check.cache_clear()
+    config = Config.model_validate({"paths": {"lake": str(tmp_path), "work": str(tmp_path)}, "input": {"path": "log"}})
+    with pytest.raises(ConfigError, match="has other bits in another row"):
+        train_rank(Spec(config.model_dump_json(by_alias=True), "nowhere", str(tmp_path)), World())
+
+
+def test_the_canary_draws_nothing_and_keeps_the_threads() -> None:
+    before, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    assert products.check.__wrapped__() == products.facts()["bits"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
