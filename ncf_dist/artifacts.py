@@ -18,7 +18,7 @@ import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -29,9 +29,12 @@ from ncf_dist import __version__
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import BusyRun, ContractError, InputError
 from ncf_dist.scratch import replace_file
+from ncf_dist.stored import MAX_JSON_BYTES, parse_json
 
 MANIFEST = "manifest.json"
 CURRENT = "current.json"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -225,8 +228,8 @@ class StageRuns:
     def _current_key(self) -> str | None:
         path = posixpath.join(self.root, CURRENT)
         try:
-            return str(json.loads(read_bytes(path))["run_key"]) if exists(path) else None
-        except (ValueError, TypeError, KeyError):
+            return read_json(dict[str, str], path)["run_key"] if exists(path) else None
+        except (ValueError, KeyError):
             return None  # Damaged: as if it were not there, so that the next `find` writes it anew.
 
     def _load(self, run_key: str) -> Manifest | None:
@@ -237,13 +240,8 @@ class StageRuns:
 def read_manifest(run: str) -> Manifest:
     """The manifest of the finished run at `run`. Raises ContractError where it cannot be read."""
     try:
-        body = json.loads(read_bytes(posixpath.join(run, MANIFEST)))
-        tables = {
-            name: TableInfo(t["path"], t["schema"], tuple(FileInfo(**f) for f in t["files"]))
-            for name, t in body.pop("tables").items()
-        }
-        return Manifest(root=run, tables=tables, **body)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return read_json(Manifest, posixpath.join(run, MANIFEST), root=run)
+    except (OSError, ValueError) as error:
         raise ContractError(
             f"{run}/{MANIFEST} cannot be read ({error}); needed a finished run: delete the folder and rerun the job"
         ) from None
@@ -308,6 +306,14 @@ def list_names(path: str) -> list[str]:
 def read_bytes(path: str) -> bytes:
     fs, inner = filesystem(path)
     return bytes(fs.cat_file(inner))
+
+
+def read_json(kind: type[T], path: str, /, *, more_keys: bool = False, **given: Any) -> T:
+    """`stored.parse_json` of a file of ours. Raises OSError where it cannot be read, ValueError for what it holds."""
+    fs, inner = filesystem(path)
+    if (size := int(fs.size(inner) or 0)) > MAX_JSON_BYTES:
+        raise ValueError(f"it has {size:,} bytes, needed at most {MAX_JSON_BYTES:,}")
+    return parse_json(kind, read_bytes(path), more_keys=more_keys, **given)
 
 
 def write_bytes(path: str, data: bytes) -> None:

@@ -6,17 +6,19 @@ the model's name and the start of their SHA-256. The same training gives the sam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ncf_dist import config as settings
-from ncf_dist.artifacts import Lake, Manifest, is_local, make_dirs, read_bytes, write_atomic
+from ncf_dist.artifacts import Lake, Manifest, is_local, make_dirs, read_bytes, read_json, write_atomic
 from ncf_dist.errors import ContractError, TrainingFailed
+from ncf_dist.stored import map_tensors, misfit, not_finite, parse_tensors
 
 if TYPE_CHECKING:
     from ncf_dist.models import Recommender
@@ -57,7 +59,7 @@ def save_bundle(
         )
     data = safetensors.torch.save(tensors)
     digest = hashlib.sha256(data).hexdigest()
-    bundle = Bundle(path, config, f"{config.name}-{digest[:12]}", n_users, n_items, digest, facts)
+    bundle = Bundle(path, config, version_of(config, digest), n_users, n_items, digest, facts)
     make_dirs(path)
     write_atomic(posixpath.join(path, WEIGHTS), data)
     card = {
@@ -68,12 +70,18 @@ def save_bundle(
     return bundle
 
 
+def version_of(config: settings.Model, sha256: str) -> str:
+    return f"{config.name}-{sha256[:12]}"
+
+
 def read_bundle(path: str) -> Bundle:
     """The card of the bundle at `path`. Raises ContractError where there is none or it cannot be read."""
     try:
-        card = json.loads(read_bytes(posixpath.join(path, CARD)))
-        return Bundle(**{**card, "model": settings.Model.model_validate(card["model"]), "path": path})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        bundle = read_json(Bundle, posixpath.join(path, CARD), path=path)
+        if bundle.model_version != (wanted := version_of(bundle.model, bundle.sha256)):
+            raise ValueError(f"model_version is {bundle.model_version!r}, its model and weights say {wanted!r}")
+        return bundle
+    except (OSError, ValueError) as error:
         raise ContractError(
             f"bundle {path} cannot be read ({error}); needed {WEIGHTS} and {CARD}: rerun the job train"
         ) from None
@@ -91,32 +99,59 @@ def current_runs(lake: Lake, ds: str) -> tuple[Manifest, Manifest]:
 
 
 def verify_weights(bundle: Bundle) -> None:
-    """Raise ContractError when the weights are not the ones that the card names."""
+    """Raise ContractError when the weights are not the ones that the card names, or not all finite."""
     weights = posixpath.join(bundle.path, WEIGHTS)
-    try:
-        found = hashlib.sha256(read_bytes(weights)).hexdigest()
-    except OSError as error:
-        raise ContractError(f"{weights} cannot be read ({error}); its card names it: rerun the job train") from None
+    with _reading(weights):
+        data = read_bytes(weights)
+    found = hashlib.sha256(data).hexdigest()
     if found != bundle.sha256:
         raise ContractError(
             f"{weights} has SHA-256 {found[:12]}…, its card says {bundle.sha256[:12]}…: "
             "the file is damaged, rerun the job train"
         )
+    with _reading(weights):
+        broken = not_finite(weights if is_local(weights) else data)
+    if broken:
+        raise ContractError(
+            f"{weights}: {', '.join(broken)} are not all finite; needed finite ones: rerun the job train"
+        )
 
 
 def load_model(bundle: Bundle) -> Recommender:
     """The trained model in evaluation mode on the CPU; weights of a local bundle are memory-mapped.
+    Raises ContractError for a file that is not of the card's model.
 
-    Trusts the file: `verify_weights` once a job, not once a worker.
+    Trusts the numbers: `verify_weights` once a job, not once a worker.
     """
-    import safetensors.torch
+    weights = posixpath.join(bundle.path, WEIGHTS)
+    with _reading(weights):
+        tensors = map_tensors(weights) if is_local(weights) else parse_tensors(read_bytes(weights))
+    model = _outline(bundle)
+    if problem := misfit(model.state_dict(), tensors):
+        raise ContractError(f"{weights} is not of the model in {CARD}: {problem}: rerun the job train")
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _outline(bundle: Bundle) -> Recommender:
+    """The model that the card describes, without memory for its weights."""
     import torch
 
     from ncf_dist.models import build_model
 
-    weights = posixpath.join(bundle.path, WEIGHTS)
-    tensors = safetensors.torch.load_file(weights) if is_local(weights) else safetensors.torch.load(read_bytes(weights))
-    with torch.device("meta"):
-        model = build_model(bundle.model, bundle.n_users, bundle.n_items)
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.requires_grad_(False).eval()
+    try:
+        with torch.device("meta"):
+            return build_model(bundle.model, bundle.n_users, bundle.n_items)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:  # Sizes that no tensor can have.
+        raise ContractError(
+            f"{posixpath.join(bundle.path, CARD)} describes a model that cannot be built "
+            f"({' '.join(str(error).split())[:200]}); needed the sizes that it was trained with: rerun the job train"
+        ) from None
+
+
+@contextlib.contextmanager
+def _reading(weights: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{weights} cannot be read ({error}); its card names it: rerun the job train") from None

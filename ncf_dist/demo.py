@@ -8,15 +8,15 @@ this night's prepare run.
 
 from __future__ import annotations
 
-import json
 import posixpath
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ncf_dist.artifacts import Lake, Manifest, exists, read_bytes, read_table
+from ncf_dist.artifacts import Lake, Manifest, exists, read_json, read_table
 from ncf_dist.cli import parser
 from ncf_dist.config import Config, load_config
 from ncf_dist.contracts import in_long_form
@@ -26,15 +26,24 @@ USERS = 10
 LIKED = 4
 
 
+@dataclass(frozen=True)
+class Latest:
+    """What this page uses of latest.json; `files` are relative to the table."""
+
+    ds: str
+    version: int
+    model_version: str
+    rows: int
+    files: list[str]
+
+
 def show(config: Config) -> str:
     """The text: a block a user, then the table's path. Raises ContractError where nothing is published."""
     lake = Lake(config.paths.lake)
     root = lake.path(config.publish.table)
-    if not exists(posixpath.join(root, "latest.json")):
-        raise ContractError(f"{root} has no latest.json: nothing is published yet; run the job nightly first")
-    latest = json.loads(read_bytes(posixpath.join(root, "latest.json")))
-    prepare = lake.stage(latest["ds"], "prepare").current()
-    table = _some_users([posixpath.join(root, file) for file in latest["files"]])
+    latest = read_latest(root)
+    prepare = lake.stage(latest.ds, "prepare").current()
+    table = _some_users([posixpath.join(root, file) for file in latest.files])
     users = pc.unique(table["user_id"])
     titles = _titles(prepare)
     liked = _liked(prepare, users)
@@ -48,10 +57,24 @@ def show(config: Config) -> str:
         ]
     lines.append("")
     lines.append(
-        f"published: {root}  (ds {latest['ds']}, version {latest['version']}, {latest['rows']:,} rows, "
-        f"model {latest['model_version']})"
+        f"published: {root}  (ds {latest.ds}, version {latest.version}, {latest.rows:,} rows, "
+        f"model {latest.model_version})"
     )
     return "\n".join(lines)
+
+
+def read_latest(root: str) -> Latest:
+    """What latest.json of the table at `root` says. Raises ContractError."""
+    path = posixpath.join(root, "latest.json")
+    if not exists(path):
+        raise ContractError(f"{root} has no latest.json: nothing is published yet; run the job nightly first")
+    try:
+        return read_json(Latest, path, more_keys=True)
+    except (OSError, ValueError) as error:
+        raise ContractError(
+            f"{path} cannot be read ({error}); needed what publish wrote: "
+            "run the job publish again, which writes it anew"
+        ) from None
 
 
 def _some_users(files: list[str]) -> pa.Table:

@@ -4,17 +4,24 @@ ever run.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
+from ncf_dist import artifacts
+from ncf_dist.artifacts import write_bytes
 from ncf_dist.bundle import CARD, WEIGHTS, Bundle, load_model, read_bundle, save_bundle, verify_weights
 from ncf_dist.config import Model
 from ncf_dist.errors import ContractError, TrainingFailed
 from ncf_dist.models import Recommender, build_model
+from ncf_dist.stored import MAX_JSON_BYTES
 
 CONFIG = Model(name="neumf", factors=3, layers=(6, 4, 2), dropout=0.25)
 USERS, ITEMS = 5, 7
@@ -129,8 +136,87 @@ def test_no_pickle_is_opened(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(bomb)
     with pytest.raises(ContractError):
         verify_weights(bundle)
-    with pytest.raises(Exception, match="(?i)header"):
+    with pytest.raises(ContractError, match="(?i)header"):
         load_model(bundle)
     assert not mark.exists()
     pickle.loads(bomb)
     assert mark.exists(), "the bomb itself must work, or this test shows nothing"
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Bundle:
+    """A bundle whose digests fit weights that were changed."""
+    save(folder, trained())
+    tensors = safetensors.torch.load((folder / WEIGHTS).read_bytes())
+    change(tensors)
+    data = safetensors.torch.save(tensors)
+    (folder / WEIGHTS).write_bytes(data)
+    card = json.loads((folder / CARD).read_text())
+    card["sha256"] = hashlib.sha256(data).hexdigest()
+    card["model_version"] = f"neumf-{card['sha256'][:12]}"
+    (folder / CARD).write_text(json.dumps(card))
+    return read_bundle(str(folder))
+
+
+WRONG_WEIGHTS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    r"gmf\.user\.weight is torch\.float32 \[6, 3\], needed torch\.float32 \[5, 3\]": lambda t: t.update(
+        {"gmf.user.weight": torch.zeros(6, 3)}
+    ),
+    r"gmf\.item\.weight is torch\.bfloat16 .*, needed torch\.float32 .*": lambda t: t.update(
+        {"gmf.item.weight": t["gmf.item.weight"].bfloat16()}
+    ),
+    r"tower\.hidden\.0\.bias is missing": lambda t: t.pop("tower.hidden.0.bias"),
+    r"extra is not part of it": lambda t: t.update(extra=torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("problem", WRONG_WEIGHTS)
+def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, problem: str) -> None:
+    bundle = rewrite(tmp_path, WRONG_WEIGHTS[problem])
+    verify_weights(bundle)
+    with pytest.raises(ContractError, match=f"is not of the model in {CARD}: {problem}: rerun the job train"):
+        load_model(bundle)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    local = rewrite(tmp_path, lambda t: t["gmf.item.weight"].__setitem__((3, 1), value))
+    remote = f"memory://{tmp_path.name}"
+    for name in (WEIGHTS, CARD):
+        write_bytes(f"{remote}/{name}", (tmp_path / name).read_bytes())
+    for bundle in (local, read_bundle(remote)):
+        with pytest.raises(ContractError, match=rf"{WEIGHTS}: gmf\.item\.weight are not all finite"):
+            verify_weights(bundle)
+
+
+@pytest.mark.parametrize(
+    "change", [{"n_users": -1}, {"n_items": 2**62}, {"n_items": 10**40}, {"n_users": USERS + 1}], ids=str
+)
+def test_a_card_with_sizes_that_are_not_the_weights(tmp_path: Path, change: dict[str, int]) -> None:
+    save(tmp_path, trained())
+    card = {**json.loads((tmp_path / CARD).read_text()), **change}
+    (tmp_path / CARD).write_text(json.dumps(card))
+    with pytest.raises(ContractError, match="rerun the job train"):
+        load_model(read_bundle(str(tmp_path)))
+
+
+def test_a_version_that_is_not_of_the_weights(tmp_path: Path) -> None:
+    """Else a flipped bit in the card would be published as the model's name."""
+    bundle = save(tmp_path, trained())
+    text = (tmp_path / CARD).read_text().replace(bundle.model_version, "neumf-000000000000")
+    (tmp_path / CARD).write_text(text)
+    with pytest.raises(ContractError, match="model_version is 'neumf-000000000000', its model and weights say"):
+        read_bundle(str(tmp_path))
+
+
+def test_a_document_too_large_to_be_ours_is_not_taken_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, trained())
+    os.truncate(tmp_path / CARD, MAX_JSON_BYTES + 1)  # Sparse: it takes no disk.
+
+    def never(path: str) -> bytes:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(artifacts, "read_bytes", never)
+    with pytest.raises(ContractError, match="it has 268,435,457 bytes, needed at most 268,435,456"):
+        read_bundle(str(tmp_path))

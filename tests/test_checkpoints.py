@@ -231,6 +231,45 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         other.resume(found)
 
 
+FORGED: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Any]] = {
+    "optimiser: item.weight/exp_avg is .* needed": lambda t, _: t.update(
+        {"optimiser/item.weight/exp_avg": torch.zeros(ITEMS, 5)}
+    ),
+    "optimiser: item.weight/step is missing": lambda t, _: t.pop("optimiser/item.weight/step"),
+    "optimiser: item.weight/speed is not part of it": lambda t, _: t.update(
+        {"optimiser/item.weight/speed": torch.zeros(())}
+    ),
+    "best: user.weight is missing": lambda t, _: t.pop("best/user.weight"),
+    "model: item.weight is torch.float64": lambda t, _: t.update(
+        {"model/item.weight": t["model/item.weight"].double()}
+    ),
+    "updates: .*valid integer": lambda _, p: p.update(updates="3"),
+    "epoch: .*greater than or equal to 0": lambda _, p: p.update(epoch=-1),
+    "phases.0.ranks: ": lambda _, p: p["phases"][0].update(ranks=0),
+    "not of these rows": lambda _, p: p["phases"][0].update(ranks=10**9),
+    "history.curve.0.2: ": lambda _, p: p["history"]["curve"][0].__setitem__(2, "x"),
+    "sums: ": lambda _, p: p.pop("sums"),
+}
+
+
+@pytest.mark.parametrize("problem", FORGED)
+def test_a_whole_checkpoint_with_wrong_contents_is_refused_and_named(tmp_path: Path, problem: str) -> None:
+    """Its digests fit, as those of a file that was made by hand, or by another version, do."""
+    run, folder = prepare_run(tmp_path / "run", 23, 3, 4), str(tmp_path / "kept")
+    trainer = trainer_of(run, World(), Model(name="gmf", factors=4), folder=folder, stop=stop_after(3))
+    with contextlib.suppress(Preempted):
+        trainer.fit()
+    found = checkpoints.latest(folder)
+    assert found is not None
+    FORGED[problem](found.tensors, found.progress)
+    checkpoints.save(folder, 4, found.tensors, found.progress)
+    forged, before = checkpoints.latest(folder), everything(trainer)
+    assert forged is not None
+    with pytest.raises(ContractError, match=f"step-000000004 does not fit this training .*{problem}"):
+        trainer.resume(forged)
+    assert_same(everything(trainer), before)
+
+
 def test_checkpoints_come_every_so_many_steps_or_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, saved = prepare_run(tmp_path / "run", 23, 3, 4), list[int]()
     monkeypatch.setattr(checkpoints, "save", lambda folder, step, *_: saved.append(step))

@@ -30,7 +30,7 @@ from ncf_dist.artifacts import (
     filesystem,
     is_local,
     make_dirs,
-    read_bytes,
+    read_json,
     remove,
     write_atomic,
 )
@@ -76,10 +76,9 @@ def find(target: str, run_key: str) -> Delivery | None:
     if not exists(path):
         return None
     try:
-        body = json.loads(read_bytes(path))
-        delivery = Delivery(**{**body, "parts": tuple(Part(**part) for part in body["parts"])})
-    except (ValueError, TypeError, KeyError):
-        return None
+        delivery = read_json(Delivery, path)
+    except (OSError, ValueError):
+        return None  # Damaged: fetched again.
     whole = delivery.run_key == run_key and all(
         _size(posixpath.join(target, part.path)) == part.bytes for part in delivery.parts
     )

@@ -24,6 +24,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ncf_dist.artifacts import exists, is_local, list_names, make_dirs, read_bytes, remove, sync, write_bytes
+from ncf_dist.stored import parse_json, parse_tensors
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def read(path: str) -> Checkpoint:
         raise ValueError(f"a file cannot be read ({error})") from None
     if sums != _sums(files):
         raise ValueError(f"its files do not agree with its {SUMS}")
-    return Checkpoint(path, safetensors.torch.load(files[TENSORS]), json.loads(files[PROGRESS]))
+    return Checkpoint(path, parse_tensors(files[TENSORS]), parse_json(dict[str, Any], files[PROGRESS]))
 
 
 def latest(folder: str) -> Checkpoint | None:

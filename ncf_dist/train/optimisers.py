@@ -10,11 +10,11 @@ catalogue, and Adam's moments decay as published.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ncf_dist.config import Train
 from ncf_dist.errors import ConfigError
@@ -27,6 +27,25 @@ OPTIMISERS: dict[str, Callable[[Any, Train], torch.optim.Optimizer]] = {
 }
 MOMENTS = {"adam": 2, "adamw": 2, "sgd": 1}
 """Tensors of a weight's size that the optimiser keeps beside it."""
+
+STATE = {
+    "adam": ("step", "exp_avg", "exp_avg_sq"),
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+}
+"""What torch keeps of a parameter, by its names: `step` is a number, the others are moments."""
+
+
+def state_like(name: str, parameters: Mapping[str, Tensor], found: Collection[str]) -> dict[str, Tensor]:
+    """{"parameter/key": a tensor of the shape and type} of the whole state of those parameters of which `found` names
+    any part: one that no step has moved has none."""
+    begun = {key.rpartition("/")[0] for key in found}
+    return {
+        f"{parameter}/{key}": torch.empty(()) if key == "step" else weight
+        for parameter, weight in parameters.items()
+        if parameter in begun
+        for key in STATE[name]
+    }
 
 
 def decay_of(name: str, table: bool, dimensions: int, config: Train) -> float:

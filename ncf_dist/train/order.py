@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import NonNegativeInt, PositiveInt
 
 from ncf_dist.errors import ContractError
 from ncf_dist.train.world import World
@@ -31,10 +32,10 @@ Rows = npt.NDArray[np.int64]
 class Phase:
     """A stretch of an epoch: `steps` steps of `batch_size` rows on each of `ranks` ranks."""
 
-    ranks: int
-    batch_size: int
-    shuffle_files: int
-    steps: int = 0
+    ranks: PositiveInt
+    batch_size: PositiveInt
+    shuffle_files: PositiveInt
+    steps: NonNegativeInt = 0
 
     def same_deal(self, other: Phase) -> bool:
         """Whether the other phase, apart from its steps, gives every rank the same rows in the same order."""

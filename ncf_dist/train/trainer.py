@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,11 +29,12 @@ from ncf_dist.config import Train
 from ncf_dist.errors import ContractError, Preempted, TrainingFailed
 from ncf_dist.models import Recommender
 from ncf_dist.sampling import hash64
+from ncf_dist.stored import misfit, typed
 from ncf_dist.train import checkpoints
 from ncf_dist.train.checkpoints import Checkpoint
 from ncf_dist.train.loaders import Batch, TrainLoader
 from ncf_dist.train.losses import Objective
-from ncf_dist.train.optimisers import build_optimiser, set_rate
+from ncf_dist.train.optimisers import build_optimiser, set_rate, state_like
 from ncf_dist.train.order import Phase
 from ncf_dist.train.progress import Meter, show_epoch
 from ncf_dist.train.world import World
@@ -67,6 +69,17 @@ class Progress:
     updates: int = 0
     loss: float = 0.0
     rows: int = 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """progress.json of a checkpoint: where the training was. sums: each rank's `Progress.loss` and `rows`."""
+
+    epoch: NonNegativeInt
+    phases: list[Phase]
+    updates: NonNegativeInt
+    sums: list[tuple[float, int]]
+    history: History
 
 
 class Trainer:
@@ -247,14 +260,9 @@ class Trainer:
             return None
         sums = self.world.gather([self.progress.loss, self.progress.rows])
         if self.world.is_main:
-            body = {
-                "epoch": self.progress.epoch,
-                "phases": [dataclasses.asdict(phase) for phase in self.progress.phases],
-                "updates": self.progress.updates,
-                "sums": sums,
-                "history": dataclasses.asdict(self.history),
-            }
-            checkpoints.save(self.folder, self.progress.updates, self._tensors(), body)
+            progress = self.progress
+            saved = Saved(progress.epoch, progress.phases, progress.updates, sums, self.history)
+            checkpoints.save(self.folder, self.progress.updates, self._tensors(), dataclasses.asdict(saved))
         self.world.gather(None)
         self._saved = time.monotonic()
         return self.folder
@@ -280,26 +288,31 @@ class Trainer:
             ) from None
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        body, parts = checkpoint.progress, {"model": {}, "best": {}, "optimiser": {}}  # type: ignore[var-annotated]
+        """All is looked at before anything is taken over."""
+        saved, parameters = typed(Saved, checkpoint.progress), dict(self.model.named_parameters())
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimiser": {}}
         for name, tensor in checkpoint.tensors.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
+        weights = self.model.state_dict()
+        state = state_like(self.config.optimiser, parameters, parts["optimiser"])
+        for part, wanted in (("model", weights), ("best", weights), ("optimiser", state)):
+            if problem := misfit(wanted, parts[part]):
+                raise ValueError(f"{part}: {problem}")
+        if any(phase.ranks > self.loader.rows for phase in saved.phases) or not saved.sums:
+            raise ValueError("its phases and sums are not of these rows")
         self.model.load_state_dict(parts["model"])
         self.best = {name: tensor.to(self.world.device) for name, tensor in parts["best"].items()}
-        named = dict(self.model.named_parameters())
         for name, tensor in parts["optimiser"].items():
             parameter, _, key = name.rpartition("/")
             # Adam's count of steps stays where the fused kernel keeps it, beside the weights.
-            self.optimiser.state[named[parameter]][key] = tensor.to(self.world.device)
-        history = {**body["history"], "curve": [tuple(point) for point in body["history"]["curve"]]}
-        self.history = History(**history)
-        sums, same = body["sums"], len(body["sums"]) == self.world.size
+            self.optimiser.state[parameters[parameter]][key] = tensor.to(self.world.device)
+        self.history, same = saved.history, len(saved.sums) == self.world.size
         if same:
-            loss, rows = sums[self.world.rank]
+            loss, rows = saved.sums[self.world.rank]
         else:
-            loss, rows = (sum(column) if self.world.is_main else 0 for column in zip(*sums, strict=True))
-        phases = [Phase(**phase) for phase in body["phases"]]
-        self.progress = Progress(body["epoch"], phases, body["updates"], loss, rows)
+            loss, rows = (sum(column) if self.world.is_main else 0 for column in zip(*saved.sums, strict=True))
+        self.progress = Progress(saved.epoch, saved.phases, saved.updates, loss, int(rows))
 
 
 def in_few_pieces(tensors: list[Tensor]) -> list[Tensor]:

@@ -4,22 +4,43 @@ the lineage, from manifests, small files and Spark aggregates."""
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import platform
 import posixpath
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 from pyspark.sql import SparkSession
 
 from ncf_dist import __version__
-from ncf_dist.artifacts import Manifest, exists, read_bytes
+from ncf_dist.artifacts import Manifest, exists, read_json
+from ncf_dist.errors import ContractError
 from ncf_dist.evaluate.report.profile import profile
 
 CURVE_POINTS = 300
 """Points of the loss curve that are kept: more than a figure can show."""
 PACKAGES = ("pyspark", "torch", "petastorm", "pyarrow", "numpy", "pandas")
+
+
+@dataclass(frozen=True)
+class History:
+    """What the page uses of history.json. epoch: the one that was kept; curve: (epoch, its step, loss, rate)."""
+
+    epoch: int
+    epochs: list[dict[str, int | float]]
+    curve: list[tuple[int, int, float, float]]
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be drawn."""
+        numbers = [value for epoch in self.epochs for value in epoch.values()]
+        if not all(math.isfinite(value) for value in (*numbers, *(v for point in self.curve for v in point))):
+            raise ValueError("not all of its numbers are finite")
+        if not 0 <= self.epoch < len(self.epochs) or any(
+            epoch.keys() != self.epochs[0].keys() or not {"epoch", "loss"} <= epoch.keys() for epoch in self.epochs
+        ):
+            raise ValueError(f"epoch {self.epoch} of {len(self.epochs)} is kept, or they hold different figures")
 
 
 def report_data(
@@ -52,12 +73,16 @@ def report_data(
 
 def training(train: Manifest) -> dict[str, Any]:
     """{"epochs", "curve", "best_epoch"}: the records of history.json, the curve thinned; empty where a model came
-    without one."""
+    without one. Raises ContractError for a history.json that is damaged."""
     path = posixpath.join(train.root, "history.json")
     if not exists(path):
         return {}
-    history = json.loads(read_bytes(path))
-    return {"epochs": history["epochs"], "curve": thinned(history["curve"]), "best_epoch": history["epoch"]}
+    try:
+        history = read_json(History, path, more_keys=True)
+        history.check()
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{path} cannot be read ({error}); needed what train wrote: rerun the job train") from None
+    return {"epochs": history.epochs, "curve": thinned(history.curve), "best_epoch": history.epoch}
 
 
 def thinned(curve: Sequence[Any], most: int = CURVE_POINTS) -> list[Any]:
