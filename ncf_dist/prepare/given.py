@@ -46,22 +46,32 @@ def _pass(source: Source, schema: pa.Schema) -> Pass:
                 for chunk in read_unit(source, source.units[unit]):
                     lines = chunk.raw.lines
                     assert lines is not None
-                    yield batch_of([row for line in lines.to_pylist() for row in _line(line, schema)], schema)
+                    read = zip(lines.to_pylist(), chunk.reason, strict=True)
+                    yield batch_of([row for line, reason in read for row in _line(line, reason, schema)], schema)
 
     return run
 
 
-def _line(line: str, schema: pa.Schema) -> list[dict[str, object]]:
+def _line(line: str, reason: str | None, schema: pa.Schema) -> list[dict[str, object]]:
     pair, *items = line.split("\t")
     match = _PAIR.match(pair)
     try:
-        if match is None or not items:
+        if reason or match is None or not items:
             raise ValueError
         user, item = (
-            int(text) if schema.field(name).type == pa.int64() else text
+            _id(text, schema.field(name).type)
             for name, text in zip(("user_id", "item_id"), match.groups(), strict=True)
         )
-        found = [int(text) if schema.field("candidate").type == pa.int64() else text for text in items if text]
+        found = [_id(text, schema.field("candidate").type) for text in items if text]
     except ValueError:
         return [{"user_id": None, "item_id": None, "candidate": None, "bad": line}]
     return [{"user_id": user, "item_id": item, "candidate": value, "bad": None} for value in found]
+
+
+def _id(text: str, kind: pa.DataType) -> int | str:
+    """Raises ValueError, also for an integer that no column holds."""
+    if kind != pa.int64():
+        return text
+    if not -(2**63) <= (number := int(text)) < 2**63:
+        raise ValueError
+    return number

@@ -7,12 +7,15 @@ first thing wrong with it so far.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +31,16 @@ RAW_LIMIT = 1_000
 """Characters of a rejected line that the quarantine keeps."""
 PARQUET_BATCH = 262_144
 
+SLICE = 1_024
+"""Rows that are looked at together where the whole chunk holds something odd: it costs its neighbours little."""
+IDS = ("user", "item", "id")
+CHARSET = "text is not in the charset"
+UNREADABLE = "unreadable"
+"""Of a row whose parsing raised: the last resort, so that one row never ends the night."""
+
 Mask = npt.NDArray[np.bool_]
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,6 +60,48 @@ class Chunk:
         if mask.any():
             self.reason[mask & (self.reason == None)] = reason  # noqa: E711 - elementwise
 
+    def slice(self, start: int, end: int) -> Chunk:
+        """Rows start..end."""
+        columns = {name: column.slice(start, end - start) for name, column in self.columns.items()}
+        raw = self.raw.slice(start, end)
+        return Chunk(self.file, self.place[start:end], raw, columns, self.reason[start:end].copy())
+
+    def unreadable(self) -> Chunk:
+        """The same rows, rejected, and without values."""
+        blank: dict[str, pa.Array] = dict.fromkeys(self.columns, pa.array([""] * len(self.place), pa.string()))
+        chunk = Chunk(self.file, self.place, self.raw, blank, self.reason.copy())
+        chunk.reject(np.ones(len(self.place), dtype=bool), UNREADABLE)
+        return chunk
+
+
+def row_by_row(chunk: Chunk, work: Callable[[Chunk], Result]) -> Iterator[Result]:
+    """work(chunk); where that raises, of the chunk's halves, so that the rows that raise alone are rejected."""
+    untouched = chunk.slice(0, len(chunk.place))
+    try:
+        result = work(chunk)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        log.debug("%d rows: %r", len(chunk.place), error)
+    else:
+        yield result
+        return
+    if len(chunk.place) <= 1 or _raises(work, untouched.slice(0, 0)):
+        yield work(untouched.unreadable())
+        return
+    half = len(chunk.place) // 2
+    yield from row_by_row(untouched.slice(0, half), work)
+    yield from row_by_row(untouched.slice(half, len(chunk.place)), work)
+
+
+def _raises(work: Callable[[Chunk], object], chunk: Chunk) -> bool:
+    """Whether not even no row can be read: a column is of a type that nothing is made of."""
+    try:
+        work(chunk)
+    except Exception:
+        return True
+    return False
+
 
 class Raw:
     """What rows looked like, made only for those that are rejected."""
@@ -59,10 +113,32 @@ class Raw:
         if self.lines is not None:
             return [line[:RAW_LIMIT] for line in self.lines.take(pa.array(rows)).to_pylist()]
         assert self.table is not None
+        chosen = self.table.take(pa.array(rows))
+        columns = [[_shown_value(value) for value in column] for column in chosen.columns]
+        names = chosen.schema.names
         return [
-            json.dumps(row, default=str, ensure_ascii=False)[:RAW_LIMIT]
-            for row in self.table.take(pa.array(rows)).to_pylist()
+            json.dumps(dict(zip(names, row, strict=True)), default=str, ensure_ascii=False)[:RAW_LIMIT]
+            for row in zip(*columns, strict=True)
         ]
+
+    def slice(self, start: int, end: int) -> Raw:
+        if self.lines is not None:
+            return Raw(self.lines.slice(start, end - start))
+        assert self.table is not None
+        return Raw(table=self.table.slice(start, end - start))
+
+
+def _shown_value(value: pa.Scalar) -> Any:
+    """A value for people, also one that Python has no object for: text in no charset, a time beyond the year 9999."""
+    with contextlib.suppress(Exception):
+        return value.as_py()
+    if isinstance(value, pa.DictionaryScalar):
+        return _shown_value(value.value)
+    if isinstance(value, pa.StringScalar):
+        return value.as_buffer().to_pybytes().decode(errors="replace")
+    with contextlib.suppress(Exception):
+        return f"{value.cast(pa.int64()).as_py()} {value.type}"
+    return f"a {value.type} that cannot be shown"
 
 
 def as_mask(values: Any) -> Mask:
@@ -92,7 +168,7 @@ def _text(source: Source, piece: Piece) -> Iterator[Chunk]:
         if header:
             starts, ends, header = starts[1:], ends[1:], False
         if len(starts):
-            yield _lines(source, piece.file, block, starts, ends, offset)
+            yield from row_by_row(_lines(source, piece.file, block, starts, ends, offset), partial(_divided, source))
 
 
 def _blocks(source: Source, piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -160,53 +236,62 @@ def _lines(
     ends: npt.NDArray[np.int64],
     offset: int,
 ) -> Chunk:
-    """Lines to columns. starts, ends: (R,) of each line in the block, its end included."""
+    """Lines as the column `line`. starts, ends: (R,) of each in the block, its end included."""
     offsets = np.append(starts, ends[-1]).astype(np.int32)
     raw = pa.BinaryArray.from_buffers(
         pa.binary(), len(starts), [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(block)]
     )
-    place = starts + offset
-    reason = np.full(len(starts), None, dtype=object)
-    lines, wrong = _decoded(raw, source.latin1)
-    bare = Chunk(file, place, Raw(lines), {}, reason)
-    bare.reject(wrong, "text is not in the charset")
+    lines, wrong = (_latin1(raw), None) if source.latin1 else _utf8(raw)
+    lines = pc.ascii_rtrim(lines, characters="\r\n")
+    chunk = Chunk(file, starts + offset, Raw(lines), {}, np.full(len(starts), None, dtype=object))
+    if wrong is not None:
+        chunk.reject(wrong, CHARSET)
+        shown = [value.decode(errors="replace").rstrip("\r\n") for value in raw.filter(pa.array(wrong)).to_pylist()]
+        chunk.raw = Raw(pc.replace_with_mask(lines, pa.array(wrong), pa.array(shown, pa.string())))
     long = ends - starts > source.max_line_bytes + 2
     long |= (ends - starts > source.max_line_bytes) & (
         as_mask(pc.greater(pc.binary_length(lines), source.max_line_bytes))
     )
-    bare.reject(long, "line is too long")
-    if wrong.any():
-        bare.raw = Raw(pc.if_else(pa.array(wrong), _shown(raw), lines))
-    if (bad := wrong | long).any():
-        lines = pc.if_else(pa.array(bad), "", lines)
-    split = _objects if source.kind == "jsonl" else _fields
-    bare.columns = split(source, bare, lines)
-    return bare
+    chunk.reject(long, "line is too long")
+    bad = long if wrong is None else long | wrong
+    chunk.columns["line"] = pc.if_else(pa.array(bad), "", lines) if bad.any() else lines
+    return chunk
 
 
-def _decoded(raw: pa.Array, latin1: bool) -> tuple[pa.Array, Mask]:
-    """(R,) text of the lines without their ends, "" where they are not in the charset; and where that is."""
-    wrong = np.zeros(len(raw), dtype=bool)
-    if latin1:
-        if _is_ascii(raw):
-            lines = raw.view(pa.string())
-        else:
-            lines = pa.array([value.decode("latin-1") for value in raw.to_pylist()], pa.string())
-    else:
-        lines = raw.view(pa.string())
-        try:
-            lines.validate(full=True)
-        except pa.ArrowInvalid:
-            wrong = np.array([not _is_utf8(value) for value in raw.to_pylist()])
-            lines = pa.array(
-                ["" if bad else value.decode() for bad, value in zip(wrong, raw.to_pylist(), strict=True)], pa.string()
-            )
-    return pc.ascii_rtrim(lines, characters="\r\n"), wrong
+def _latin1(raw: pa.Array) -> pa.Array:
+    """Every byte from 128 on is two in UTF-8."""
+    _, offsets, data = raw.buffers()
+    high = np.frombuffer(data, dtype=np.uint8) >= 128
+    if not high.any():
+        return raw.view(pa.string())
+    moved = (
+        np.frombuffer(offsets, dtype=np.int32)
+        + np.append(0, np.cumsum(high, dtype=np.int32))[np.frombuffer(offsets, dtype=np.int32)]
+    )
+    text = pa.py_buffer(data.to_pybytes().decode("latin-1").encode())
+    return pa.StringArray.from_buffers(len(raw), pa.py_buffer(moved.astype(np.int32).tobytes()), text)
 
 
-def _is_ascii(raw: pa.Array) -> bool:
-    data = np.frombuffer(raw.buffers()[2], dtype=np.uint8)
-    return bool((data < 128).all())
+def _utf8(raw: pa.Array) -> tuple[pa.Array, Mask | None]:
+    """(text, "" where it is not UTF-8; where that is, or None)."""
+    wrong = broken_text(raw)
+    return (raw if wrong is None else pc.if_else(pa.array(wrong), b"", raw)).view(pa.string()), wrong
+
+
+def broken_text(raw: pa.Array) -> Mask | None:
+    """Which values of a binary array are not UTF-8; None where all are. Bad ones cost their slice, not the array."""
+    text = raw.view(pa.large_string() if pa.types.is_large_binary(raw.type) else pa.string())
+    try:
+        text.validate(full=True)
+        return None
+    except pa.ArrowInvalid:
+        if len(raw) <= SLICE:
+            return np.array([value is not None and not _is_utf8(value) for value in raw.to_pylist()])
+    found = np.zeros(len(raw), dtype=bool)
+    for at in range(0, len(raw), SLICE):
+        if (part := broken_text(raw.slice(at, SLICE))) is not None:
+            found[at : at + SLICE] = part
+    return found
 
 
 def _is_utf8(value: bytes) -> bool:
@@ -217,8 +302,11 @@ def _is_utf8(value: bytes) -> bool:
     return True
 
 
-def _shown(raw: pa.Array) -> pa.Array:
-    return pa.array([value.decode(errors="replace").rstrip("\r\n") for value in raw.to_pylist()], pa.string())
+def _divided(source: Source, chunk: Chunk) -> Chunk:
+    """Lines to columns."""
+    lines = chunk.columns["line"]
+    chunk.columns = (_objects if source.kind == "jsonl" else _fields)(source, chunk, lines)
+    return chunk
 
 
 def _fields(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Array]:
@@ -240,13 +328,9 @@ def _fields(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Array
     chunk.reject(pc.less(size, least), "too few fields")
     if count is not None:
         chunk.reject(pc.greater(size, count), "too many fields")
-    short = pc.less(found, least)
-    if as_mask(short).any():
-        # list_element wants every list long enough: lines that are not get one that is.
-        filler = pa.array([[""] * least], parts.type)
-        index = pc.if_else(short, len(parts), pa.array(np.arange(len(parts))))
-        parts = pa.concat_arrays([parts, filler]).take(index)
-    columns = {name: pc.list_element(parts, place) for name, place in places.items()}
+    # A line with fewer fields is rejected, and any field will do for it.
+    begin, short = parts.offsets.to_numpy()[:-1], as_mask(pc.less(found, least))
+    columns = {name: parts.values.take(pa.array(np.where(short, 0, begin + place))) for name, place in places.items()}
     if by_hand:
         for name, place in places.items():
             values = pa.array([row[place] if len(row) > place else "" for row in by_hand], pa.string())
@@ -269,30 +353,62 @@ def _objects(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Arra
     """Fields of JSON objects, by name: text as it is, numbers as they are written, null where missing."""
     names = {name: str(key) for name, key in source.columns[chunk.file].items()}
     values: dict[str, list[str | None]] = {name: [] for name in names}
-    wrong, odd = np.zeros(len(lines), dtype=bool), np.zeros(len(lines), dtype=bool)
+    wrong, odd, deep = (np.zeros(len(lines), dtype=bool) for _ in range(3))
     for row, line in enumerate(lines.to_pylist()):
         try:
-            body = json.loads(line, parse_int=_Number, parse_float=_Number, parse_constant=_Number)
+            body = _JSON.decode(line)
         except ValueError:
             body = None
+        except RecursionError:
+            body, deep[row] = None, True
         wrong[row] = not isinstance(body, dict)
         for name, key in names.items():
             value = body.get(key) if isinstance(body, dict) else ""
             if isinstance(value, bool) and name.startswith("column "):
                 value = str(value)
+            if isinstance(value, _Constant) and name in IDS:
+                value = None if value == "NaN" else []
             if value is not None and not isinstance(value, str):
                 odd[row] = True
                 value = ""
             values[name].append(value)
+    chunk.reject(deep, "JSON is nested too deeply")
     chunk.reject(wrong, "line is not a JSON object")
     chunk.reject(odd, "a field is neither text nor a number")
-    return {name: pa.array(column, pa.string()) for name, column in values.items()}
+    return {name: _text_column(chunk, column) for name, column in values.items()}
+
+
+def _text_column(chunk: Chunk, values: list[str | None]) -> pa.Array:
+    """Half a surrogate pair (what a cut of JSON's \\ud83d\\ude00 leaves) is no text: no charset can write it."""
+    try:
+        return pa.array(values, pa.string())
+    except UnicodeEncodeError:
+        broken = np.array([value is not None and not _has_bytes(value) for value in values])
+        chunk.reject(broken, CHARSET)
+        return pa.array([None if bad else value for bad, value in zip(broken, values, strict=True)], pa.string())
+
+
+def _has_bytes(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Number(str):
     """A JSON number as it was written: 1.50 and 1e3 keep their form, big integers their digits."""
 
     __slots__ = ()
+
+
+class _Constant(_Number):
+    """NaN or Infinity. As an id the one is what pandas writes for a missing one, the other nothing."""
+
+    __slots__ = ()
+
+
+_JSON = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_Constant)
 
 
 def _parquet(source: Source, piece: Piece) -> Iterator[Chunk]:
@@ -304,20 +420,39 @@ def _parquet(source: Source, piece: Piece) -> Iterator[Chunk]:
         groups = range(piece.start, file.num_row_groups if piece.end is None else piece.end)
         first = sum(file.metadata.row_group(g).num_rows for g in range(piece.start))
         for batch in file.iter_batches(PARQUET_BATCH, row_groups=list(groups), columns=sorted(set(names.values()))):
-            columns = {name: _plain(batch.column(column)) for name, column in names.items()}
+            columns = {name: batch.column(column) for name, column in names.items()}
             reason = np.full(batch.num_rows, None, dtype=object)
             place = np.arange(first, first + batch.num_rows)
-            yield Chunk(piece.file, place, Raw(table=batch), columns, reason)
+            yield from row_by_row(Chunk(piece.file, place, Raw(table=batch), columns, reason), _plain)
             first += batch.num_rows
 
 
-def _plain(column: pa.Array) -> pa.Array:
+def _plain(chunk: Chunk) -> Chunk:
     """Dictionaries unpacked, text as string, UUIDs as their text."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column = column.dictionary_decode()
+    for name, column in chunk.columns.items():
         kind = column.type
-    if pa.types.is_fixed_size_binary(kind) and kind.byte_width == 16:
-        texts = [None if value is None else str(uuid.UUID(bytes=value)) for value in column.to_pylist()]
-        return pa.array(texts, pa.string())
-    return column.cast(pa.string()) if pa.types.is_large_string(kind) or pa.types.is_binary(kind) else column
+        if pa.types.is_dictionary(kind):
+            column = column.dictionary_decode()
+            kind = column.type
+        if pa.types.is_fixed_size_binary(kind) and kind.byte_width == 16:
+            texts = [None if value is None else str(uuid.UUID(bytes=value)) for value in column.to_pylist()]
+            column = pa.array(texts, pa.string())
+        elif any(of(kind) for of in (pa.types.is_string, pa.types.is_large_string, *_BINARY)):
+            column = _checked(chunk, column)
+        chunk.columns[name] = column
+    return chunk
+
+
+_BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+
+
+def _checked(chunk: Chunk, column: pa.Array) -> pa.Array:
+    """Text as string. What other writers put into a text column is not always UTF-8, and Arrow reads it unseen."""
+    if pa.types.is_fixed_size_binary(column.type):
+        column = column.cast(pa.binary())
+    large = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
+    raw = column.view(pa.large_binary() if large else pa.binary())
+    if (broken := broken_text(raw)) is not None:
+        chunk.reject(broken, CHARSET)
+        raw = pc.if_else(pa.array(broken), None, raw)
+    return raw.view(pa.large_string() if large else pa.string()).cast(pa.string())

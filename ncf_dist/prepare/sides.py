@@ -21,7 +21,7 @@ from ncf_dist import contracts
 from ncf_dist.artifacts import TableInfo, file_url
 from ncf_dist.config import SideTable
 from ncf_dist.errors import InputError
-from ncf_dist.prepare.reading import Chunk, as_mask, read_unit
+from ncf_dist.prepare.reading import Chunk, as_mask, read_unit, row_by_row
 from ncf_dist.prepare.rows import floats, integers
 from ncf_dist.prepare.source import Source
 from ncf_dist.spark_io import ROWS_PER_FILE, Pass, map_in_arrow, spark_path, write_table
@@ -61,7 +61,7 @@ def side_pass(spec: SideSpec) -> Pass:
         for batch in batches:
             for unit in batch.column(0).to_pylist():
                 for chunk in read_unit(spec.source, spec.source.units[unit]):
-                    yield typed(chunk, spec)
+                    yield from row_by_row(chunk, lambda part: typed(part, spec))
 
     return run
 
