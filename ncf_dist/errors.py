@@ -78,3 +78,7 @@ class Preempted(NcfError):
 
 class TrainingFailed(NcfError):
     """A training rank died; its own log says why."""
+
+
+class WorkerKilled(NcfError):
+    """A process of Spark was killed from outside or died, as a rule for memory."""

@@ -20,13 +20,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from ncf_dist import config as settings
+from ncf_dist import errors
 from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, file_url, write_parquet
 from ncf_dist.contracts import Contract
+from ncf_dist.errors import NcfError, WorkerKilled
 
 ROWS_PER_FILE = 1_000_000
 """Upper bound of what a writer holds in memory."""
@@ -57,6 +61,8 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
     `batch_rows`: rows of an Arrow batch; small where rows hold long lists.
 
     Under spark-submit the master and the memory are the launcher's. Started from plain Python, they are the config's.
+
+    What fails on executors is raised here as our own error where it is one: see `from_executors`.
     """
     builder = SparkSession.builder.appName(app)
     options = {
@@ -84,10 +90,50 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
     _open.append(spark)
     try:
         yield spark
+    except (Py4JError, PySparkException) as error:
+        if (known := from_executors(error)) is None:
+            raise
+        raise known from error
     finally:
         _open.pop()
         if ours:
             spark.stop()
+
+
+_OURS = re.compile(r"^ncf_dist\.errors\.(\w+): (.+)$", re.MULTILINE)
+_KILLED = re.compile(
+    r"Python worker exited unexpectedly \(crashed\)|(?i:exit(?:ed with)? (?:code|status):? 137)|OOMKilled"
+    r"|(?i:exceeding (?:physical |virtual )?memory limits)|(?i:killed by (?:external signal|YARN))"
+)
+_HEAP = re.compile(r"java\.lang\.OutOfMemoryError: ([^\n]*)")
+
+
+def from_executors(error: Exception) -> NcfError | None:
+    """What a failed job of Spark says in our own terms: the NcfError that our code raised in a worker, or WorkerKilled
+    where a process died without a word; None for anything else."""
+    try:
+        text = str(error)
+    except Exception:  # py4j asks the JVM, which may be gone.
+        text = repr(error.args)
+    if ours := _OURS.findall(text):
+        name, message = ours[-1]
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, NcfError):
+            return kind(message)
+    if heap := _HEAP.search(text):
+        return WorkerKilled(
+            f"a JVM of Spark ran out of memory ({heap[1]}); needed more: raise spark.driver_memory (with a local "
+            "master) or spark.executor_memory, or spark.shuffle_partitions, so that a task holds less"
+        )
+    if killed := _KILLED.search(text):
+        return WorkerKilled(
+            f"a worker of Spark was killed ({killed[0]}), most likely because no memory was left on its machine or in "
+            "its container; needed room for all workers at once, beside the JVMs: run fewer tasks at once "
+            "(spark.master: local[N] with a smaller N; on a cluster fewer cores an executor), lower "
+            "score.users_per_block or layout.rows_per_file, or raise spark.executor.memoryOverhead; `score --dry-run` "
+            "says what a worker takes"
+        )
+    return None
 
 
 def map_in_arrow(frame: DataFrame, work: Pass, schema: str | StructType) -> DataFrame:

@@ -7,6 +7,8 @@ import gc
 import hashlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,14 +23,27 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import config
-from ncf_dist.artifacts import FileInfo, Manifest, TableInfo
+from ncf_dist.artifacts import FileInfo, Manifest, Outcome, TableInfo
+from ncf_dist.cli import run_job
+from ncf_dist.config import Config
 from ncf_dist.contracts import INDEX_LIST, ITEM_STATS, QUARANTINE, Contract
-from ncf_dist.errors import ContractError
-from ncf_dist.spark_io import FileSink, map_in_arrow, part_name, read_table, runs_of, spark_session, write_table
+from ncf_dist.errors import ContractError, InputError, NcfError, WorkerKilled
+from ncf_dist.spark_io import (
+    FileSink,
+    Pass,
+    from_executors,
+    map_in_arrow,
+    part_name,
+    read_table,
+    runs_of,
+    spark_session,
+    write_table,
+)
 
 ROOT = Path(__file__).parent.parent
 ROWS = 2_000
@@ -291,3 +306,62 @@ def test_an_inner_session_never_stops_an_outer_one(spark: SparkSession) -> None:
     with spark_session("inner", config.Spark(shuffle_partitions=2)):
         pass
     assert spark.range(3).count() == 3
+
+
+# ---- what fails on executors -------------------------------------------------------------------------------
+
+
+def dying(how: str) -> Pass:
+    """A worker that the kernel kills, one that raises an error of ours, or one with a mistake of ours."""
+
+    def work(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif how == "refused":
+                raise ContractError(f"{batch.num_rows} rows; needed none: rerun the job train")
+            yield batch.select(["ours"])
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("killed", 1, r"a worker of Spark was killed .*memory.*fewer tasks at once .*lower score\.users_per_block"),
+        ("refused", 3, r"^\d rows; needed none: rerun the job train$"),
+        ("mistaken", 1, "PythonException: .*KeyError"),
+    ],
+)
+def test_a_job_whose_worker_dies_says_so_in_its_last_line(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, code: int, said: str
+) -> None:
+    def job(config: Config, ds: str) -> Outcome:
+        with spark_session("dies", config.spark) as session:
+            map_in_arrow(session.range(4), dying(how), "id long").collect()
+        return Outcome("done")
+
+    path = tmp_path / "config.yaml"
+    path.write_text(f"paths: {{lake: {tmp_path}/lake}}\ninput: {{path: unused}}\n")
+    assert run_job("score", job, ["--config", str(path), "--ds", "2026-01-31"]) == code
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["status"] == "failed"
+    assert re.search(said, report["error"], re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("ExecutorLostFailure (executor 1 exited): Command exited with code 137", WorkerKilled),
+        ("Container from a bad node. Exit status: 137. Diagnostics: killed", WorkerKilled),
+        ("Reason: Container killed by YARN for exceeding memory limits. 5.5 GB of 5 GB", WorkerKilled),
+        ("The executor 3 was OOMKilled", WorkerKilled),
+        ("java.lang.OutOfMemoryError: Java heap space\n at a.b", WorkerKilled),
+        ("Traceback\nncf_dist.errors.InputError: the file is gone\n\n at a.b", InputError),
+        ("Traceback\nncf_dist.errors.NoSuchError: x\n", None),
+        ("Traceback\nValueError: exit code 3\n", None),
+    ],
+)
+def test_what_clusters_say_of_a_process_that_died(text: str, kind: type[NcfError] | None) -> None:
+    found = from_executors(PySparkException(text))
+    assert type(found) is (kind or type(None))
