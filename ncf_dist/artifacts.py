@@ -202,6 +202,10 @@ class StageRuns:
             )
         return manifest
 
+    def finished(self, run_key: str) -> Manifest | None:
+        """The finished run of this key, or None; nothing is changed."""
+        return self._load(run_key)
+
     def exists(self) -> bool:
         """Whether this stage has ever finished for this ds."""
         return self._current_key() is not None

@@ -12,6 +12,7 @@ offsets there is one a user. Formulas are those of Manning, Raghavan & Schütze 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,21 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+
+
+STORED = "metrics.json"
+"""The file of an evaluate run that holds its figures."""
+
+
+def headline_k(ks: Iterable[int]) -> int:
+    """10, or the largest K that was asked for: the one that segments are broken down by."""
+    ks = tuple(ks)
+    return 10 if 10 in ks else max(ks)
+
+
+def headline(ks: Iterable[int]) -> tuple[str, str]:
+    """(protocol, metric) by which a model is judged first, whatever the feedback: NDCG over the full catalogue."""
+    return "full", f"ndcg@{headline_k(ks)}"
 
 
 # ---- ranking -----------------------------------------------------------------------------------------------------

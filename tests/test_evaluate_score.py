@@ -383,7 +383,7 @@ def test_a_task_gives_the_same_rows_for_any_block_and_batch(tmp_path: Path, size
 
 def test_demo_shows_ten_users_with_titles(line: Line, scored: Outcome) -> None:
     assert score(line.config(), DS).run_key == scored.run_key
-    publish(line.config(), DS)
+    publish(line.config(publish={"require": ["users", "beats_popularity"]}), DS)
     blocks = demo.show(line.config()).split("user ")[1:]
     assert len(blocks) == 10
     titles = {item: f"Film {item} (19{item:02})" for item in range(ITEMS)}

@@ -129,7 +129,7 @@ class Line:
                 "paths": {"lake": self.lake.root, "work": str(self.folder / "work")},
                 "input": {"path": "unused"},
                 "score": {"k": K, "tasks": 2, **section},
-                "publish": {"table": table},
+                "publish": {"table": table, "require": ["users", "beats_popularity"]},
                 "spark": {"master": "local[2]", "shuffle_partitions": 2},
             }
         )

@@ -17,7 +17,7 @@ from typing import Any
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist import contracts
+from ncf_dist import contracts, metrics
 from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, remove, run_key, write_atomic
 from ncf_dist.bundle import Bundle, current_runs, read_bundle, verify_weights
 from ncf_dist.config import Config, Evaluate
@@ -38,7 +38,7 @@ from ncf_dist.spark_io import LIST_BATCH_ROWS, map_in_arrow, read_files, read_ta
 log = logging.getLogger(__name__)
 
 STAGE = "evaluate"
-METRICS = "metrics.json"
+METRICS = metrics.STORED
 MIN_FILES = 16
 USERS_A_FILE = 25_000
 """Bounds the rows of `ranks` that a task holds."""

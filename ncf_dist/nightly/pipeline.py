@@ -11,7 +11,7 @@ from ncf_dist.cli import JobFunction
 from ncf_dist.config import Config
 from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.publish.pipeline import publish
+from ncf_dist.publish.pipeline import check_ahead, publish
 from ncf_dist.score.pipeline import score
 from ncf_dist.train.pipeline import train
 
@@ -27,7 +27,9 @@ STAGES: dict[str, JobFunction] = {
 
 
 def nightly(config: Config, ds: str) -> Outcome:
-    """Run every stage for `ds`; raises what the first failing stage raises, and nothing published is touched."""
+    """Run every stage for `ds`; raises what the first failing stage raises, and nothing published is touched. A night
+    that could not be published in the end is refused before the first stage."""
+    check_ahead(config, ds)
     stages: dict[str, str] = {}
     outputs: dict[str, str] = {}
     metrics: dict[str, Any] = {}

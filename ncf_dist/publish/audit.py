@@ -80,6 +80,14 @@ class Audited:
     most: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Audit:
+    """A night that passed: its files in the manifest's order, and how many users were ranked by the model."""
+
+    files: list[Audited]
+    model_users: int
+
+
 def contract_of(prepare: Manifest, form: Form = "long") -> Contract:
     """The recommendations contract with the id types of this night's indexes."""
     types = []
@@ -91,7 +99,7 @@ def contract_of(prepare: Manifest, form: Form = "long") -> Contract:
     return recommendations(types[0], types[1], form)
 
 
-def audit(score: Manifest, prepare: Manifest, work: str) -> list[Audited]:
+def audit(score: Manifest, prepare: Manifest, work: str) -> Audit:
     """Check the whole night. `work`: a local folder for the checks across files. Raises ContractError: a rule is broken
     or an item list is not what score read any more."""
     promise = Promise.of(score)
@@ -118,14 +126,14 @@ def audit(score: Manifest, prepare: Manifest, work: str) -> list[Audited]:
             rules.add(number, _long(info.path, stored))
             passed.append(_statistics(info, path, stored))
         rules.close()
-        users, short = offers.check()
+        users, short, by_model = offers.check()
     for found, said, what in (
         (users, promise.users, ""),
         (short, promise.short_users, f" with fewer than {promise.k} items"),
     ):
         if found != said:
             _refuse("*", f"{found} users{what}", f"the {said} that score counted")
-    return passed
+    return Audit(passed, by_model)
 
 
 def _permitted(items: pa.Array, score: Manifest) -> np.ndarray:

@@ -18,29 +18,25 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import posixpath
 import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
-from ncf_dist.artifacts import exists, is_local, list_names, make_dirs, read_bytes, remove, sync, write_atomic
+from ncf_dist.artifacts import exists, is_local, make_dirs, read_bytes, sync, write_atomic
 from ncf_dist.contracts import PARTITION, Contract
 from ncf_dist.errors import BusyRun, ContractError, StaleRun
+from ncf_dist.publish import leftovers
 from ncf_dist.publish.audit import Audited, checked_bytes
+from ncf_dist.publish.log import LATEST, DeltaLog, Entry
 
-LATEST = "latest.json"
-STALE_SECONDS = 3_600
-"""Age at which a half-written file of a run that died is swept up."""
-_HALF_WRITTEN = re.compile(r"\.tmp$|\.json#\d+$")
-_LOOK_BACK = 1_000
 _HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 
 log = logging.getLogger(__name__)
@@ -54,6 +50,8 @@ class Night:
     run_key: str
     model_version: str
     k: int
+    model_users: int | None = None
+    """Users ranked by the model, once they were counted."""
 
 
 class PublishedTable:
@@ -62,6 +60,7 @@ class PublishedTable:
     def __init__(self, root: str, contract: Contract) -> None:
         self.root, self.contract = root, contract
         self.schema = Schema.from_arrow(contract.schema.insert(0, pa.field(PARTITION, pa.string(), nullable=False)))
+        self.log = DeltaLog(root)
 
     def path_of(self, night: Night, part: str, sha256: str) -> str:
         """Where a file of the score run is published, relative to the table."""
@@ -77,8 +76,17 @@ class PublishedTable:
 
         Raises StaleRun where a later ds is published, ContractError where the table has other columns.
         """
-        table = self._open()
+        table = self.log.open()
         return table is not None and self._fence(table, night, set(files))
+
+    def newest(self) -> tuple[str, Entry | None] | None:
+        """(ds, its commit, where that is ours) of the newest night that readers see; None where there is none."""
+        table = self.log.open()
+        nights = self.log.nights(table) if table is not None else {}
+        if table is None or not nights:
+            return None
+        found = self.log.explain(table, max(nights))
+        return max(nights), found[1] if found else None
 
     def copy(self, night: Night, files: Iterable[Audited]) -> None:
         """Put audited files in place. Nobody reads them before the commit. Raises ContractError if one has
@@ -86,7 +94,7 @@ class PublishedTable:
         """
         folder = posixpath.join(self.root, f"{PARTITION}={night.ds}")
         make_dirs(folder)
-        self._sweep(folder)
+        leftovers.sweep(folder)
         for file in files:
             target = posixpath.join(self.root, self.path_of(night, file.info.path, file.info.sha256))
             write_atomic(target, checked_bytes(file.source, file.info))
@@ -98,8 +106,9 @@ class PublishedTable:
         """Replace this ds by `files` for every reader at once. Raises BusyRun where somebody else committed,
         StaleRun, ContractError.
         """
+        files = list(files)
         actions = [self._action(night, file) for file in files]
-        table = self._open()
+        table = self.log.open()
         if table is not None and self._fence(table, night, {action.path for action in actions}):
             return
         facts = {
@@ -107,89 +116,120 @@ class PublishedTable:
             "ncf.run_key": night.run_key,
             "ncf.model_version": night.model_version,
             "ncf.k": str(night.k),
+            # In the commit: delta-rs leaves the tags of a file empty, whatever it is given.
+            "ncf.files": {action.path: _checksum(file) for action, file in zip(actions, files, strict=True)},
+            **({} if night.model_users is None else {"ncf.model_users": str(night.model_users)}),
         }
         properties = CommitProperties(custom_metadata=facts, max_commit_retries=0)
-        try:
-            if table is None:
-                create_table_with_add_actions(
-                    self.root,
-                    self.schema,
-                    actions,
-                    mode="error",
-                    partition_by=[PARTITION],
-                    name=self.contract.name,
-                    description=self.contract.meaning,
-                    commit_properties=properties,
-                    post_commithook_properties=_HOOKS,
-                )
-            else:
-                table.create_write_transaction(
-                    [*actions],
-                    mode="overwrite",
-                    schema=self.schema,
-                    partition_by=[PARTITION],
-                    partition_filters=[(PARTITION, "=", night.ds)],
-                    commit_properties=properties,
-                    post_commithook_properties=_HOOKS,
-                )
-        except DeltaError as error:
-            if not isinstance(error, CommitFailedError) and (table is not None or self._open() is None):
-                raise
-            raise BusyRun(
-                f"another publication to {self.root} came first ({' '.join(str(error).split())[:200]}); this "
-                "one changed nothing: run it again"
-            ) from None
+        with self.log.understood():
+            try:
+                self._write(table, night.ds, actions, properties)
+            except DeltaError as error:
+                now = self.log.open()
+                if (table.version() if table else -1) == (now.version() if now else -1):
+                    raise
+                raise BusyRun(
+                    f"another publication to {self.root} came first ({' '.join(str(error).split())[:200]}); this "
+                    "one changed nothing: run it again"
+                ) from None
+
+    def _write(self, table: DeltaTable | None, ds: str, actions: list[AddAction], properties: CommitProperties) -> None:
+        """The commit itself, as the successor of `table`."""
+        if table is None:
+            create_table_with_add_actions(
+                self.root,
+                self.schema,
+                actions,
+                mode="error",
+                partition_by=[PARTITION],
+                name=self.contract.name,
+                description=self.contract.meaning,
+                commit_properties=properties,
+                post_commithook_properties=_HOOKS,
+            )
+        else:
+            table.create_write_transaction(
+                [*actions],
+                mode="overwrite",
+                schema=self.schema,
+                partition_by=[PARTITION],
+                partition_filters=[(PARTITION, "=", ds)],
+                commit_properties=properties,
+                post_commithook_properties=_HOOKS,
+            )
 
     def settle(self, night: Night) -> int:
         """Make the log durable and latest.json true, also after a run that died; returns its version."""
         while True:
-            table = self._opened()
-            self._sync_log(table.version())
-            newest = self._describe(table, max(_nights(table)))
+            table = self.log.opened()
+            self.log.sync(table.version())
+            newest = self._describe(table, max(self.log.nights(table)))
             body = json.dumps(newest, indent=1).encode()
             path = posixpath.join(self.root, LATEST)
             if newest is not None and (not exists(path) or read_bytes(path) != body):
                 write_atomic(path, body)
             # Whoever committed meanwhile may have written latest.json before us: then ours is the older one.
-            if self._opened().version() == table.version():
+            if self.log.opened().version() == table.version():
                 break
-        self._sweep(self.root)
-        self._sweep(posixpath.join(self.root, "_delta_log"))
         mine = newest if newest is not None and newest["ds"] == night.ds else self._describe(table, night.ds)
         version = int(mine["version"]) if mine is not None else int(table.version())
-        self._sync_log(version)
+        self.log.sync(version)
         return version
 
     def rows(self, ds: str) -> int:
-        return sum(rows for _, rows in _nights(self._opened()).get(ds, []))
+        return sum(rows for _, rows in self.log.nights(self.log.opened()).get(ds, []))
 
-    def _open(self) -> DeltaTable | None:
+    def state(self, night: Night, files: Iterable[str]) -> str:
+        """What readers see of `night`, after a run that was stopped."""
         try:
-            return DeltaTable(self.root)
-        except TableNotFoundError:
-            return None
+            table = self.log.open()
+            seen = {path for path, _ in self.log.nights(table).get(night.ds, [])} if table is not None else set()
+            if table is None or seen != set(files):
+                return "nothing was committed, so readers see what they saw before"
+            return (
+                f"version {table.version()} is committed and Delta readers see it, while {LATEST} may name an older "
+                "night still"
+            )
+        except (OSError, ContractError) as error:
+            return f"whether it was committed cannot be told ({' '.join(str(error).split())[:200]})"
 
-    def _opened(self) -> DeltaTable:
-        return DeltaTable(self.root)
+    def check_ahead(self, ds: str, contracts: Iterable[Contract]) -> None:
+        """Raise StaleRun or ContractError where no files of any of the `contracts` could be published for `ds`."""
+        table = self.log.open()
+        if table is None:
+            return
+        schemas = [PublishedTable(self.root, contract).schema for contract in contracts]
+        if table.schema() not in schemas or table.metadata().partition_columns != [PARTITION]:
+            self._refuse_columns(table)
+        nights = self.log.nights(table)
+        if ds not in nights:
+            self._refuse_older(nights, ds, "this night")
 
     def _fence(self, table: DeltaTable, night: Night, files: set[str]) -> bool:
         if table.schema() != self.schema or table.metadata().partition_columns != [PARTITION]:
-            raise ContractError(
-                f"the published table {self.root} has columns {_columns(table.schema())}; needed "
-                f"{_columns(self.schema)}, partitioned by ds: readers rely on them, so set publish.table to a new "
-                "name, or score.form to the form that is published; nothing was changed"
-            )
-        nights = _nights(table)
+            self._refuse_columns(table)
+        nights = self.log.nights(table)
         if {path for path, _ in nights.get(night.ds, [])} == files:
             return True
-        later = [ds for ds in nights if ds > night.ds]
+        self._refuse_older(nights, night.ds, f"run {night.run_key}")
+        return False
+
+    def _refuse_columns(self, table: DeltaTable) -> NoReturn:
+        raise ContractError(
+            f"the published table {self.root} has columns {_columns(table.schema())}; needed "
+            f"{_columns(self.schema)}, partitioned by ds: readers rely on them, so set publish.table to a new "
+            "name, or score.form to the form that is published; nothing was changed"
+        )
+
+    def _refuse_older(self, nights: Iterable[str], ds: str, who: str) -> None:
+        """Raise StaleRun where a later ds is published."""
+        later = [other for other in nights if other > ds]
         if later:
             raise StaleRun(
                 f"ds {max(later)} is already published in {self.root}; needed a ds not before it, got "
-                f"{night.ds} (run {night.run_key}): an older night never replaces a newer one, so publish a later "
+                f"{ds} ({who}): an older night never replaces a newer one, so publish a later "
                 "ds; nothing was changed"
             )
-        return False
 
     def _action(self, night: Night, file: Audited) -> AddAction:
         stats = {
@@ -203,59 +243,30 @@ class PublishedTable:
 
     def _describe(self, table: DeltaTable, ds: str) -> dict[str, Any] | None:
         """latest.json for `ds`: its files in this snapshot and the facts of their commit; None if not ours."""
-        files = _nights(table).get(ds, [])
-        for version in range(table.version(), max(-1, table.version() - _LOOK_BACK), -1):
-            facts = self._commit_facts(version)
-            key = facts.get("ncf.run_key")
-            if facts.get("ncf.ds") == ds and files and all(f"-{key}-" in path for path, _ in files):
-                return {
-                    "ds": ds,
-                    "version": version,
-                    "model_version": facts["ncf.model_version"],
-                    "run_key": key,
-                    "files": sorted(path for path, _ in files),
-                    "rows": sum(rows for _, rows in files),
-                    "k": int(facts["ncf.k"]),
-                }
-        log.warning("%s: no commit of ours explains the files of ds %s, so %s stays as it is", self.root, ds, LATEST)
-        return None
+        found = self.log.explain(table, ds)
+        if found is None:
+            log.warning(
+                "%s: no commit of ours explains the files of ds %s, so %s stays as it is", self.root, ds, LATEST
+            )
+            return None
+        version, entry = found
+        files = self.log.nights(table)[ds]
+        return {
+            "ds": ds,
+            "version": version,
+            "model_version": entry.facts["ncf.model_version"],
+            "run_key": entry.run_key,
+            "files": sorted(path for path, _ in files),
+            "rows": sum(rows for _, rows in files),
+            "k": int(entry.facts["ncf.k"]),
+            "model_users": entry.model_users,
+            "checksums": {path: entry.checksums[path] for path in sorted(entry.checksums)},
+        }
 
-    def _commit_facts(self, version: int) -> dict[str, Any]:
-        """What commit `version` says about itself. (history() is empty where the path holds a space.)"""
-        path = self._log_entry(version)
-        if not exists(path):
-            return {}
-        lines = (line for line in read_bytes(path).splitlines() if line.startswith(b'{"commitInfo"'))
-        return next((dict(json.loads(line)["commitInfo"]) for line in lines), {})
 
-    def _log_entry(self, version: int) -> str:
-        return posixpath.join(self.root, "_delta_log", f"{version:020d}.json")
-
-    def _sync_log(self, version: int) -> None:
-        if is_local(self.root):
-            entry = self._log_entry(version)
-            for path in (entry, posixpath.dirname(entry), self.root):
-                sync(path)
-
-    def _sweep(self, folder: str) -> None:
-        """Remove what killed writers left half-written, which readers ignore; object stores have none."""
-        if not is_local(self.root):
-            return
-        for name in list_names(folder):
-            path = posixpath.join(folder, name)
-            if _HALF_WRITTEN.search(name) and time.time() - os.stat(path).st_mtime > STALE_SECONDS:
-                remove(path)
+def _checksum(file: Audited) -> dict[str, Any]:
+    return {"bytes": file.info.bytes, "sha256": file.info.sha256}
 
 
 def _columns(schema: Schema) -> str:
     return ", ".join(f"{field.name} {getattr(field.type, 'type', field.type)}" for field in schema.fields)
-
-
-def _nights(table: DeltaTable) -> dict[str, list[tuple[str, int]]]:
-    """ds to its (path, rows) in this snapshot."""
-    actions = table.get_add_actions(flatten=True)
-    columns = (actions.column(name).to_pylist() for name in (f"partition.{PARTITION}", "path", "num_records"))
-    nights: dict[str, list[tuple[str, int]]] = {}
-    for ds, path, rows in zip(*columns, strict=True):
-        nights.setdefault(ds, []).append((path, rows))
-    return nights

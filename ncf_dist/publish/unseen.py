@@ -142,21 +142,21 @@ class Offers:
         rows = pa.table({"user_id": users, "item_idx": items, "file": files, "by_model": by_model, "first": first})
         self._offers.add(rows, bucket_of(users, self.count))
 
-    def check(self) -> tuple[int, int]:
+    def check(self) -> tuple[int, int, int]:
         """Raise ContractError unless exactly the users that are due have offers, each in one place and as many as are
         due, none of what is masked, with the reason that is due. (users that are due, how many of them have fewer
-        than K items left)"""
+        than K items left, how many have offers by the model)"""
         offers, seen, active = self._by_index(), self._seen(), self._active()
-        users = short = 0
+        users = short = by_model = 0
         for number in range(self.count):
             recent = None if active is None else active.read(number)["user_idx"].to_numpy()
-            due, few = self._check_bucket(number, offers.read(number), seen.read(number), recent)
-            users, short = users + due, short + few
-        return users, short
+            due, few, ranked = self._check_bucket(number, offers.read(number), seen.read(number), recent)
+            users, short, by_model = users + due, short + few, by_model + ranked
+        return users, short, by_model
 
     def _check_bucket(
         self, number: int, rows: pa.Table, history: pa.Table, recent: np.ndarray | None
-    ) -> tuple[int, int]:
+    ) -> tuple[int, int, int]:
         """The users whose user_idx is `number` modulo the count of buckets; place p is user_idx number + p · count."""
         n = len(range(number, self._total, self.count))
         past = np.unique(_pairs(history, len(self.items)))
@@ -191,7 +191,7 @@ class Offers:
         none(wanted & (found != due), "has {found} rows", "{due}: K, or all that are left")
         none((found > 0) & by_model & ~known, "has reason 'model'", "'popular': no row of theirs was trained on")
         none((found > 0) & ~by_model & known, "has reason 'popular'", "'model': they have train rows")
-        return int(wanted.sum()), int((wanted & (due < self.rules.k)).sum())
+        return int(wanted.sum()), int((wanted & (due < self.rules.k)).sum()), int(by_model.sum())
 
     def _place(self, user_idx: np.ndarray) -> np.ndarray:
         return user_idx // self.count

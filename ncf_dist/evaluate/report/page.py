@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ncf_dist import metrics
 from ncf_dist.artifacts import write_atomic
 from ncf_dist.evaluate.report import text
 from ncf_dist.evaluate.report.figures import figures
@@ -76,7 +77,7 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
     systems = ["model", *data["baselines"]]
     return {
         "data": data,
-        "verdict": verdict(data, k),
+        "verdict": verdict(data),
         "figures": figures(data, k),
         "tiles": tiles(data, k),
         "tables": {name: metric_table(data, name, systems, k) for name in TABLES},
@@ -90,14 +91,14 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def headline_k(data: Mapping[str, Any]) -> int:
-    """10, or the largest K that was asked for: the one that segments are broken down by."""
-    return 10 if 10 in data["ks"] else max(data["ks"])
+    """K of the headline metric."""
+    return metrics.headline_k(data["ks"])
 
 
-def verdict(data: Mapping[str, Any], k: int) -> dict[str, Any]:
+def verdict(data: Mapping[str, Any]) -> dict[str, Any]:
     """Did the model beat popularity: `state` (ahead, behind, level, alone), a title, the figures, and in which metrics
     of the full catalogue the model is not ahead. An interval that holds 0 is no victory."""
-    name = f"ndcg@{k}"
+    _, name = metrics.headline(data["ks"])
     model, popular = data["full"][name], data["baselines"].get("popularity", {}).get("full", {})
     if name not in popular:
         return {"state": "alone", "title": "How the model did", "metric": name, "model": model, "behind": []}

@@ -1,0 +1,226 @@
+"""The Delta log of the published table, read so that damage is told apart from everything else.
+
+Every entry that is looked at must be whole: lines of JSON, and the very files that the commit says it added. What
+they add up to must be what delta-rs reads out of them, and no entry may be gone that latest.json knows of. So a log
+that lost or changed something ends in a ContractError that names the entry and the remedy, not in rows that are wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import json
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from ncf_dist.artifacts import exists, is_local, list_names, read_bytes, read_json, sync
+from ncf_dist.contracts import PARTITION
+from ncf_dist.errors import ContractError
+
+LATEST = "latest.json"
+LOOK_BACK = 1_000
+"""The newest entries are looked at: years of nights."""
+_ENTRY = re.compile(r"(\d{20})\.json")
+_UNREADABLE = (DeltaError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What damaged text makes delta-rs and our own reading raise."""
+
+
+@dataclass(frozen=True)
+class Latest:
+    """What we use of latest.json ourselves."""
+
+    version: int
+    files: list[str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One commit: what it says about itself, and the files that it added by path with their bytes."""
+
+    facts: Mapping[str, Any]
+    added: Mapping[str, int]
+
+    @property
+    def ds(self) -> str | None:
+        """The night it published; None where the commit is somebody else's."""
+        return self.facts.get("ncf.ds")
+
+    @property
+    def run_key(self) -> str | None:
+        return self.facts.get("ncf.run_key")
+
+    @property
+    def checksums(self) -> dict[str, dict[str, Any]]:
+        """{path: {"bytes", "sha256"}}; empty for nights that were published before there were any."""
+        return dict(self.facts.get("ncf.files", {}))
+
+    @property
+    def model_users(self) -> int | None:
+        """Users that were ranked by the model, where the commit says so."""
+        count = self.facts.get("ncf.model_users")
+        return None if count is None else int(count)
+
+
+def parse_entry(data: bytes) -> Entry:
+    """A commit. Raises one of _UNREADABLE, saying what is wrong with it."""
+    facts: dict[str, Any] = {}
+    added: dict[str, int] = {}
+    actions = [json.loads(line) for line in data.splitlines() if line.strip()]
+    if not any(actions):
+        raise ValueError("it holds no action")
+    for action in actions:
+        facts = action.get("commitInfo") or facts
+        if add := action.get("add"):
+            added[add["path"]] = int(add["size"])
+            if "ncf.ds" in facts:
+                _check_added(add, facts["ncf.ds"])
+    entry = Entry(facts, added)
+    if "ncf.ds" in facts:
+        dt.date.fromisoformat(facts["ncf.ds"])
+        int(facts["ncf.k"]), str(facts["ncf.run_key"]), str(facts["ncf.model_version"])
+    if "ncf.files" in facts and {path: info["bytes"] for path, info in entry.checksums.items()} != added:
+        raise ValueError("the files that it adds are not the ones that it says it adds")
+    return entry
+
+
+def _check_added(add: Mapping[str, Any], ds: str) -> None:
+    rows = json.loads(add["stats"])["numRecords"]
+    if add["partitionValues"] != {PARTITION: ds} or not isinstance(rows, int):
+        raise ValueError(f"file {add['path']} has ds {add['partitionValues']} and {rows} rows; needed ds {ds}")
+
+
+class DeltaLog:
+    """The log of the table at `root`. Entries never change, so each is read once."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self._entries: dict[int, Entry] = {}
+
+    def open(self) -> DeltaTable | None:
+        """The newest version, or None where there is no table. Raises ContractError where the log is damaged."""
+        known = self._latest_version()  # Before the log is read: it only grows.
+        with self.understood():
+            try:
+                table = DeltaTable(self.root)
+            except TableNotFoundError:
+                if known is not None:
+                    self._refuse(known, f"it is gone: {LATEST} names version {known}, and there is no log")
+                if not self._versions():
+                    return None
+                raise
+            if known is not None and known > table.version():
+                self._refuse(known, f"it is gone: {LATEST} names version {known}, the log ends at {table.version()}")
+            for version in range(max(0, table.version() - LOOK_BACK + 1), table.version() + 1):
+                self.entry(version)
+            self._check_snapshot(table)
+        return table
+
+    def opened(self) -> DeltaTable:
+        """The newest version of a table that is there."""
+        table = self.open()
+        if table is None:
+            raise ContractError(f"{self.root} has no Delta log any more; run the job publish again")
+        return table
+
+    def nights(self, table: DeltaTable) -> dict[str, list[tuple[str, int]]]:
+        """ds to its (path, rows) in this snapshot."""
+        with self.understood():
+            actions = table.get_add_actions(flatten=True)
+            columns = (actions.column(name).to_pylist() for name in (f"partition.{PARTITION}", "path", "num_records"))
+            nights: dict[str, list[tuple[str, int]]] = {}
+            for ds, path, rows in zip(*columns, strict=True):
+                nights.setdefault(ds, []).append((path, rows or 0))
+        return nights
+
+    def entry(self, version: int) -> Entry | None:
+        """A commit, or None where the log begins after it. Raises ContractError where it is damaged."""
+        if version not in self._entries:
+            try:
+                self._entries[version] = parse_entry(read_bytes(self.path(version)))
+            except FileNotFoundError:
+                return None
+            except _UNREADABLE as error:
+                self._refuse(version, f"{type(error).__name__}: {error}")
+        return self._entries[version]
+
+    def explain(self, table: DeltaTable, ds: str) -> tuple[int, Entry] | None:
+        """(version, commit) that published the files of `ds` in this snapshot; None where that was not ours."""
+        files = {path for path, _ in self.nights(table).get(ds, [])}
+        for version in range(table.version(), max(-1, table.version() - LOOK_BACK), -1):
+            entry = self.entry(version)
+            if entry is not None and entry.ds == ds and files and all(f"-{entry.run_key}-" in path for path in files):
+                return version, entry
+        return None
+
+    def path(self, version: int) -> str:
+        return posixpath.join(self.root, "_delta_log", f"{version:020d}.json")
+
+    def sync(self, version: int) -> None:
+        """Make a commit survive a power cut."""
+        if is_local(self.root):
+            entry = self.path(version)
+            for path in (entry, posixpath.dirname(entry), self.root):
+                sync(path)
+
+    @contextlib.contextmanager
+    def understood(self) -> Iterator[None]:
+        """Whatever delta-rs says of a log that it cannot read becomes a ContractError."""
+        try:
+            yield
+        except BaseException as error:
+            # A panic of delta-rs derives from BaseException and has no class that could be imported.
+            if not (isinstance(error, _UNREADABLE) or type(error).__name__ == "PanicException"):
+                raise
+            for version in self._versions()[-LOOK_BACK:]:
+                self.entry(version)  # Raises with the name of the entry, where it is one that we see to be damaged.
+            said = " ".join(str(error).split("0: <unknown>")[0].split())[:300]
+            raise ContractError(
+                f"the Delta log {self.root}/_delta_log cannot be read ({type(error).__name__}: {said}), though each "
+                f"entry by itself looks whole; nothing was changed: {_remedy(self.root)}"
+            ) from error
+
+    def _check_snapshot(self, table: DeltaTable) -> None:
+        """Raise ContractError unless each night has the files that our last commit of it added."""
+        last: dict[str, int] = {}
+        for version, entry in sorted(self._entries.items()):
+            if entry.ds is None:
+                last = {}  # Somebody else's maintenance; what it did is its own matter.
+            elif version <= table.version():
+                last[entry.ds] = version
+        for ds, files in self.nights(table).items():
+            version = last.get(ds, -1)
+            if version in self._entries and {path for path, _ in files} != self._entries[version].added.keys():
+                self._refuse(version, f"the log as a whole shows other files for ds {ds} than this commit added")
+
+    def _versions(self) -> list[int]:
+        names = list_names(posixpath.join(self.root, "_delta_log"))
+        return [int(found[1]) for found in map(_ENTRY.fullmatch, names) if found]
+
+    def _latest_version(self) -> int | None:
+        """What latest.json names; None where there is none, or it is damaged (it is derived, and written anew)."""
+        path = posixpath.join(self.root, LATEST)
+        try:
+            return read_json(Latest, path, more_keys=True).version if exists(path) else None
+        except ValueError:
+            return None
+
+    def _refuse(self, version: int, what: str) -> NoReturn:
+        newest = version >= max(self._versions(), default=-1)
+        raise ContractError(
+            f"entry {self.path(version)} of the Delta log is damaged ({what}); nothing was changed: "
+            f"{_remedy(self.root, newest)}"
+        )
+
+
+def _remedy(root: str, newest: bool = False) -> str:
+    remove = f"or, as it is the newest one, remove it and {LATEST} and publish its night again, " if newest else ""
+    return (
+        f"put the entry back from a backup, {remove}or move {root} away (or set publish.table to a new name) and "
+        "publish the nights that readers need again"
+    )

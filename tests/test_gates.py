@@ -1,0 +1,299 @@
+"""Nothing bad is published: what a night must pass to replace the one that readers see, and what they see then."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyspark.sql import SparkSession
+
+from ncf_dist import cli
+from ncf_dist.artifacts import Lake, remove
+from ncf_dist.config import Config, Gate, Publish
+from ncf_dist.errors import ContractError, ExitCode, GateRefused
+from ncf_dist.prepare.pipeline import prepare
+from ncf_dist.publish import table
+from ncf_dist.publish.gates import Comparison, Evaluated, Facts, Figures, Published, judge
+from ncf_dist.publish.pipeline import publish
+from ncf_dist.score.pipeline import score
+from ncf_dist.train.pipeline import train
+from tests.published import Night, good
+
+GATES = get_args(Gate)
+
+# ---- from facts to verdicts --------------------------------------------------------------------------------
+
+
+def report(interval: Any, ks: tuple[int, ...] = (5, 10), metric: str = "ndcg@10", difference: float = 0.0) -> Figures:
+    return Figures(list(ks), [Comparison("popularity", "full", metric, difference, interval)])
+
+
+GOOD = Facts("s2", "t2", 100, 50, Published("2026-01-30", "s1", 90), Evaluated("e2", report([0.0, 0.1])), True)
+numbers = st.floats(-1, 1)
+counts = st.integers(0, 10**9)
+reports = st.one_of(
+    st.none(),
+    st.builds(report, st.one_of(st.none(), st.tuples(numbers, numbers).map(sorted), st.just([math.nan, math.nan]))),
+    st.just(report([-1.0, -0.5], metric="hr@10")),
+    st.just(Figures([1], [])),
+)
+facts = st.builds(
+    Facts,
+    score_run=st.just("s2"),
+    train_run=st.just("t2"),
+    rows=counts,
+    model_users=counts,
+    published=st.one_of(st.none(), st.builds(Published, st.just("2026-01-30"), st.just("s1"), st.none() | counts)),
+    evaluated=st.one_of(st.none(), st.builds(Evaluated, st.just("e2"), reports)),
+    held_out=st.booleans(),
+)
+
+
+def found(facts: Facts, require: tuple[str, ...] = GATES) -> dict[str, bool]:
+    """By check: whether it refuses."""
+    return {verdict.check: verdict.refuses for verdict in judge(facts, require)}
+
+
+def test_nothing_speaks_against_a_good_night() -> None:
+    assert judge(GOOD, GATES) == []
+    assert judge(dataclasses.replace(GOOD, published=None), GATES) == [], "the first night has nothing to be held to"
+
+
+@given(facts, st.sets(st.sampled_from(GATES)))
+def test_each_gate_is_a_function_of_its_facts_and_can_be_left_out(facts: Facts, require: set[str]) -> None:
+    every = found(facts)
+    assert found(facts, tuple(require)) == {name: v for name, v in every.items() if name in {"rows", *require}}
+    assert every.get("rows", False) == (facts.rows == 0)
+
+    before = facts.published
+    if before is None:
+        assert "users" not in every
+    elif before.model_users is None:
+        assert every["users"] is False
+    else:
+        assert every.get("users", False) == (2 * facts.model_users < before.model_users)
+
+    assert every.get("evaluated") == (None if facts.evaluated else facts.held_out)
+
+    rows = facts.evaluated.figures.comparisons if facts.evaluated and facts.evaluated.figures else []
+    row = next((row for row in rows if row.metric == "ndcg@10"), None)
+    if row is None or row.interval is None or math.isnan(row.interval[0]):
+        assert every["beats_popularity"] is False, "nothing to compare is said"
+    else:
+        assert every.get("beats_popularity", False) == (row.interval[1] < 0)
+
+
+def test_the_headline_is_the_one_of_the_report() -> None:
+    """NDCG at 10, or at the largest K there is."""
+    for ks, metric in (((1, 5), "ndcg@5"), ((20, 10), "ndcg@10"), ((20, 50), "ndcg@50")):
+        judged = Evaluated("e2", report([-0.2, -0.1], ks, metric=metric))
+        assert found(dataclasses.replace(GOOD, evaluated=judged)) == {"beats_popularity": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rows": 0}, ("score run s2 has 0 rows; needed at least 1", "score.active_since")),
+        ({"model_users": 44}, ("ranked for 44 users", "s2", "needed 45, half of the 90 of ds 2026-01-30 (run s1)")),
+        ({"evaluated": None}, ("judged train run t2", "score run s2", "run the job evaluate")),
+        (
+            {"evaluated": Evaluated("e2", report([-0.2, -0.1], difference=-0.15))},
+            ("full.ndcg@10 is -0.1500", "-0.2000 to -0.1000", "evaluate run e2", "wholly below 0", "report.html"),
+        ),
+    ],
+)
+def test_a_refusal_names_value_bound_run_and_remedy(change: dict[str, Any], said: tuple[str, ...]) -> None:
+    (verdict,) = [v for v in judge(dataclasses.replace(GOOD, **change), GATES) if v.refuses]
+    assert all(words in verdict.message for words in said), verdict.message
+
+
+# ---- a night that is refused -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def night(tmp_path: Path) -> Night:
+    """The night before is published, and tonight is ready to be."""
+    before, night = Night(tmp_path, "2026-01-30"), Night(tmp_path)
+    for each in (before, night):
+        each.config = each.configured(require=Publish().require)
+        each.prepare()
+        each.evaluate()
+        each.score()
+    assert before.publish() == ("done", 0)
+    return night
+
+
+def only_ann(night: Night) -> None:
+    night.score(good()[:2], key="s2", cuts=(), active_since=night.ds, users=1)
+
+
+def refusal(night: Night, match: str) -> GateRefused:
+    """Publication is refused, and what readers see is what they saw."""
+    before = {path: path.read_bytes() for path in night.table.rglob("*") if path.is_file()}
+    with pytest.raises(GateRefused, match=match) as caught:
+        night.publish()
+    assert {path: path.read_bytes() for path in night.table.rglob("*") if path.is_file()} == before
+    assert caught.value.exit_code == ExitCode.GATE_REFUSED
+    assert caught.value.status == "refused"
+    return caught.value
+
+
+def test_a_good_night_replaces_the_one_before(night: Night) -> None:
+    outcome = publish(night.config, night.ds)
+    assert (outcome.status, outcome.extra) == ("done", {"version": 1, "warnings": []})
+
+
+def test_an_empty_night_replaces_nothing_whatever_is_required(night: Night) -> None:
+    night.score([], key="s2", cuts=(), active_since="2026-02-01", users=0)
+    for require in (Publish().require, ()):
+        night.config = night.configured(require=require)
+        assert "publish.require" not in str(refusal(night, "stays: rows: score run s2 has 0 rows"))
+
+
+def test_a_night_of_few_users_is_refused_by_the_count_in_the_commit(night: Night) -> None:
+    only_ann(night)
+    error = refusal(
+        night, r"users: the model ranked for 1 users in score run s2; needed 2, half of the 4 of ds 2026-01-30"
+    )
+    assert error.extra == {"refused": ["users"], "warnings": []}
+    night.config = night.configured(require=("beats_popularity", "evaluated"))
+    assert night.publish() == ("done", 1)
+    # From now on the smaller night is the measure.
+    after = Night(night.root, "2026-02-01")
+    after.config = night.configured(require=Publish().require)
+    after.prepare()
+    after.evaluate()
+    only_ann(after)
+    assert after.publish() == ("done", 2)
+
+
+def test_a_night_without_a_count_is_said_not_held_against_the_next(
+    night: Night, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As earlier versions published them."""
+    shutil.rmtree(night.table)
+    before = Night(night.root, "2026-01-30")
+    with monkeypatch.context() as patch:
+        real = table.CommitProperties
+
+        def older(custom_metadata: dict[str, Any], **rest: Any) -> Any:
+            known = {k: v for k, v in custom_metadata.items() if k not in ("ncf.files", "ncf.model_users")}
+            return real(custom_metadata=known, **rest)
+
+        patch.setattr(table, "CommitProperties", older)
+        before.publish()
+    assert before.latest()["model_users"] is None
+    only_ann(night)
+    with caplog.at_level(logging.WARNING, "ncf_dist"):
+        outcome = publish(night.config, night.ds)
+    (warning,) = outcome.extra["warnings"]
+    assert "users: ds 2026-01-30, which is published, does not say how many users" in warning
+    assert warning in caplog.text
+    assert night.latest()["model_users"] == 1
+
+
+def test_a_model_below_popularity_is_refused(night: Night) -> None:
+    night.evaluate((-0.02, -0.01))
+    error = refusal(
+        night, r"beats_popularity: full.ndcg@10 is .* -0.0200 to -0.0100 \(evaluate run e1 of train run t1\)"
+    )
+    assert "leave beats_popularity out of publish.require" in str(error)
+    night.evaluate((-0.02, 0.0))
+    assert night.publish() == ("done", 1)
+
+
+@pytest.mark.parametrize("interval", [None, (math.nan, math.nan)])
+def test_nothing_to_compare_is_a_warning(night: Night, interval: Any) -> None:
+    night.evaluate(interval)
+    (warning,) = publish(night.config, night.ds).extra["warnings"]
+    assert "beats_popularity: the model is not compared with popularity: evaluate run e1 has no interval" in warning
+
+
+def test_the_model_that_ships_is_the_one_that_was_judged(night: Night) -> None:
+    remove(night.lake.stage(night.ds, "evaluate").root)
+    night.evaluate(train="another")
+    error = refusal(
+        night, "evaluated: no finished evaluate run of this ds judged train run t1, .*: run the job evaluate"
+    )
+    assert ["beats_popularity" in text for text in error.extra["warnings"]] == [True]  # type: ignore[attr-defined]
+    night.evaluate(key="e2")
+    assert night.publish() == ("done", 1)
+
+
+def test_where_nothing_is_held_out_there_is_nothing_to_judge_by(night: Night) -> None:
+    remove(night.lake.stage(night.ds, "evaluate").root)
+    night.prepare(strategy="none")
+    warnings = publish(night.config, night.ds).extra["warnings"]
+    assert [text.partition(":")[0] for text in warnings] == ["beats_popularity", "evaluated"]
+    assert all("nothing is held out (split.strategy none)" in text for text in warnings)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"ks": [], "comparisons": []}', '{"ks": [10], "comparisons": [{"with": 7}]}']
+)
+def test_figures_that_cannot_be_read_are_named(night: Night, text: str) -> None:
+    run = night.evaluate()
+    Path(run.root, "metrics.json").write_text(text)
+    with pytest.raises(ContractError, match=r"metrics.json cannot be read .* evaluate run e1: remove .* rerun the job"):
+        night.publish()
+
+
+def test_the_scheduler_is_told(night: Night, capsys: pytest.CaptureFixture[str]) -> None:
+    only_ann(night)
+    path = night.root / "conf.yaml"
+    path.write_text(night.config.model_dump_json(by_alias=True))
+    args = ["--config", str(path), "--ds", night.ds]
+    assert cli.run_job("publish", publish, args) == 4
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["status"], line["refused"], line["warnings"]) == ("refused", ["users"], [])
+    assert "what is published stays" in line["error"]
+    assert cli.run_job("publish", publish, [*args, "--set", "publish.require=[beats_popularity]"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["warnings"] == []
+
+
+# ---- a log that stopped ------------------------------------------------------------------------------------
+
+
+def test_a_log_that_stopped_leaves_the_old_night(spark: SparkSession, tmp_path: Path) -> None:
+    """Twenty users whose last interactions are of 19 May; three weeks later nobody was active in three days."""
+    log = tmp_path / "log.csv"
+    rows = [f"u{user},i{(user + item) % 12},{19 - item % 5}" for user in range(20) for item in range(6)]
+    log.write_text("u,i,t\n" + "".join(f"{u},{i},2024-05-{d}T12:00:00\n" for u, i, d in (r.split(",") for r in rows)))
+    config = Config.model_validate(
+        {
+            "paths": {"lake": str(tmp_path / "lake"), "work": str(tmp_path / "work")},
+            "input": {
+                "path": str(log),
+                "format": "csv",
+                "columns": {"user": "u", "item": "i", "timestamp": "t"},
+                "time_unit": "iso",
+            },
+            "negatives": {"per_positive": 1, "draws": 1, "candidates": 3},
+            "layout": {"min_files": 1},
+            "model": {"name": "mf", "factors": 2},
+            "train": {"launcher": "none", "epochs": 1, "device": "cpu"},
+            "score": {"active_since": 3, "k": 2, "tasks": 1},
+            "publish": {"require": []},
+            "spark": {"master": "local[2]", "shuffle_partitions": 2},
+        }
+    )
+    for job in (prepare, train, score, publish):
+        job(config, "2024-05-20")
+    latest = (tmp_path / "lake/recommendations/latest.json").read_bytes()
+    for job in (prepare, train, score):
+        job(config, "2024-06-10")
+    assert Lake(config.paths.lake).stage("2024-06-10", "score").current().facts["users"] == 0
+    with pytest.raises(
+        GateRefused, match="ds 2024-06-10 is not published and what is published stays: rows: .* 0 rows"
+    ):
+        publish(config, "2024-06-10")
+    assert (tmp_path / "lake/recommendations/latest.json").read_bytes() == latest
+    assert json.loads(latest)["rows"] > 0
