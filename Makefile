@@ -76,8 +76,14 @@ ml-1m: install ## the same on MovieLens 1M, from NCF_DATA_DIR or downloaded
 	./spark-submit.sh nightly --config conf/ml-1m.yaml
 	$(python) -m ncf_dist.demo --config conf/ml-1m.yaml
 
-bench: install ## run every script in benchmarks/
-	export $(java); for script in benchmarks/[!_]*.py; do echo "== $$script"; $(python) "$$script"; done
+bench: install ## run every script in benchmarks/; those for GPUs where there is one
+	export $(java); gpu=$$($(python) -c 'import torch; print(torch.cuda.is_available())'); \
+	for script in benchmarks/[!_]*.py; do \
+	  case "$$gpu $$script" in \
+	    False*gpu*) echo "== $$script is left out: torch sees no GPU here";; \
+	    *) echo "== $$script"; $(python) "$$script";; \
+	  esac; \
+	done
 
 lock: install ## resolve requirements.in again into requirements.lock
 	$(pip) install --quiet uv
