@@ -23,6 +23,8 @@ JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", 
 UNLOCKED = ("fetch", "doctor")
 """Jobs that make nothing for a ds."""
 
+VERIFYING = ("publish", "nightly")
+"""Jobs that check what is published already."""
 DRY_RUN = {"score": "forecast"}
 """Jobs that can say what they would take, and the function that does."""
 
@@ -47,6 +49,15 @@ def parser(job: str) -> argparse.ArgumentParser:
         dest="overrides",
         help="overrides one value of the config",
     )
+    if job in VERIFYING:
+        parser.add_argument(
+            "--verify",
+            action="append",
+            type="publish.verify={}".format,
+            metavar="{quick|deep}",
+            dest="overrides",
+            help="how the files of a published night are checked; short for --set publish.verify=…",
+        )
     if job in DRY_RUN:
         parser.add_argument(
             "--dry-run", action="store_true", help="write nothing; say what the job would take, from a sample"

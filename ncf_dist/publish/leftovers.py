@@ -13,9 +13,9 @@ import posixpath
 import re
 import time
 
-from ncf_dist.artifacts import is_local, list_names, read_json, remove
+from ncf_dist.artifacts import is_local, list_names, remove
 from ncf_dist.contracts import PARTITION
-from ncf_dist.publish.log import LATEST, DeltaLog, Latest
+from ncf_dist.publish.log import DeltaLog
 from ncf_dist.scratch import sweep_temporary
 
 STALE_SECONDS = 3_600
@@ -72,11 +72,10 @@ def _ever_added(delta: DeltaLog) -> set[str] | None:
     entries = [delta.entry(version) for version in range(table.version() + 1)]
     if any(entry is None for entry in entries):
         return None
-    try:
-        named = read_json(Latest, posixpath.join(delta.root, LATEST), more_keys=True).files
-    except (FileNotFoundError, ValueError):
-        return None  # It was not ours to write anew: better to leave everything where it is.
-    return {*named, *(path for entry in entries if entry is not None for path in entry.added)}
+    latest = delta.latest()
+    if latest is None:
+        return None
+    return {*latest.files, *(path for entry in entries if entry is not None for path in entry.added)}
 
 
 def _age(path: str) -> float:

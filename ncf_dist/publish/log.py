@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import hashlib
 import json
 import posixpath
 import re
@@ -80,6 +81,8 @@ def parse_entry(data: bytes) -> Entry:
             added[add["path"]] = int(add["size"])
             if "ncf.ds" in facts:
                 _check_added(add, facts["ncf.ds"])
+    if "ncf.digest" in facts and facts["ncf.digest"] != digest(facts):
+        raise ValueError("what it says about itself is not what was written")
     entry = Entry(facts, added)
     if "ncf.ds" in facts:
         dt.date.fromisoformat(facts["ncf.ds"])
@@ -87,6 +90,12 @@ def parse_entry(data: bytes) -> Entry:
     if "ncf.files" in facts and {path: info["bytes"] for path, info in entry.checksums.items()} != added:
         raise ValueError("the files that it adds are not the ones that it says it adds")
     return entry
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of what a commit of ours says about itself: it is read again nights later."""
+    ours = {name: value for name, value in facts.items() if name.startswith("ncf.") and name != "ncf.digest"}
+    return hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
 
 
 def _check_added(add: Mapping[str, Any], ds: str) -> None:
@@ -104,7 +113,8 @@ class DeltaLog:
 
     def open(self) -> DeltaTable | None:
         """The newest version, or None where there is no table. Raises ContractError where the log is damaged."""
-        known = self._latest_version()  # Before the log is read: it only grows.
+        latest = self.latest()  # Before the log is read: it only grows.
+        known = latest.version if latest is not None else None
         with self.understood():
             try:
                 table = DeltaTable(self.root)
@@ -202,11 +212,11 @@ class DeltaLog:
         names = list_names(posixpath.join(self.root, "_delta_log"))
         return [int(found[1]) for found in map(_ENTRY.fullmatch, names) if found]
 
-    def _latest_version(self) -> int | None:
-        """What latest.json names; None where there is none, or it is damaged (it is derived, and written anew)."""
+    def latest(self) -> Latest | None:
+        """latest.json; None where there is none, or it is damaged (it is derived, and written anew)."""
         path = posixpath.join(self.root, LATEST)
         try:
-            return read_json(Latest, path, more_keys=True).version if exists(path) else None
+            return read_json(Latest, path, more_keys=True) if exists(path) else None
         except ValueError:
             return None
 

@@ -35,7 +35,7 @@ from ncf_dist.contracts import PARTITION, Contract
 from ncf_dist.errors import BusyRun, ContractError, StaleRun
 from ncf_dist.publish import leftovers
 from ncf_dist.publish.audit import Audited, checked_bytes
-from ncf_dist.publish.log import LATEST, DeltaLog, Entry
+from ncf_dist.publish.log import LATEST, DeltaLog, Entry, digest
 
 _HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 
@@ -111,7 +111,7 @@ class PublishedTable:
         table = self.log.open()
         if table is not None and self._fence(table, night, {action.path for action in actions}):
             return
-        facts = {
+        facts: dict[str, Any] = {
             "ncf.ds": night.ds,
             "ncf.run_key": night.run_key,
             "ncf.model_version": night.model_version,
@@ -120,6 +120,7 @@ class PublishedTable:
             "ncf.files": {action.path: _checksum(file) for action, file in zip(actions, files, strict=True)},
             **({} if night.model_users is None else {"ncf.model_users": str(night.model_users)}),
         }
+        facts["ncf.digest"] = digest(facts)
         properties = CommitProperties(custom_metadata=facts, max_commit_retries=0)
         with self.log.understood():
             try:
@@ -186,10 +187,11 @@ class PublishedTable:
             seen = {path for path, _ in self.log.nights(table).get(night.ds, [])} if table is not None else set()
             if table is None or seen != set(files):
                 return "nothing was committed, so readers see what they saw before"
-            return (
-                f"version {table.version()} is committed and Delta readers see it, while {LATEST} may name an older "
-                "night still"
-            )
+            latest, version = self.log.latest(), table.version()
+            if latest is not None and latest.version == version:
+                return f"version {version} is committed, and Delta readers and {LATEST} name it"
+            old = f"still names version {latest.version}" if latest is not None else "is not written yet"
+            return f"version {version} is committed and Delta readers see it, while {LATEST} {old}"
         except (OSError, ContractError) as error:
             return f"whether it was committed cannot be told ({' '.join(str(error).split())[:200]})"
 
