@@ -331,6 +331,23 @@ def test_every_kind_of_bad_row_at_one_percent_is_in_the_quarantine(spark: SparkS
         assert found[starts[lines.index(raw)]] == (reason, raw.decode(errors="replace"))
 
 
+def test_line_breaks_in_fields_give_one_row_each_wherever_the_log_is_cut(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notes that hold whole lines of the log, in ranges that begin inside them: some are read again, no half is a row.
+    The item table has such notes too."""
+    monkeypatch.setattr(source, "UNIT_BYTES", 3_000)
+    lines = [f'{n % 40},{n // 40},4,{10**9 + n},"as\n9999,501,5,1710000000,fine\nsaid ""{n}"""' for n in range(400)]
+    (tmp_path / "log.csv").write_text("\n".join(["u,i,r,t,note", *lines]))
+    (tmp_path / "items.csv").write_text("id,title\n" + "".join(f'{n},"Film\n{n},""x"""\n' for n in range(10)) * 30)
+    items = {"path": str(tmp_path / "items.csv"), "id": "id", "title": "title"}
+    night = run(config(tmp_path, str(tmp_path / "log.csv"), input={"items": items}))
+    assert night.outcome.extra["rows"] == {"input": 400, "accepted": 400, "duplicates": 0, "quarantined": {}}
+    assert set(night.index("user")) == {str(n) for n in range(40)}
+    assert {row[2] for row in night.rows("items")} == {f'Film\n{n},"x"' for n in range(10)}
+    assert_sound(night)
+
+
 def test_at_two_percent_nothing_but_the_quarantine_is_written(spark: SparkSession, tmp_path: Path) -> None:
     path, rows, reasons = spoiled(tmp_path, 2)
     settings = config(tmp_path, str(path), input=STRICT)

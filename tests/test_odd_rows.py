@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from ncf_dist.prepare import given as given_candidates
 from ncf_dist.prepare import reading, rows, sides
-from ncf_dist.prepare.reading import CHARSET, UNREADABLE, Chunk, Raw, row_by_row
+from ncf_dist.prepare.chunks import SLICE, UNREADABLE, Chunk, Raw, row_by_row
+from ncf_dist.prepare.reading import CHARSET
 from ncf_dist.prepare.source import Source, plan
 from tests.test_reading import csv_input, log, read
 
@@ -294,7 +295,7 @@ def test_an_odd_value_does_not_send_its_neighbours_the_slow_way(kind: str, monke
 
     monkeypatch.setattr(rows, slow, counted)
     found, ok = read_column(pa.array(values))
-    assert 0 < seen[slow] <= len(odd) * (reading.SLICE if kind == "floats" else 1)
+    assert 0 < seen[slow] <= len(odd) * (SLICE if kind == "floats" else 1)
     alone = [read_column(pa.array([value])) for value in odd]
     for (value, good_one), at in zip(alone, range(len(odd)), strict=True):
         row = (at * 12_347 + 11) % ROWS
@@ -318,7 +319,7 @@ def test_a_broken_byte_does_not_send_its_neighbours_the_slow_way(monkeypatch: py
     broken = reading.broken_text(pa.array(values))
     assert broken is not None
     assert np.flatnonzero(broken).tolist() == [777, 40_000]
-    assert calls <= 2 * reading.SLICE
+    assert calls <= 2 * SLICE
 
 
 @law

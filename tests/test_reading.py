@@ -13,6 +13,7 @@ import json
 import math
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 from ncf_dist.config import Columns, Input
 from ncf_dist.errors import ConfigError, InputError
 from ncf_dist.prepare import reading, source
-from ncf_dist.prepare.reading import whole_lines
+from ncf_dist.prepare.records import settle, whole_lines
 from ncf_dist.prepare.rows import LATE, RowSpec, day_start, floats, integers, iso_times, read_one
 from ncf_dist.prepare.source import FORMATS, find_files, id_types, interactions_source
 
@@ -85,7 +86,7 @@ def read(tmp_path: Path, config: Input, until: int = UNTIL) -> tuple[Rows, Rows]
         interactions_source(config, files), *id_types(config, files), config.time_unit, until, config.rating_range,
         str(tmp_path / "staging"),
     )  # fmt: skip
-    stats = [read_one(spec, unit) for unit in range(len(spec.source.units))]
+    stats = settle(spec.source, lambda source, units: [read_one(replace(spec, source=source), n) for n in units])
     good, bad = ([path for unit in stats for path in unit["files"][kind]] for kind in ("rows", "rejects"))
     rows = [tuple(row.values())[:4] for path in good for row in pq.ParquetFile(path).read().to_pylist()]
     rejects = [tuple(row.values())[1:] for path in bad for row in pq.ParquetFile(path).read().to_pylist()]
@@ -211,6 +212,7 @@ BAD: dict[bytes, str] = {
     b"1,2,3,4,5": "too many fields",
     b'1,"2,3,4': "a quoted field does not end",
     b'1,"2",3': "too few fields",
+    b'1,"2"x,3,4': "a quoted field is followed by other text",
     b",2,3,4": "empty user id",
     b"1,  ,3,4": "empty item id",
     b"\\N,2,3,4": "user id is null",
@@ -258,7 +260,6 @@ def test_every_kind_of_bad_row_is_rejected_for_the_first_thing_wrong(tmp_path: P
 
 def test_a_monster_line_is_one_rejected_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(reading.whole_lines, "__defaults__", (64,))
     path = log(tmp_path, b"u,i,r,t\n1,2,3,4\n" + b"z" * 5000 + b"\n5,6,1,8\n")
     rows, rejects = read(tmp_path, csv_input(path, max_line_bytes=50))
     assert [row[0] for row in rows] == ["1", "5"]

@@ -30,6 +30,7 @@ from ncf_dist.prepare import clean
 from ncf_dist.prepare.given import candidate_rows
 from ncf_dist.prepare.index import extend_index
 from ncf_dist.prepare.layout import write_train
+from ncf_dist.prepare.records import settle, uncut
 from ncf_dist.prepare.rows import LATE, RowSpec, day_start, read_pass, staged_schema
 from ncf_dist.prepare.sides import SideSpec, side_columns, side_contract, write_side
 from ncf_dist.prepare.source import (
@@ -272,15 +273,21 @@ class _Night:
         return rows, _Counts(total, total - rejected, dict(sorted(reasons.items())))
 
     def _run_read(self, spec: RowSpec) -> list[dict[str, Any]]:
-        units = len(spec.source.units)
-        if not units:
-            return []
-        numbers = self.spark.range(0, units, 1, min(units, MAX_TASKS))
-        stats = [json.loads(row["stats"]) for row in map_in_arrow(numbers, read_pass(spec), "stats string").collect()]
-        for unit in stats:
-            if "error" in unit:
-                raise InputError(f"{unit['error']}; needed whole files of format {self.config.input.format}: mend them")
-        return sorted(stats, key=lambda unit: int(unit["unit"]))
+        def read(source: Source, units: Sequence[int]) -> list[dict[str, Any]]:
+            numbers = self.spark.range(0, len(source.units), 1, min(len(units), MAX_TASKS))
+            if len(units) < len(source.units):
+                log.info("%d of %d ranges are read again: a record begins elsewhere", len(units), len(source.units))
+                numbers = numbers.where(F.col("id").isin(*units)).repartition(min(len(units), MAX_TASKS))
+            passed = map_in_arrow(numbers, read_pass(replace(spec, source=source)), "stats string")
+            stats = [json.loads(row["stats"]) for row in passed.collect()]
+            for unit in stats:
+                if "error" in unit:
+                    raise InputError(
+                        f"{unit['error']}; needed whole files of format {self.config.input.format}: mend them"
+                    )
+            return stats
+
+        return settle(spec.source, read)
 
     def _judge(self, rejects: DataFrame, reasons: Counter[str], total: int) -> None:
         config = self.config.input
@@ -437,7 +444,7 @@ class _Night:
             if side is None:
                 continue
             files = self.files.items if kind == "items" else self.files.users
-            source = side_source(kind, side, self.config.input.format, files)
+            source = uncut(side_source(kind, side, self.config.input.format, files))
             spec = SideSpec(source, id_type, side_columns(side, kind))
             contract = side_contract(side, kind, id_type)
             index = self.frames[f"{kind[:-1]}_index"]

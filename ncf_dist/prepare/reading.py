@@ -7,15 +7,11 @@ first thing wrong with it so far.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
-import logging
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,208 +20,52 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ncf_dist.artifacts import filesystem
-from ncf_dist.prepare.source import BOM, Piece, Source, compression
+from ncf_dist.prepare.chunks import SLICE, UNREADABLE, Chunk, Mask, Raw, as_mask, row_by_row
+from ncf_dist.prepare.records import Quotes, Records, Seam, lines_of, whole_lines, whole_records
+from ncf_dist.prepare.source import Piece, Source, compression
 
 BLOCK_BYTES = 4 * 2**20
-RAW_LIMIT = 1_000
-"""Characters of a rejected line that the quarantine keeps."""
 PARQUET_BATCH = 262_144
-
-SLICE = 1_024
-"""Rows that are looked at together where the whole chunk holds something odd: it costs its neighbours little."""
 IDS = ("user", "item", "id")
 CHARSET = "text is not in the charset"
-UNREADABLE = "unreadable"
-"""Of a row whose parsing raised: the last resort, so that one row never ends the night."""
-
-Mask = npt.NDArray[np.bool_]
-Result = TypeVar("Result")
-log = logging.getLogger(__name__)
 
 
-@dataclass
-class Chunk:
-    """R rows of one file. place: (R,) where each begins; raw: what it looked like; columns: name → (R,) text, null
-    where it is missing, or a typed Parquet column; reason: (R,) object, None where nothing is wrong yet."""
-
-    file: int
-    place: npt.NDArray[np.int64]
-    raw: Raw
-    columns: dict[str, pa.Array]
-    reason: npt.NDArray[np.object_]
-
-    def reject(self, bad: Any, reason: str) -> None:
-        """The first thing wrong with a row is its reason. bad: (R,) mask, NumPy or Arrow (null is False)."""
-        mask = as_mask(bad)
-        if mask.any():
-            self.reason[mask & (self.reason == None)] = reason  # noqa: E711 - elementwise
-
-    def slice(self, start: int, end: int) -> Chunk:
-        """Rows start..end."""
-        columns = {name: column.slice(start, end - start) for name, column in self.columns.items()}
-        raw = self.raw.slice(start, end)
-        return Chunk(self.file, self.place[start:end], raw, columns, self.reason[start:end].copy())
-
-    def unreadable(self) -> Chunk:
-        """The same rows, rejected, and without values."""
-        blank: dict[str, pa.Array] = dict.fromkeys(self.columns, pa.array([""] * len(self.place), pa.string()))
-        chunk = Chunk(self.file, self.place, self.raw, blank, self.reason.copy())
-        chunk.reject(np.ones(len(self.place), dtype=bool), UNREADABLE)
-        return chunk
-
-
-def row_by_row(chunk: Chunk, work: Callable[[Chunk], Result]) -> Iterator[Result]:
-    """work(chunk); where that raises, of the chunk's halves, so that the rows that raise alone are rejected."""
-    untouched = chunk.slice(0, len(chunk.place))
-    try:
-        result = work(chunk)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:
-        log.debug("%d rows: %r", len(chunk.place), error)
-    else:
-        yield result
-        return
-    if len(chunk.place) <= 1 or _raises(work, untouched.slice(0, 0)):
-        yield work(untouched.unreadable())
-        return
-    half = len(chunk.place) // 2
-    yield from row_by_row(untouched.slice(0, half), work)
-    yield from row_by_row(untouched.slice(half, len(chunk.place)), work)
-
-
-def _raises(work: Callable[[Chunk], object], chunk: Chunk) -> bool:
-    """Whether not even no row can be read: a column is of a type that nothing is made of."""
-    try:
-        work(chunk)
-    except Exception:
-        return True
-    return False
-
-
-class Raw:
-    """What rows looked like, made only for those that are rejected."""
-
-    def __init__(self, lines: pa.Array | None = None, table: pa.RecordBatch | None = None) -> None:
-        self.lines, self.table = lines, table
-
-    def take(self, rows: npt.NDArray[np.int64]) -> list[str]:
-        if self.lines is not None:
-            return [line[:RAW_LIMIT] for line in self.lines.take(pa.array(rows)).to_pylist()]
-        assert self.table is not None
-        chosen = self.table.take(pa.array(rows))
-        columns = [[_shown_value(value) for value in column] for column in chosen.columns]
-        names = chosen.schema.names
-        return [
-            json.dumps(dict(zip(names, row, strict=True)), default=str, ensure_ascii=False)[:RAW_LIMIT]
-            for row in zip(*columns, strict=True)
-        ]
-
-    def slice(self, start: int, end: int) -> Raw:
-        if self.lines is not None:
-            return Raw(self.lines.slice(start, end - start))
-        assert self.table is not None
-        return Raw(table=self.table.slice(start, end - start))
-
-
-def _shown_value(value: pa.Scalar) -> Any:
-    """A value for people, also one that Python has no object for: text in no charset, a time beyond the year 9999."""
-    with contextlib.suppress(Exception):
-        return value.as_py()
-    if isinstance(value, pa.DictionaryScalar):
-        return _shown_value(value.value)
-    if isinstance(value, pa.StringScalar):
-        return value.as_buffer().to_pybytes().decode(errors="replace")
-    with contextlib.suppress(Exception):
-        return f"{value.cast(pa.int64()).as_py()} {value.type}"
-    return f"a {value.type} that cannot be shown"
-
-
-def as_mask(values: Any) -> Mask:
-    if isinstance(values, np.ndarray):
-        return values
-    found: Mask = pc.fill_null(values, False).to_numpy(zero_copy_only=False)
-    return found
-
-
-def read_unit(source: Source, unit: tuple[Piece, ...]) -> Iterator[Chunk]:
-    """Every row of a unit. Raises OSError, pa.ArrowInvalid where a file cannot be read or decompressed."""
+def read_unit(source: Source, unit: tuple[Piece, ...], seams: list[Seam] | None = None) -> Iterator[Chunk]:
+    """Every row of a unit; adds each piece's seam to `seams` where fields are quoted.
+    Raises OSError, pa.ArrowInvalid where a file cannot be read or decompressed."""
+    seams = [] if seams is None else seams
     for piece in unit:
         if source.kind == "parquet":
             yield from _parquet(source, piece)
         else:
-            yield from _text(source, piece)
+            yield from _text(source, piece, seams)
 
 
-def _text(source: Source, piece: Piece) -> Iterator[Chunk]:
+def _text(source: Source, piece: Piece, seams: list[Seam]) -> Iterator[Chunk]:
     header = piece.start == 0 and bool(source.headers) and source.headers[piece.file]
-    for offset, block in _blocks(source, piece):
-        data = np.frombuffer(block, dtype=np.uint8)
-        ends = np.flatnonzero(data == 10) + 1
-        if not len(ends) or ends[-1] != len(data):
-            ends = np.append(ends, len(data))
-        starts = np.concatenate([[0], ends[:-1]])
+    for offset, block, starts, ends in _records(source, piece, seams):
         if header:
             starts, ends, header = starts[1:], ends[1:], False
         if len(starts):
             yield from row_by_row(_lines(source, piece.file, block, starts, ends, offset), partial(_divided, source))
 
 
-def _blocks(source: Source, piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes of whole lines) of the lines that begin in the piece."""
+def _records(source: Source, piece: Piece, seams: list[Seam]) -> Iterator[Records]:
+    """The records that begin in the piece."""
     path = source.files[piece.file]
     fs, inner = filesystem(path)
     with fs.open(inner, "rb") as raw:
         stream = pa.CompressedInputStream(raw, compression(path)) if compression(path) else raw
-        yield from whole_lines(stream, piece.start, piece.end, source.max_line_bytes)
-
-
-def whole_lines(
-    stream: BinaryIO, start: int, end: int | None, max_line_bytes: int, block_bytes: int = BLOCK_BYTES
-) -> Iterator[tuple[int, bytes]]:
-    """(offset, block) of whole lines, all that begin at start ≤ p < end. A line longer than max_line_bytes may come cut
-    (to still more than that), so that memory is bounded. The byte-order mark of a file is left out."""
-    held, at = b"", start
-    if start:
-        stream.seek(start - 1)
-        at -= 1
-        while True:
-            held = bytes(stream.read(block_bytes))
-            if not held:
-                return
-            cut = held.find(b"\n")
-            at += len(held) if cut < 0 else cut + 1
-            if cut >= 0:
-                held = held[cut + 1 :]
-                break
-        if end is not None and at >= end:
+        if not source.quote:
+            for offset, block in whole_lines(stream, piece.start, piece.end, source.max_line_bytes, BLOCK_BYTES):
+                yield offset, block, *lines_of(block)
             return
-    skipping, more = False, True
-    while more:
-        data = bytes(stream.read(block_bytes))
-        more = bool(data)
-        if skipping:
-            cut = data.find(b"\n")
-            if cut < 0:
-                at += len(data)
-                continue
-            at, data, skipping = at + cut + 1, data[cut + 1 :], False
-            if end is not None and at >= end:
-                return
-        held += data
-        stop = -1 if end is None else held.find(b"\n", max(0, end - 1 - at))
-        if stop >= 0:
-            held, more = held[: stop + 1], False
-        cut = held.rfind(b"\n") + 1 if more else len(held)
-        block, rest = held[:cut], held[cut:]
-        if at == 0 and block.startswith(BOM):
-            yield len(BOM), block[len(BOM) :]
-        elif block:
-            yield at, block
-        at, held = at + cut, rest
-        if len(held) > max(max_line_bytes, block_bytes):
-            yield at, held[: max_line_bytes + 2]
-            at, held, skipping = at + len(held), b"", True
+        charset = "latin-1" if source.latin1 else "utf-8"
+        quotes = Quotes(source.separator, charset, source.max_line_bytes, source.counts[piece.file])
+        first = piece.first
+        if first is None:
+            first = quotes.guess(stream, piece.start) if piece.start else 0
+        seams.append((first, (yield from whole_records(stream, first, piece.end, quotes, BLOCK_BYTES))))
 
 
 def _lines(
@@ -319,12 +159,12 @@ def _fields(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Array
     quoted = as_mask(pc.match_substring(lines, '"')) if source.quote else np.zeros(len(lines), dtype=bool)
     by_hand: list[list[str]] = []
     if quoted.any():
-        by_hand = _unquoted(lines.filter(pa.array(quoted)), source.separator)
-        lengths = pa.array([len(row) for row in by_hand], pa.int32())
-        size = pc.replace_with_mask(found, pa.array(quoted), lengths)
-        open_quote = quoted.copy()
-        open_quote[quoted] = [not row for row in by_hand]
-        chunk.reject(open_quote, "a quoted field does not end")
+        by_hand, wrong = _unquoted(lines.filter(pa.array(quoted)), source.separator)
+        size = pc.replace_with_mask(found, pa.array(quoted), pa.array(map(len, by_hand), pa.int32()))
+        for reason in sorted(set(wrong.values())):
+            bad = np.zeros(len(lines), dtype=bool)
+            bad[np.flatnonzero(quoted)[[row for row in wrong if wrong[row] == reason]]] = True
+            chunk.reject(bad, reason)
     chunk.reject(pc.less(size, least), "too few fields")
     if count is not None:
         chunk.reject(pc.greater(size, count), "too many fields")
@@ -338,15 +178,42 @@ def _fields(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Array
     return columns
 
 
-def _unquoted(lines: pa.Array, separator: str) -> list[list[str]]:
-    """Fields of lines with quotes (RFC 4180); an empty list where a quoted field does not end on its line."""
-    found = []
-    for line in lines.to_pylist():
+def _unquoted(records: pa.Array, separator: str) -> tuple[list[list[str]], dict[int, str]]:
+    """Fields of records with quotes (RFC 4180); and what is wrong, by row, with those that have none."""
+    found: list[list[str]] = []
+    wrong: dict[int, str] = {}
+    for at in range(0, len(records), SLICE):
+        texts = records.slice(at, SLICE).to_pylist()
+        part, bad = _csv(texts, separator)
+        if len(part) != len(texts):
+            # One that does not end took in the next: each by itself.
+            alone = [_csv([text], separator) for text in texts]
+            part, bad = [rows[0] for rows, _ in alone], {row: one[0] for row, (_, one) in enumerate(alone) if one}
+        found += part
+        wrong |= {at + row: reason for row, reason in bad.items()}
+    return found, wrong
+
+
+def _csv(texts: list[str], separator: str) -> tuple[list[list[str]], dict[int, str]]:
+    reader = csv.reader(texts, delimiter=separator, strict=True)
+    found: list[list[str]] = []
+    wrong: dict[int, str] = {}
+    while True:
         try:
-            found.append(next(csv.reader([line], delimiter=separator, strict=True)))
-        except (csv.Error, StopIteration):
+            found.extend(reader)
+            return found, wrong
+        except csv.Error as error:
+            known = (reason for part, reason in _CSV_ERRORS.items() if part in str(error))
+            wrong[len(found)] = next(known, UNREADABLE)
             found.append([])
-    return found
+
+
+_CSV_ERRORS = {
+    "unexpected end": "a quoted field does not end",
+    "expected after": "a quoted field is followed by other text",
+    "new-line character": "a line break is in a field that is not quoted",
+}
+"""Parts of the csv module's messages."""
 
 
 def _objects(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Array]:

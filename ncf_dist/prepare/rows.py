@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ncf_dist.contracts import QUARANTINE
-from ncf_dist.prepare.reading import SLICE, Chunk, Mask, as_mask, read_unit, row_by_row
+from ncf_dist.prepare.chunks import SLICE, Chunk, Mask, as_mask, row_by_row
+from ncf_dist.prepare.reading import read_unit
+from ncf_dist.prepare.records import Seam
 from ncf_dist.prepare.source import Source
 from ncf_dist.spark_io import ROWS_PER_FILE, FileSink, Pass
 
@@ -86,8 +88,9 @@ def read_one(spec: RowSpec, unit: int) -> dict[str, Any]:
     schemas = {"rows": spec.schema, "rejects": QUARANTINE.schema, "user_id": keys[0], "item_id": keys[1]}
     sinks = {kind: FileSink(f"{spec.staging}/{kind}-{spec.part}", schema) for kind, schema in schemas.items()}
     distinct = [_Distinct(sinks[name], unit) for name in ("user_id", "item_id")]
+    seams: list[Seam] = []
     try:
-        for chunk in read_unit(spec.source, spec.source.units[unit]):
+        for chunk in read_unit(spec.source, spec.source.units[unit], seams):
             total += len(chunk.place)
             for rows, rejects in row_by_row(chunk, lambda part: typed(part, spec)):
                 sinks["rows"].add(unit, rows)
@@ -98,11 +101,11 @@ def read_one(spec: RowSpec, unit: int) -> dict[str, Any]:
                     reasons.update(rejects.column("reason").to_pylist())
     except (OSError, pa.ArrowException) as error:
         named = ", ".join(spec.source.files[piece.file] for piece in spec.source.units[unit][:3])
-        return {"error": f"{named} cannot be read: {error}"}
+        return {"unit": unit, "seams": [], "error": f"{named} cannot be read: {error}"}
     for one in distinct:
         one.flush()
     files = {kind: [f"{sink.folder}/{info.path}" for info in sink.close()] for kind, sink in sinks.items()}
-    return {"unit": unit, "rows": total, "reasons": reasons, "files": files}
+    return {"unit": unit, "rows": total, "reasons": reasons, "seams": seams, "files": files}
 
 
 class _Distinct:
@@ -176,10 +179,18 @@ def _id(chunk: Chunk, name: str, kind: pa.DataType) -> pa.Array:
     return pa.array(values)
 
 
+def _bytes(text: pa.Array) -> npt.NDArray[np.uint8]:
+    """All bytes of a string array: a look at them costs a thirtieth of one at every value."""
+    _, offsets, data = text.buffers()
+    if not len(text) or data is None:
+        return np.zeros(0, dtype=np.uint8)
+    ends = np.frombuffer(offsets, dtype=np.int32)
+    return np.frombuffer(data, dtype=np.uint8)[ends[text.offset] : ends[text.offset + len(text)]]
+
+
 def _visible_ascii(text: pa.Array) -> bool:
-    """Whether no value holds a blank or a NUL: a look at the bytes costs a thirtieth of one at every value."""
-    data = text.buffers()[2]
-    found = np.frombuffer(data if data is not None else b"", dtype=np.uint8)
+    """Whether no value holds a blank or a NUL."""
+    found = _bytes(text)
     return not len(found) or bool(found.min() > 32 and found.max() < 127)
 
 
@@ -264,7 +275,7 @@ def _cast(column: pa.Array, kind: pa.DataType) -> Values:
 
 def _integers_of_text(column: pa.Array) -> Values:
     def whole(part: pa.Array) -> Values:
-        if as_mask(pc.match_substring(part, "x", ignore_case=True)).any():
+        if (_bytes(part) | 32 == ord("x")).any():
             raise pa.ArrowInvalid("Arrow reads 0x1F as a number")
         return _cast(part, pa.int64())
 

@@ -90,6 +90,8 @@ class Piece:
     file: int
     start: int = 0
     end: int | None = None
+    first: int | None = None
+    """Where the first record of a range begins, once it is known (prepare/records.py)."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,280 @@
+"""Where records begin and end in text: lines, or, where fields may be quoted (RFC 4180), records of several lines.
+
+A record that is quoted wrongly costs itself alone. Where its quoted field is followed by other text, or would run past
+max_line_bytes or the end of the file, the record is its first line, and reading goes on at the next one.
+
+Whether a line break is inside quotes depends on all that is before it. So a range of a file guesses where its first
+record begins (almost always rightly), and says where it began and where the record after its last one begins: `settle`
+has the ranges read again that began elsewhere than the ranges before them ended. The result is that of one reader that
+starts at byte 0, without another pass over the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from ncf_dist.prepare.source import BOM, Piece, Source
+
+Positions = npt.NDArray[np.int64]
+Records = tuple[int, bytes, Positions, Positions]
+"""Where a block begins in its file, the block, and where in the block each of its records begins and ends."""
+Seam = tuple[int, int]
+"""Where a range's first record begins, and the first record after the range."""
+LF, CR, QUOTE = b'\n\r"'
+GUESSES = 100
+"""Lines at which a range's first record is looked for."""
+
+csv.field_size_limit(2**31 - 1)  # How long a field may be is decided by max_line_bytes.
+
+
+def whole_lines(
+    stream: BinaryIO, start: int, end: int | None, max_line_bytes: int, block_bytes: int
+) -> Generator[tuple[int, bytes], None, int]:
+    """(offset, block) of whole lines, all that begin at start ≤ p < end; returns where the line after them begins.
+    A line longer than max_line_bytes may come cut (to still more than that), so that memory is bounded. The byte-order
+    mark of a file is left out."""
+    held, at = b"", start
+    if start:
+        stream.seek(start - 1)
+        at -= 1
+        while True:
+            held = bytes(stream.read(block_bytes))
+            if not held:
+                return at
+            cut = held.find(b"\n")
+            at += len(held) if cut < 0 else cut + 1
+            if cut >= 0:
+                held = held[cut + 1 :]
+                break
+        if end is not None and at >= end:
+            return at
+    skipping, more = False, True
+    while more:
+        data = bytes(stream.read(block_bytes))
+        more = bool(data)
+        if skipping:
+            cut = data.find(b"\n")
+            if cut < 0:
+                at += len(data)
+                continue
+            at, data, skipping = at + cut + 1, data[cut + 1 :], False
+            if end is not None and at >= end:
+                return at
+        held += data
+        stop = -1 if end is None else held.find(b"\n", max(0, end - 1 - at))
+        if stop >= 0:
+            held, more = held[: stop + 1], False
+        cut = held.rfind(b"\n") + 1 if more else len(held)
+        block, rest = held[:cut], held[cut:]
+        if at == 0 and block.startswith(BOM):
+            yield len(BOM), block[len(BOM) :]
+        elif block:
+            yield at, block
+        at, held = at + cut, rest
+        if len(held) > max(max_line_bytes, block_bytes):
+            yield at, held[: max_line_bytes + 2]
+            at, held, skipping = at + len(held), b"", True
+    return at
+
+
+def lines_of(block: bytes) -> tuple[Positions, Positions]:
+    """(where each line begins, where it ends, its line end included)."""
+    ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == LF) + 1
+    if len(block) and (not len(ends) or ends[-1] != len(block)):
+        ends = np.append(ends, len(block))
+    return np.concatenate([[0], ends[:-1]]).astype(np.int64)[: len(ends)], ends
+
+
+@dataclass(frozen=True)
+class Quotes:
+    """How records of quoted fields are told apart. fields: of a whole record, or None where that is not known."""
+
+    separator: str
+    charset: str
+    max_bytes: int
+    fields: int | None = None
+
+    def records(self, block: bytes, final: bool, until: int | None = None) -> tuple[Positions, Positions, int]:
+        """(where each record begins, where it ends, where an open one begins that goes on behind the block). The block
+        is whole lines and begins with a record. final: nothing is behind it. until: only records that begin before."""
+        starts, ends = lines_of(block)
+        rest = len(block)
+        if QUOTE in block:
+            further = np.zeros(len(starts), dtype=bool)
+            line = 0
+            for number in self._odd_lines(block, starts).tolist():
+                if number < line:
+                    continue
+                if until is not None and starts[number] >= until:
+                    break
+                lines = self._count_lines(block, starts, ends, number, final)
+                if not lines:
+                    rest = int(starts[number])
+                    break
+                line = number + lines
+                further[number + 1 : line] = True
+            starts = starts[~further & (starts < rest)]
+            ends = np.append(starts[1:], rest)[: len(starts)]
+        if until is not None:
+            starts, ends = starts[starts < until], ends[starts < until]
+        return starts, ends, rest
+
+    def _odd_lines(self, block: bytes, starts: Positions) -> Positions:
+        """Lines that are not plainly one record each: a quote that opens is not at the start of a field, or one that
+        closes not at the end of one, or one is open at the line's end."""
+        view = np.frombuffer(block, dtype=np.uint8)
+        quotes = np.flatnonzero(view == QUOTE)
+        before = np.searchsorted(quotes, starts)  # Quotes before each line.
+        counts = np.diff(np.append(before, len(quotes)))
+        separator = self.separator.encode(self.charset)
+        if len(separator) > 1:
+            return np.flatnonzero(counts)
+        opens = (np.arange(len(quotes)) - np.repeat(before, counts)) % 2 == 0
+        padded = np.frombuffer(b"\n" + block + b"\n\n", dtype=np.uint8)
+        left, right, second = (padded[quotes + k] for k in (0, 2, 3))
+        apart = separator[0]
+        sound_open = (left == apart) | (left == LF) | (left == QUOTE)
+        sound_close = (right == apart) | (right == LF) | (right == QUOTE) | ((right == CR) & (second == LF))
+        odd = counts % 2 == 1
+        wrong = quotes[~np.where(opens, sound_open, sound_close)]
+        odd[np.searchsorted(starts, wrong, side="right") - 1] = True
+        return np.flatnonzero(odd)
+
+    def _count_lines(self, block: bytes, starts: Positions, ends: Positions, number: int, final: bool) -> int:
+        """How many lines the record that begins with this one has; 0 where it goes on behind the block."""
+        begin, used_up = int(starts[number]), False
+
+        def lines() -> Iterator[str]:
+            nonlocal used_up
+            for start, end in zip(starts[number:].tolist(), ends[number:].tolist(), strict=True):
+                line = block[start:end]
+                if end - len(_line_end(line)) - begin > self.max_bytes:
+                    return
+                yield line.decode(self.charset, "surrogateescape")
+            used_up = True
+
+        reader = csv.reader(lines(), delimiter=self.separator, strict=True)
+        try:
+            next(reader)
+            return int(reader.line_num)
+        except StopIteration:
+            return 1
+        except csv.Error:
+            return 0 if used_up and not final else 1
+
+    def guess(self, stream: BinaryIO, start: int) -> int:
+        """Where the first record that begins at `start` or later probably begins: at a line from which on the fields
+        are quoted rightly and as many as they should be."""
+        stream.seek(start - 1)
+        data = bytes(stream.read(self.max_bytes + 1))
+        lines = [start + end - 1 for end in lines_of(data)[1].tolist() if data[end - 1] == LF]
+        if not lines or QUOTE not in data:
+            return lines[0] if lines else start
+        pattern = self._pattern()
+        for place in lines[:GUESSES]:
+            found = pattern.match(data, place - start + 1)
+            if found and self.fields in (None, _count_fields(found[0], self.separator, self.charset)):
+                return place
+        return lines[0]
+
+    def _pattern(self) -> re.Pattern[bytes]:
+        """A record without a quote in a field that is not quoted."""
+        separator = self.separator.encode(self.charset)
+        field = rb'(?:"[^"]*(?:""[^"]*)*"|[^"\n%b]*)' % re.escape(separator[:1])
+        return re.compile(rb"%b(?:%b%b)*\r?\n" % (field, re.escape(separator), field))
+
+
+def _line_end(line: bytes) -> bytes:
+    return line[-2:] if line.endswith(b"\r\n") else line[-1:] if line.endswith(b"\n") else b""
+
+
+def _count_fields(record: bytes, separator: str, charset: str) -> int:
+    try:
+        return len(next(csv.reader([record.decode(charset, "surrogateescape")], delimiter=separator, strict=True)))
+    except (csv.Error, StopIteration):
+        return 0
+
+
+def whole_records(
+    stream: BinaryIO, start: int, end: int | None, quotes: Quotes, block_bytes: int
+) -> Generator[Records, None, int]:
+    """The records that begin at start ≤ p < end, where one begins at `start`; returns where the next one begins."""
+    held, at = b"", start
+    lines = _Returning(whole_lines(stream, start, end, quotes.max_bytes, block_bytes))
+    for offset, block in lines:
+        if held and offset != at + len(held):
+            # The end of a line that is too long was left out: no record goes on behind it.
+            yield at, held, *quotes.records(held, True)[:2]
+            held = b""
+        at = at if held else offset
+        data = held + block
+        starts, ends, rest = quotes.records(data, False)
+        if len(starts):
+            yield at, data[:rest], starts, ends
+        at, held = at + rest, data[rest:]
+    after: int = lines.result
+    if held:
+        data = held
+        if end is not None and after == at + len(held):
+            stream.seek(after)
+            data += bytes(stream.read(quotes.max_bytes + 2))
+        starts, ends, _ = quotes.records(data, True, len(held))
+        yield at, data, starts, ends
+        after = max(after, at + int(ends[-1]))
+    return after
+
+
+class _Returning:
+    """A generator to iterate over, and then what it returned."""
+
+    def __init__(self, generator: Generator[Any, None, Any]) -> None:
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[Any]:
+        self.result = yield from self.generator
+
+
+def uncut(source: Source) -> Source:
+    """The same source with every file of quoted fields in one piece: for readers that cannot read a range again."""
+    if not source.quote:
+        return source
+    ends = {piece.file: piece.end for unit in source.units for piece in unit}
+    units = [
+        tuple(Piece(piece.file, 0, ends[piece.file]) for piece in unit if not piece.start) for unit in source.units
+    ]
+    return replace(source, units=tuple(unit for unit in units if unit))
+
+
+def settle(source: Source, read: Callable[[Source, Sequence[int]], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What `read` says of every unit, in order, once each range began where the ranges before it ended.
+    read(source, units): dicts with `unit` and `seams` (a Seam a piece, none where fields are not quoted)."""
+    found: dict[int, dict[str, Any]] = {}
+    again: Sequence[int] = range(len(source.units))
+    while again:
+        found |= {int(stats["unit"]): stats for stats in read(source, again)}
+        source, again = _rejoined(source, {number: stats["seams"] for number, stats in found.items()})
+    return [found[number] for number in sorted(found)]
+
+
+def _rejoined(source: Source, seams: dict[int, Sequence[Seam]]) -> tuple[Source, list[int]]:
+    """(the source with what is now known of where its ranges begin, the units that began elsewhere). The first range of
+    a file that is wrong is right the next time, so this ends."""
+    units, again = [list(unit) for unit in source.units], set()
+    expected: dict[int, int] = {}
+    for number, unit in enumerate(units):
+        for k, (piece, (first, after)) in enumerate(zip(unit, seams[number], strict=False)):
+            begin = expected.get(piece.file, first) if piece.start else first
+            end = 2**63 if piece.end is None else piece.end
+            none = begin >= end  # A record from before goes on to its end.
+            if begin != first and not (none and first >= end):
+                unit[k] = replace(piece, first=begin)
+                again.add(number)
+            expected[piece.file] = begin if none else max(begin, after)
+    return replace(source, units=tuple(map(tuple, units))), sorted(again)
