@@ -23,7 +23,8 @@ from ncf_dist.stored import map_tensors, misfit, not_finite, parse_tensors
 if TYPE_CHECKING:
     from ncf_dist.models import Recommender
 
-WEIGHTS, CARD = "weights.safetensors", "bundle.json"
+BUNDLE, WEIGHTS, CARD = "bundle", "weights.safetensors", "bundle.json"
+"""A train run's folder of a bundle, and the files in it."""
 
 
 @dataclass(frozen=True)

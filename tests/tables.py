@@ -49,9 +49,11 @@ def validation_files(lists: list[list[tuple[int, int, list[int]]]]) -> list[dict
     ]
 
 
-def prepare_run(folder: Path, rows: int, files: int, held_out: int, explicit: bool = False) -> Manifest:
+def prepare_run(
+    folder: Path, rows: int, files: int, held_out: int, explicit: bool = False, ds: str = DS, base: str | None = None
+) -> Manifest:
     """A hand-made prepare run: `rows` train rows cut unevenly into `files`, and one validation row for
-    `held_out` users. Explicit feedback: the rating of row r is 1 + r mod 5.
+    `held_out` users. Explicit feedback: the rating of row r is 1 + r mod 5. base: the night whose index it extends.
     """
     contract, data = contracts.train(N, DRAWS, explicit), some_rows(rows)
     more = [np.arange(rows) % 5 + 1] if explicit else [data[:, 2:]] * DRAWS
@@ -68,7 +70,8 @@ def prepare_run(folder: Path, rows: int, files: int, held_out: int, explicit: bo
         "validation": table_of(folder, contracts.VALIDATION, validation_files(held or [[]])),
     }
     config = {"negatives": Negatives(per_positive=N, draws=DRAWS).model_dump()}
-    return Manifest("prepare", DS, "p1", str(folder), config, {}, tables, {"users": USERS, "items": ITEMS})
+    inputs = {"index": {"ds": base, "run_key": "p1"} if base else None}
+    return Manifest("prepare", ds, "p1", str(folder), config, inputs, tables, {"users": USERS, "items": ITEMS})
 
 
 def small_config(folder: Path, model: Model, feedback: str = "implicit", **train: Any) -> Config:
@@ -85,7 +88,7 @@ def small_config(folder: Path, model: Model, feedback: str = "implicit", **train
     )
 
 
-def prepared(config: Config, rows: int, ds: str = DS) -> Manifest:
-    """A finished prepare run in the config's lake, with two validation rows."""
+def prepared(config: Config, rows: int, ds: str = DS, base: str | None = None) -> Manifest:
+    """A finished prepare run in the config's lake, with two validation rows. base: as for `prepare_run`."""
     runs, explicit = Lake(config.paths.lake).stage(ds, "prepare"), config.input.feedback == "explicit"
-    return runs.finish(prepare_run(Path(runs.begin("p1")), rows, 2, 2, explicit))
+    return runs.finish(prepare_run(Path(runs.begin("p1")), rows, 2, 2, explicit, ds, base))

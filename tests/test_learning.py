@@ -3,6 +3,7 @@ and what people see of it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
@@ -17,8 +19,9 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from torch import nn
 
-from ncf_dist.artifacts import Lake
-from ncf_dist.bundle import Bundle, read_bundle, save_bundle
+from ncf_dist import contracts
+from ncf_dist.artifacts import Lake, Manifest
+from ncf_dist.bundle import Bundle, load_model, read_bundle, save_bundle
 from ncf_dist.config import Config, Model, Pretrained, Train
 from ncf_dist.errors import ConfigError, ContractError, TrainingFailed
 from ncf_dist.models import GMF, MLP, NeuMF, build_model
@@ -31,9 +34,9 @@ from ncf_dist.train.pipeline import train
 from ncf_dist.train.plots import history_figure, rate_figure
 from ncf_dist.train.progress import Meter
 from ncf_dist.train.schedules import SCHEDULES, one_cycle_momentum
-from ncf_dist.train.start import check_start, pretrained_start, warm_start
+from ncf_dist.train.start import check_start, pretrained_start, users_there, warm_start
 from ncf_dist.train.world import World
-from tests.tables import DS, ITEMS, USERS, prepared, small_config
+from tests.tables import DS, ITEMS, USERS, prepared, small_config, table_of
 
 
 def sigmoid(x: float) -> float:
@@ -230,6 +233,40 @@ def test_a_warm_start_keeps_old_rows_and_begins_new_ones_at_their_mean(tmp_path:
             torch.testing.assert_close(value[known:], wanted)
 
 
+@pytest.mark.parametrize("name", ["gmf", "neumf", "mf", "embedding_nn"])
+def test_a_forgotten_user_s_row_starts_afresh(tmp_path: Path, name: Any) -> None:
+    """Users 1 and 4 of six are forgotten: nothing of their rows is left, neither in place nor in the mean of new ones;
+    an index without a user left has no mean at all."""
+    config = Model(name=name, biases=True, embedding_sizes=(3, 4), factors=4, init_std=0.5)
+    old = bundle_of(tmp_path, config, users=6, items=5)
+    before, there = load_model(old).state_dict(), torch.tensor([1, 0, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
+    for users in (there, torch.zeros(8, dtype=torch.bool)):
+        torch.manual_seed(2)
+        fresh = build_model(config, 8, 9).state_dict()
+        torch.manual_seed(2)
+        model = build_model(config, 8, 9)
+        warm_start(model, old, users)
+        for key, value in model.state_dict().items():
+            if ".user" not in f".{key}" or before[key].shape == value.shape:
+                continue
+            kept = users[:6]
+            assert torch.equal(value[:6][kept], before[key][kept]), key
+            assert torch.equal(value[:6][~kept], fresh[key][:6][~kept]), key
+            mean = before[key][kept].mean(dim=0) if kept.any() else 0
+            torch.testing.assert_close(value[6:], fresh[key][6:] + mean)
+
+
+def test_numbers_without_a_user_are_found_in_the_index(tmp_path: Path) -> None:
+    contract = contracts.user_index(pa.int64())
+    files = [{"user_id": [70, 71], "user_idx": [0, 3]}, {"user_id": [72], "user_idx": [4]}]
+    tables = {contract.name: table_of(tmp_path, contract, files)}
+    night = Manifest("prepare", DS, "p1", str(tmp_path), {}, {}, tables, {"users": 6, "items": 1})
+    found = users_there(night)
+    assert found is not None
+    assert found.tolist() == [True, False, False, True, True, False]
+    assert users_there(dataclasses.replace(night, facts={"users": 3, "items": 1})) is None
+
+
 def test_a_bundle_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path / "a", Model(name="gmf", factors=4))
     check_start(bundle, Model(name="gmf", factors=4, dropout=0.5), USERS, ITEMS + 5)
@@ -274,7 +311,7 @@ def test_nights_start_from_each_other_and_neumf_from_its_parts(tmp_path: Path) -
     """warm_start=previous: nothing there the first night, then last night's bundle, as the manifest says."""
     config = job(tmp_path, Model(name="gmf", factors=3), warm_start="previous")
     prepared(config, 30, "2026-01-30")
-    prepared(config, 40)
+    prepared(config, 40, base="2026-01-30")
     first, second = train(config, "2026-01-30"), train(config, DS)
     stage = Lake(config.paths.lake).stage(DS, "train")
     assert stage.current().inputs == {"prepare": "p1", "warm_start": first.extra["model_version"]}
@@ -289,6 +326,13 @@ def test_nights_start_from_each_other_and_neumf_from_its_parts(tmp_path: Path) -
     assert stage.current().inputs["pretrained.mlp"] == mlp.extra["model_version"]
     with pytest.raises(ContractError, match=r"train.pretrained.gmf is .*, the bundle of a mlp; needed that of a gmf"):
         train(job(tmp_path, neumf, pretrained={**start, "gmf": mlp.outputs["bundle"]}), DS)
+
+    prepared(config, 30, "2026-02-01")  # Extends nothing: its users are others.
+    for model, how in ((Model(name="gmf", factors=3), {"warm_start": start["gmf"]}), (neumf, {"pretrained": start})):
+        with pytest.raises(
+            ContractError, match=rf"{next(iter(how))}.* may belong to other users .*{DS}.* start afresh"
+        ):
+            train(job(tmp_path, model, **how), "2026-02-01")
 
 
 def test_ratings_are_learnt(tmp_path: Path) -> None:

@@ -426,7 +426,9 @@ def test_an_index_extends_another_by_the_new_keys_alone(spark: SparkSession) -> 
     def extended(keys: list[str], old: dict[str, int]) -> dict[str, int]:
         frame = spark.createDataFrame([(key,) for key in keys], "item_id string")
         table = spark.createDataFrame(list(old.items()), "item_id string, item_idx int")
-        rows = index.extend_index(spark, frame, table, "item_id", "item_idx").collect()
+        longer, size = index.extend_index(spark, frame, table, len(old), "item_id", "item_idx")
+        rows = longer.collect()
+        assert size == len(rows)
         assert len(rows) == len(dict(rows))
         return {row["item_id"]: row["item_idx"] for row in rows}
 
@@ -442,7 +444,7 @@ def test_new_keys_are_numbered_by_bucket_and_in_a_bucket_by_value(
     """Whatever order they come in; with 3 buckets for 50 keys, so that there is an order to keep."""
     monkeypatch.setattr(index, "BUCKETS", 3)
     keys = spark.createDataFrame([(key,) for key in random.Random(1).sample(range(50), 50)], "item_id long")
-    found = dict(map(tuple, index.extend_index(spark, keys, None, "item_id", "item_idx").collect()))
+    found = dict(map(tuple, index.extend_index(spark, keys, None, 0, "item_id", "item_idx")[0].collect()))
     order = sorted(range(50), key=lambda key: (hash64(key) % 3, key))
     assert found == {key: number for number, key in enumerate(order)}
 
@@ -450,9 +452,9 @@ def test_new_keys_are_numbered_by_bucket_and_in_a_bucket_by_value(
 def test_more_keys_than_an_int32_counts_are_refused(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "INT32_MAX", 3)
     old = spark.range(2).selectExpr("id as user_id", "int(id) as user_idx")
-    index.extend_index(spark, spark.range(3).selectExpr("id as user_id"), old, "user_id", "user_idx")
+    index.extend_index(spark, spark.range(3).selectExpr("id as user_id"), old, 2, "user_id", "user_idx")
     with pytest.raises(InputError, match="user_idx: 4 distinct user_id do not fit int32; needed at most 3"):
-        index.extend_index(spark, spark.range(4).selectExpr("id as user_id"), old, "user_id", "user_idx")
+        index.extend_index(spark, spark.range(4).selectExpr("id as user_id"), old, 2, "user_id", "user_idx")
 
 
 # ---- input that cannot be used -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ncf_dist import machine
+from ncf_dist.ancestry import index_sizes
 from ncf_dist.artifacts import Lake
 from ncf_dist.config import Config, Model, Train, embedding_size
 from ncf_dist.config import Spark as SparkSection
@@ -122,8 +123,7 @@ def _sizes(found: Lake) -> tuple[int, int] | None:
     """Users and items of the newest prepared night."""
     try:
         nights = found.nights("prepare")
-        tables = found.stage(nights[-1], "prepare").current().tables if nights else {}
-        return tables["user_index"].rows, tables["item_index"].rows
+        return index_sizes(found.stage(nights[-1], "prepare").current()) if nights else None
     except (NcfError, KeyError, ImportError, ValueError, OSError):
         return None
 

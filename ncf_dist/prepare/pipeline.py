@@ -23,12 +23,13 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import contracts
+from ncf_dist.ancestry import DIGESTS, INDEXES, index_sizes
 from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, fingerprint, read_manifest, remove, run_key
 from ncf_dist.config import Config, SideTable
 from ncf_dist.errors import InputError
 from ncf_dist.prepare import clean
 from ncf_dist.prepare.given import candidate_rows
-from ncf_dist.prepare.index import extend_index
+from ncf_dist.prepare.index import digests, extend_index
 from ncf_dist.prepare.layout import write_train
 from ncf_dist.prepare.records import settle, uncut
 from ncf_dist.prepare.rows import LATE, RowSpec, day_start, read_pass, staged_schema
@@ -164,6 +165,8 @@ class _Night:
         self.until = config.input.until or dt.date.fromisoformat(ds)
         self.tables: dict[str, TableInfo] = {}
         self.frames: dict[str, DataFrame] = {}
+        self.sizes = index_sizes(before)._asdict() if before else dict.fromkeys(INDEXES, 0)
+        """How many numbers have been given to users and items."""
 
     def make(self) -> tuple[dict[str, TableInfo], dict[str, Any]]:
         """Every table of the contracts; (tables, facts)."""
@@ -219,8 +222,8 @@ class _Night:
         kept = ("tied_users", "train", "validation", "test", "users_without_negatives")
         short = ("validation_short_candidates", "test_short_candidates")
         return {
-            "users": self.tables["user_index"].rows,
-            "items": self.tables["item_index"].rows,
+            **self.sizes,
+            DIGESTS: digests(self.spark, {name: self._paths(table) for name, table in INDEXES.items()}),
             "rows": rows,
             "feedback": self.config.input.feedback,
             "active_users": passed["users"],
@@ -322,14 +325,14 @@ class _Night:
 
     def _indexes(self, given: DataFrame | None) -> None:
         """user_index and item_index: the night before's, and after it every new id."""
-        made = zip(self.id_types, (contracts.user_index, contracts.item_index), strict=True)
-        for contract in (of(id_type) for id_type, of in made):
+        made = zip(INDEXES, self.id_types, (contracts.user_index, contracts.item_index), strict=True)
+        for name, contract in ((name, of(id_type)) for name, id_type, of in made):
             id_column, index_column = contract.columns
             old = read_table(self.spark, self.before, contract) if self.before else None
             keys = self.frames[id_column]
             if given is not None and id_column == "item_id":
                 keys = keys.union(given.select(F.col("candidate").alias("item_id")))
-            indexed = extend_index(self.spark, keys, old, id_column, index_column)
+            indexed, self.sizes[name] = extend_index(self.spark, keys, old, self.sizes[name], id_column, index_column)
             file = F.floor(F.col(index_column) / F.lit(ROWS_PER_FILE))
             self.tables[contract.name] = write_table(indexed, self.run, contract, file)
             self.frames[contract.name] = read_files(self.spark, self._paths(contract.name), contract.schema)
@@ -369,7 +372,7 @@ class _Night:
     ) -> list[dict[str, Any]]:
         """Run `users.user_pass` and return its statistics, one a task."""
         config = self.config
-        n_users, n_items = self.tables["user_index"].rows, self.tables["item_index"].rows
+        n_users, n_items = self.sizes["users"], self.sizes["items"]
         user_files = max(MIN_USER_FILES, -(-rows // ROWS_PER_USER_FILE))
         spec = UserPass(
             run=self.run,

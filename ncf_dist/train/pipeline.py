@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from ncf_dist import errors
+from ncf_dist.ancestry import Line, index_sizes
 from ncf_dist.artifacts import Lake, Manifest, Outcome, exists, list_names, make_dirs, read_bytes, run_key, write_atomic
-from ncf_dist.bundle import read_bundle
+from ncf_dist.bundle import BUNDLE, read_bundle
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, ContractError, NcfError, Preempted, TrainingFailed
 from ncf_dist.train.launchers import LAUNCHERS, threads
@@ -27,8 +28,8 @@ from ncf_dist.train.memory import check_memory
 from ncf_dist.train.order import steps_per_epoch
 from ncf_dist.train.plots import history_figure, rate_figure
 from ncf_dist.train.processes import die_with_parent, end_tree
-from ncf_dist.train.start import check_start
-from ncf_dist.train.worker import BUNDLE, CHECKPOINTS, HISTORY, RATES, SPEC, STOP, UNEXPECTED, Spec, train_contract
+from ncf_dist.train.start import check_starts, start_bundle
+from ncf_dist.train.worker import CHECKPOINTS, HISTORY, RATES, SPEC, STOP, UNEXPECTED, Spec, train_contract
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +58,10 @@ def train(config: Config, ds: str) -> Outcome:
     start = time.monotonic()
     lake = Lake(config.paths.lake)
     prepare = lake.stage(ds, "prepare").current()
-    n_users, n_items = int(prepare.facts["users"]), int(prepare.facts["items"])
     _check_prepared_for(config, prepare)
-    inputs, first = {"prepare": prepare.run_key}, _start_bundle(config, lake, ds)
-    inputs |= _check_starts(config, first, n_users, n_items)
+    line = Line(lake, prepare)
+    first = start_bundle(config.train, line)
+    inputs = {"prepare": prepare.run_key, **check_starts(config, line, first)}
     used = config.model_dump(mode="json", include=set(SECTIONS)) | {"loss": config.loss}
     key = run_key(STAGE, ds, _decisive(config), inputs)
     runs = lake.stage(ds, STAGE)
@@ -69,7 +70,7 @@ def train(config: Config, ds: str) -> Outcome:
         return Outcome.of(done, "already-done")
     table = prepare.table(train_contract(prepare, config.loss == "mse"))
     steps_per_epoch(table.rows, _world_size(config), config.train.batch_size)
-    check_memory(config, n_users, n_items, table.rows, max(file.rows for file in table.files))
+    check_memory(config, *index_sizes(prepare), table.rows, max(file.rows for file in table.files))
 
     if config.train.lr_find:
         return _find_rate(config, prepare, runs.begin(f"{key}-lr-find"), first)
@@ -118,33 +119,6 @@ def _decisive(config: Config) -> dict[str, Any]:
 def _world_size(config: Config) -> int:
     train = config.train
     return 1 if train.launcher == "none" else train.ranks * train.nodes
-
-
-def _start_bundle(config: Config, lake: Lake, ds: str) -> str | None:
-    """The bundle that a warm start begins with."""
-    if config.train.warm_start != "previous":
-        return config.train.warm_start
-    earlier = [night for night in lake.nights(STAGE) if night < ds]
-    return posixpath.join(lake.stage(earlier[-1], STAGE).current().root, BUNDLE) if earlier else None
-
-
-def _check_starts(config: Config, first: str | None, n_users: int, n_items: int) -> dict[str, str]:
-    """The versions of the models that this one starts from. Raises ContractError where they do not fit."""
-    versions = {}
-    if first is not None:
-        bundle = read_bundle(first)
-        check_start(bundle, config.model, n_users, n_items)
-        versions["warm_start"] = bundle.model_version
-    if config.train.pretrained is not None:
-        for name in ("gmf", "mlp"):
-            bundle = read_bundle(getattr(config.train.pretrained, name))
-            if bundle.model.name != name:
-                raise ContractError(
-                    f"train.pretrained.{name} is {bundle.path}, the bundle of a {bundle.model.name}; "
-                    f"needed that of a {name}: train one with model.name={name} first"
-                )
-            versions[f"pretrained.{name}"] = bundle.model_version
-    return versions
 
 
 def _check_prepared_for(config: Config, prepare: Manifest) -> None:

@@ -1,21 +1,73 @@
 """Where weights start when not afresh: NeuMF from a GMF and an MLP, or a model from an earlier one of its own kind.
 
-Warm start: indexes are append-only, so the rows of an earlier table are the first rows of today's, and are kept. A new
-row starts at the mean of the old ones plus its fresh initial value: an average user or item, yet unlike any other.
-Everything else is kept.
+Only from a model whose index tonight's begins with (`ncf_dist/ancestry.py`): then the rows of an earlier table are the
+first rows of today's. Warm start: they are kept. A new row starts at the mean of the old ones plus its fresh initial
+value: an average user or item, yet unlike any other. The row of a forgotten user starts afresh. Everything else is
+kept. No state of an optimiser is taken over.
 """
 
 from __future__ import annotations
 
+import logging
+import posixpath
+
 import torch
+from torch import Tensor
 
 from ncf_dist import config as settings
-from ncf_dist.bundle import Bundle, load_model, read_bundle, verify_weights
+from ncf_dist.ancestry import INDEXES, Index, Line, index_sizes
+from ncf_dist.artifacts import Manifest, read_table
+from ncf_dist.bundle import BUNDLE, Bundle, load_model, read_bundle, verify_weights
 from ncf_dist.errors import ContractError
 from ncf_dist.models import GMF, MLP, NeuMF, Recommender, Table, build_model
 
+log = logging.getLogger(__name__)
+
+PREVIOUS, USER_INDEX = "previous", INDEXES["users"]
 SAME = {"name", "factors", "layers", "biases", "embedding_sizes", "batch_norm", "y_range"}
 """What of `model` must be equal for one model's weights to fit another."""
+
+
+def start_bundle(train: settings.Train, line: Line) -> str | None:
+    """The bundle that a warm start begins with: the named one; with `previous` that of the newest earlier night whose
+    index tonight's begins with; None for a fresh start."""
+    if train.warm_start != PREVIOUS:
+        return train.warm_start
+    nights = [night for night in line.lake.nights("train") if night < line.prepare.ds]
+    for night in reversed(nights):
+        try:
+            bundle = read_bundle(posixpath.join(line.lake.stage(night, "train").current().root, BUNDLE))
+            objection = line.objection(Index.of_bundle(bundle))
+        except ContractError as error:
+            objection = str(error)
+        if objection is None:
+            log.info("warm start: from the model of %s, %s", night, bundle.model_version)
+            return bundle.path
+        log.warning("warm start: not from the model of %s: %s", night, objection)
+    log.info("warm start: no earlier night has a model whose index tonight's begins with: a fresh start")
+    return None
+
+
+def check_starts(config: settings.Config, line: Line, first: str | None) -> dict[str, str]:
+    """The versions of the models that this one starts from. first: the bundle of a warm start.
+    Raises ContractError where they do not fit."""
+    versions, sizes = {}, index_sizes(line.prepare)
+    if first is not None:
+        bundle = read_bundle(first)
+        check_start(bundle, config.model, *sizes)
+        line.check(Index.of_bundle(bundle), f"train.warm_start is {bundle.path}")
+        versions["warm_start"] = bundle.model_version
+    if config.train.pretrained is not None:
+        for name in ("gmf", "mlp"):
+            bundle = read_bundle(getattr(config.train.pretrained, name))
+            if bundle.model.name != name:
+                raise ContractError(
+                    f"train.pretrained.{name} is {bundle.path}, the bundle of a {bundle.model.name}; "
+                    f"needed that of a {name}: train one with model.name={name} first"
+                )
+            line.check(Index.of_bundle(bundle), f"train.pretrained.{name} is {bundle.path}")
+            versions[f"pretrained.{name}"] = bundle.model_version
+    return versions
 
 
 def check_start(bundle: Bundle, model: settings.Model, n_users: int, n_items: int, same: set[str] = SAME) -> None:
@@ -48,27 +100,56 @@ def check_start(bundle: Bundle, model: settings.Model, n_users: int, n_items: in
 
 
 @torch.no_grad()
-def warm_start(model: Recommender, bundle: Bundle) -> None:
-    """Give `model`, freshly initialised, the weights of an earlier one."""
+def warm_start(model: Recommender, bundle: Bundle, users: Tensor | None = None) -> None:
+    """Give `model`, freshly initialised, the weights of an earlier one. users: (n_users,) bool, which numbers still
+    have a user; the rows of the others stay fresh and count for no mean. None where all have."""
     verify_weights(bundle)
     old = load_model(bundle).state_dict()
     tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Table)}
     for name, value in model.state_dict().items():
-        if name in tables:
-            known = len(old[name])
-            value[known:] += old[name].mean(dim=0)
-            value[:known] = old[name]
-        else:
+        if name not in tables:
             value.copy_(old[name])
+            continue
+        known, rows = len(old[name]), old[name]
+        if users is not None and _of_users(name):
+            kept = users[:known]
+            rows = rows[kept]
+            value[:known][kept] = rows
+        else:
+            value[:known] = rows
+        if len(rows):
+            value[known:] += rows.mean(dim=0)
+
+
+def _of_users(table: str) -> bool:
+    """Whether an embedding table has a row a user, by the name of its weights."""
+    return table.split(".")[-2].startswith("user")
+
+
+def users_there(prepare: Manifest) -> Tensor | None:
+    """(n_users,) bool: which numbers have a user tonight, the others being forgotten; None where all have."""
+    size = index_sizes(prepare).users
+    if USER_INDEX not in prepare.tables or prepare.tables[USER_INDEX].rows == size:
+        return None
+    there = torch.zeros(size, dtype=torch.bool)
+    for path in prepare.files(USER_INDEX):
+        numbers = read_table(path, ["user_idx"])["user_idx"].to_numpy()
+        there[torch.from_numpy(numbers.astype("int64"))] = True
+    return there
 
 
 def pretrained_start(
-    model: NeuMF, start: settings.Pretrained, config: settings.Model, n_users: int, n_items: int
+    model: NeuMF,
+    start: settings.Pretrained,
+    config: settings.Model,
+    n_users: int,
+    n_items: int,
+    users: Tensor | None = None,
 ) -> None:
-    """Give `model` the weights of the two bundles, whose users and items may be fewer.
+    """Give `model` the weights of the two bundles, whose users and items may be fewer. users: as for `warm_start`.
     Raises ContractError where they do not fit."""
     gmf, mlp = (
-        _part(read_bundle(path), config.model_copy(update={"name": name}), n_users, n_items, {"name", size})
+        _part(read_bundle(path), config.model_copy(update={"name": name}), (n_users, n_items), users, {"name", size})
         for name, path, size in (("gmf", start.gmf, "factors"), ("mlp", start.mlp, "layers"))
     )
     assert isinstance(gmf, GMF)
@@ -76,8 +157,10 @@ def pretrained_start(
     model.start_from(gmf, mlp, start.alpha)
 
 
-def _part(bundle: Bundle, config: settings.Model, n_users: int, n_items: int, same: set[str]) -> Recommender:
-    check_start(bundle, config, n_users, n_items, same)
-    part = build_model(config, n_users, n_items)
-    warm_start(part, bundle)
+def _part(
+    bundle: Bundle, config: settings.Model, sizes: tuple[int, int], users: Tensor | None, same: set[str]
+) -> Recommender:
+    check_start(bundle, config, *sizes, same)
+    part = build_model(config, *sizes)
+    warm_start(part, bundle, users)
     return part

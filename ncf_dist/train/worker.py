@@ -22,8 +22,9 @@ from typing import NoReturn
 import torch
 
 from ncf_dist import contracts, products
+from ncf_dist.ancestry import DIGESTS, index_sizes
 from ncf_dist.artifacts import Manifest, exists, read_bytes, read_manifest, write_atomic
-from ncf_dist.bundle import read_bundle, save_bundle
+from ncf_dist.bundle import BUNDLE, read_bundle, save_bundle
 from ncf_dist.config import Config
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import ExitCode, NcfError
@@ -32,7 +33,7 @@ from ncf_dist.train import checkpoints
 from ncf_dist.train.loaders import Task, TrainLoader, verify_files
 from ncf_dist.train.lr_find import rate_curve
 from ncf_dist.train.processes import die_with_parent
-from ncf_dist.train.start import pretrained_start, warm_start
+from ncf_dist.train.start import pretrained_start, users_there, warm_start
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
 from ncf_dist.train.world import World
@@ -40,7 +41,7 @@ from ncf_dist.train.world import World
 log = logging.getLogger(__name__)
 
 VALIDATE_K = 10
-CHECKPOINTS, HISTORY, RATES, BUNDLE = "checkpoints", "history.json", "lr_find.json", "bundle"
+CHECKPOINTS, HISTORY, RATES = "checkpoints", "history.json", "lr_find.json"
 SPEC, STOP, UNEXPECTED = "spec.json", "stop", "unexpected"
 POLL_S = 1.0
 
@@ -82,10 +83,10 @@ def train_contract(prepare: Manifest, explicit: bool) -> Contract:
 
 
 def task_of(config: Config, prepare: Manifest) -> Task:
-    pairs = config.loss in ("bce", "bpr")
+    pairs, sizes = config.loss in ("bce", "bpr"), index_sizes(prepare)
     return Task(
-        n_users=int(prepare.facts["users"]),
-        n_items=int(prepare.facts["items"]),
+        n_users=sizes.users,
+        n_items=sizes.items,
         batch_size=config.train.batch_size,
         seed=config.seed,
         negatives=config.negatives.per_positive if pairs else 0,
@@ -95,15 +96,16 @@ def task_of(config: Config, prepare: Manifest) -> Task:
     )
 
 
-def starting_model(config: Config, spec: Spec, n_users: int, n_items: int) -> Recommender:
+def starting_model(config: Config, spec: Spec, prepare: Manifest) -> Recommender:
     """The same weights on all ranks."""
     torch.manual_seed(config.seed)
-    model = build_model(config.model, n_users, n_items)
+    sizes = index_sizes(prepare)
+    model = build_model(config.model, *sizes)
     if spec.start:
-        warm_start(model, read_bundle(spec.start))
+        warm_start(model, read_bundle(spec.start), users_there(prepare))
     if config.train.pretrained:
         assert isinstance(model, NeuMF)
-        pretrained_start(model, config.train.pretrained, config.model, n_users, n_items)
+        pretrained_start(model, config.train.pretrained, config.model, *sizes, users_there(prepare))
     return model
 
 
@@ -117,7 +119,7 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
     for table in (contract, contracts.VALIDATION):
         verify_files(prepare, table, world)
     trainer = Trainer(
-        starting_model(config, spec, task.n_users, task.n_items),
+        starting_model(config, spec, prepare),
         TrainLoader(prepare, contract, task, config.loader, world),
         Validator(prepare, VALIDATE_K, world, task.explicit),
         config.train,
@@ -141,9 +143,8 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
     history = trainer.fit()
     if world.is_main:
         made_from = {"prepare_run": prepare.run_key, "seed": config.seed}
-        save_bundle(
-            posixpath.join(spec.run, BUNDLE), trainer.model, config.model, task.n_users, task.n_items, made_from
-        )
+        facts = {**made_from, "ds": prepare.ds, DIGESTS: prepare.facts.get(DIGESTS)}
+        save_bundle(posixpath.join(spec.run, BUNDLE), trainer.model, config.model, task.n_users, task.n_items, facts)
         record = {**made_from, "epoch": history.best_epoch, "epochs": history.epochs, "curve": history.curve}
         record["products"] = how
         write_atomic(posixpath.join(spec.run, HISTORY), json.dumps(record, indent=1).encode())
