@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import datetime as dt
 import inspect
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ncf_dist import config as settings
@@ -63,6 +67,37 @@ def test_the_examples_in_conf_are_valid(path: Path) -> None:
 )
 def test_an_unknown_key_names_the_nearest_known_one(load: Load, override: str, message: str) -> None:
     assert message in refused(load, SMALL, override)
+
+
+PLACES = ["../evil", "/etc/evil", "a/b", "a\\b", "", " ", ".", "..", ".hidden", "_delta_log", "runs", "RAW", "s3://b/t",
+          "a\nb", "a\0b", "t ", "t.", "~", "~root", "$HOME", "%2e%2e", "ds=1", "a" * 65, "*", "-rf"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_published_table_stays_in_its_place(load: Load, name: str) -> None:
+    with pytest.raises(ConfigError, match="publish.table is .*; needed one plain name") as error:
+        load(f"{SMALL}publish: {{table: {json.dumps(name)}}}\n")
+    assert error.value.exit_code == 2
+
+
+@given(st.one_of(st.text(max_size=70), st.text("./_-~ aR0%:\\\n\t", max_size=6), st.sampled_from(PLACES)))
+def test_a_table_s_name_is_one_visible_folder_of_the_lake(name: str) -> None:
+    try:
+        table = settings.Publish(table=name).table
+    except ValidationError:
+        return
+    lake = Path("/lake")
+    assert Path(os.path.normpath(lake / table)).parent == lake
+    assert table == name == Path(os.path.normpath(lake / table)).name
+    assert table.casefold() not in settings.RESERVED
+    assert not table.startswith((".", "_", "-"))
+    assert table.isprintable()
+    assert len(table.encode()) <= 255
+
+
+@pytest.mark.parametrize("name", ["recommendations", "no fallback", "v2", "Empfehlungen_für_dich", "a.b-c", "7"])
+def test_plain_names_are_taken(name: str) -> None:
+    assert settings.Publish(table=name).table == name
 
 
 def test_every_mistake_is_reported_at_once(load: Load) -> None:

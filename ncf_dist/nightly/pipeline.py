@@ -34,6 +34,7 @@ def nightly(config: Config, ds: str) -> Outcome:
     outputs: dict[str, str] = {}
     metrics: dict[str, Any] = {}
     extra: dict[str, Any] = {}
+    warnings: list[str] = []
     outcome = Outcome("done")
     for number, (name, stage) in enumerate(STAGES.items(), 1):
         log.info("── %d/%d %s ──", number, len(STAGES), name)
@@ -41,6 +42,7 @@ def nightly(config: Config, ds: str) -> Outcome:
         stages[name] = outcome.status
         outputs |= outcome.outputs
         metrics |= outcome.metrics
+        warnings += outcome.extra.get("warnings", ())
         extra |= outcome.extra
     status = "already-done" if set(stages.values()) == {"already-done"} else "done"
-    return Outcome(status, outcome.run_key, outputs, metrics, {**extra, "stages": stages})
+    return Outcome(status, outcome.run_key, outputs, metrics, {**extra, "warnings": warnings, "stages": stages})

@@ -203,7 +203,8 @@ class DeltaLog:
                 last = {}  # Somebody else's maintenance; what it did is its own matter.
             elif version <= table.version():
                 last[entry.ds] = version
-        for ds, files in self.nights(table).items():
+        # A table without a commit of ours may have other columns: whoever opened it sees to that.
+        for ds, files in self.nights(table).items() if last else ():
             version = last.get(ds, -1)
             if version in self._entries and {path for path, _ in files} != self._entries[version].added.keys():
                 self._refuse(version, f"the log as a whole shows other files for ds {ds} than this commit added")

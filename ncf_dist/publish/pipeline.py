@@ -109,7 +109,8 @@ def check_ahead(config: Config, ds: str) -> None:
         make_dirs(work)
     except OSError as error:
         raise InputError(f"paths.work {work} cannot be made ({error.strerror or error}); set paths.work") from None
-    places = [work, *(posixpath.join(root, name) for name in ("", "_delta_log", f"ds={ds}") if is_local(root))]
+    inside = (posixpath.join(root, name) for name in ("_delta_log", f"ds={ds}"))
+    places = [work, *((root, *inside) if is_local(root) else ())]
     for place in places:
         if os.path.lexists(place) and not (os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)):
             raise InputError(
