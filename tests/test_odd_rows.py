@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import fuzz_rows
 from ncf_dist.prepare import given as given_candidates
 from ncf_dist.prepare import reading, rows, sides
 from ncf_dist.prepare.chunks import SLICE, UNREADABLE, Chunk, Raw, row_by_row
@@ -349,3 +350,30 @@ def test_a_latin1_letter_does_not_send_its_neighbours_the_slow_way(tmp_path: Pat
     config = csv_input(path, encoding="latin-1", header=False, columns={"user": 0, "item": 1, "rating": 2})
     found, bad = read(tmp_path, config)
     assert (bad, [row[1] for row in found]) == ([], [f"x{text}" for text in texts])
+
+
+# ---- odd rows by the thousand ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", fuzz_rows.TEXTS)
+def test_a_thousand_mutated_lines_are_each_a_row_or_a_reject(tmp_path: Path, form: str) -> None:
+    """No exception, the same in ranges as whole, and the accounting exact; benchmarks/fuzz_rows.py reads 20,000."""
+    _, found = fuzz_rows.check_text(form, 1_000, 7, tmp_path)
+    assert found.accepted > 300
+    assert len(found.reasons) > 4
+
+
+def test_a_thousand_mutated_values_of_parquet_columns_of_every_type(tmp_path: Path) -> None:
+    _, found = fuzz_rows.check_parquet(1_000, 7, tmp_path)
+    assert found.reasons[CHARSET] > 20
+    assert found.total == 1_000
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("form", [*fuzz_rows.TEXTS, "parquet"])
+def test_mutated_logs(tmp_path: Path, form: str, seed: int) -> None:
+    if form == "parquet":
+        fuzz_rows.check_parquet(5_000, seed, tmp_path)
+    else:
+        fuzz_rows.check_text(form, 5_000, seed, tmp_path)
