@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 
 from ncf_dist.config import Config, Input
 from ncf_dist.errors import InputError
+from ncf_dist.prepare import files
 from ncf_dist.prepare.chunks import UNREADABLE
 from ncf_dist.prepare.records import settle
 from ncf_dist.prepare.rows import RowSpec, read_one
@@ -177,12 +178,12 @@ class Found:
 def read(config: Input, staging: Path, range_bytes: int | None = None) -> Found:
     """The log as prepare's tasks read it, in ranges of `range_bytes` where that is given."""
     path = str(config.path)
-    source = interactions_source(config, [path])
+    source = interactions_source(config, files.Found((path,)))
     if range_bytes:
         size = Path(path).stat().st_size
         pieces = [(Piece(0, at, min(size, at + range_bytes)),) for at in range(0, size, range_bytes)]
         source = replace(source, units=tuple(pieces))
-    types = id_types(config, [path])
+    types = id_types(config, files.Found((path,)))
     spec = RowSpec(source, *types, config.time_unit, 2**62, config.rating_range, str(staging))
 
     def each(known: Source, units: Sequence[int]) -> list[dict[str, Any]]:

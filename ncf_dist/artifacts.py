@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import posixpath
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -341,33 +340,6 @@ def sync(path: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def input_files(path: str) -> list[str]:
-    """The files behind a file, a folder or a glob, sorted, each once.
-
-    Hidden files and folders, `_SUCCESS` and `_temporary` among them, are left out. Raises InputError
-    where there is none.
-    """
-    root = resolve(path)
-    fs, inner = filesystem(root)
-    if fs.isdir(inner):
-        found = fs.find(inner)
-    elif any(c in inner for c in "*?["):
-        found = [p for match in fs.glob(inner) for p in ([match] if fs.isfile(match) else fs.find(match))]
-    else:
-        found = [inner] if fs.exists(inner) else []
-    above = inner if fs.isdir(inner) else posixpath.dirname(re.split(r"[*?\[]", inner, maxsplit=1)[0])
-    files = sorted(p for p in set(found) if not re.search(r"(^|/)[._]", posixpath.relpath(p, above)))
-    if not files:
-        what = (
-            "is an empty folder" if fs.isdir(inner) else "matches no file" if not fs.exists(inner) else "holds nothing"
-        )
-        raise InputError(
-            f"input {root} {what}; needed a file, a folder or a glob with the interaction log: "
-            "set input.path (or run the job fetch)"
-        )
-    return files if is_local(root) else [str(fs.unstrip_protocol(p)) for p in files]
 
 
 def listed_ids(given: str | Sequence[str | int]) -> tuple[str, ...]:

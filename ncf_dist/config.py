@@ -12,10 +12,11 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ncf_dist.errors import ConfigError
 
@@ -23,7 +24,7 @@ InputFormat = Literal["movielens-dat", "movielens-tsv", "movielens-csv", "csv", 
 IdType = Literal["int", "string"]
 Place = str | Annotated[int, Field(ge=0)]
 """Where a field is: a column's name (header, JSON key, Parquet column), or its position in a line, from 0."""
-Dataset = Literal["synthetic", "ml-100k", "ml-1m", "ml-20m"]
+Dataset = Literal["synthetic", "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-25m", "ml-32m"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 MEMORY_PATTERN = r"^[1-9][0-9]*[kmgt]$"
@@ -128,6 +129,14 @@ class SideTable(Section):
     """Further columns by the name they get."""
 
 
+def _by_path(given: Any) -> Any:
+    return {"path": given} if isinstance(given, str) else given
+
+
+SideOrPath = Annotated[SideTable | None, BeforeValidator(_by_path)]
+"""A side table, or its path alone."""
+
+
 class Input(Section):
     path: str | tuple[str, ...]
     """The interaction log: a file, a folder of them, a glob, or several of these."""
@@ -156,10 +165,10 @@ class Input(Section):
     """Longer lines go to the quarantine; bounds what a reader holds in memory."""
     rating_range: tuple[float, float] | None = None
     """Lowest and highest rating there is; others go to the quarantine."""
-    items: str | SideTable | None = None
+    items: SideOrPath = None
     """Optional item side table; as a path alone: movies.dat, u.item or movies.csv of the log's family."""
-    users: SideTable | None = None
-    """Optional user side table."""
+    users: SideOrPath = None
+    """Optional user side table; as a path alone likewise: users.dat or u.user."""
     feedback: Literal["implicit", "explicit"] = "implicit"
     """`implicit`: a row is a positive, contrasted with negatives · `explicit`: the rating itself is learned."""
     min_rating: float | None = None
@@ -200,6 +209,19 @@ class Input(Section):
             )
         if self.since is not None and self.until is not None and self.since >= self.until:
             raise ValueError(f"input.since is {self.since} and input.until {self.until}; needed an earlier since")
+        taken: dict[Place, str] = {}
+        for name, place in self.columns.model_dump().items():
+            if place is None:
+                continue
+            if isinstance(place, int) and self.fields is not None and place >= self.fields:
+                raise ValueError(
+                    f"input.columns.{name} is {place} with input.fields {self.fields}; needed a position from 0 to "
+                    f"{self.fields - 1}"
+                )
+            if (other := taken.setdefault(place, name)) != name:
+                raise ValueError(
+                    f"input.columns.{other} and input.columns.{name} are both {place!r}; needed two columns"
+                )
         if self.rating_range is not None and self.rating_range[0] > self.rating_range[1]:
             raise ValueError(f"input.rating_range is {list(self.rating_range)}; needed [lowest, highest]")
         return self
@@ -621,12 +643,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _read_yaml(Path(path))
     for override in overrides:
         _apply(tree, override)
-    # A section with nothing in it (all its keys commented out) has its defaults.
-    tree = {name: {} if value is None and name in Config.model_fields else value for name, value in tree.items()}
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(_filled(tree, Config))
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from None
+        raise ConfigError(f"{path}: {_mistakes(error)}") from None
 
 
 def parse_ds(text: str | None) -> str:
@@ -691,25 +711,75 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[parts[-1]] = value
 
 
-def _explain(error: Any) -> str:
-    """One validation error as: key, what we got, what was needed."""
-    where = [str(part) for part in error["loc"]]
-    name = ".".join(where)
-    if error["type"] == "extra_forbidden":
-        known = _keys(where[:-1])
-        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*where[:-1], near[0]])}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {name} ({hint})"
-    if error["type"] == "missing":
-        return f"{name} is missing; add it, conf/demo.yaml shows how"
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    return f"{name} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+def _mistakes(error: ValidationError) -> str:
+    """Each mistake as: key, what we got, what was needed. A key that may have one of several forms is said once."""
+    said: dict[str, list[str]] = {}
+    for each in error.errors():
+        names, keys = _place(each["loc"])
+        name = ".".join(names)
+        if each["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(names[-1], keys, n=1, cutoff=0.5)
+            hint = f"did you mean {'.'.join([*names[:-1], near[0]])}?" if near else f"known here: {', '.join(keys)}"
+            said.setdefault(f"unknown key {name} ({hint})", [])
+        elif each["type"] == "missing":
+            said.setdefault(f"{name} is missing; add it, conf/demo.yaml shows how", [])
+        elif each["type"] == "value_error":
+            said.setdefault(str(each["ctx"]["error"]), [])
+        else:
+            needed = f"needed a section with {', '.join(keys)}" if each["type"] == "model_type" else each["msg"]
+            found = said.setdefault(f"{name} is {each['input']!r}", [])
+            found += [text for text in [needed[0].lower() + needed[1:]] if text not in found]
+    return "; ".join(f"{what}: {', or '.join(needed)}" if needed else what for what, needed in said.items())
 
 
-def _keys(where: Iterable[str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in where:
-        annotation = model.model_fields[part].annotation
-        model = next(t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel))
-    return [field.alias or name for name, field in model.model_fields.items()]
+def _place(loc: Iterable[str | int]) -> tuple[list[str], list[str]]:
+    """(the key that an error of pydantic is about, the keys known in its section). Of the names in `loc` those are left
+    out that tell which form of a value pydantic tried: they are no keys."""
+    names: list[str] = []
+    known: list[str] = []
+    kind: Any = Config
+    for part in loc:
+        section = _section(kind)
+        table = next((form for form in _forms(kind) if get_origin(form) is dict), None)
+        if part == "[key]":
+            continue
+        if section is not None and part != section.__name__:
+            fields = {field.alias or name: field for name, field in section.model_fields.items()}
+            found = fields.get(str(part))
+            names, known, kind = [*names, str(part)], list(fields), found.annotation if found else None
+        elif table is not None:
+            names, kind = [*names, str(part)], get_args(table)[1]
+        elif isinstance(part, int):
+            names, kind = [*names, str(part)], None
+    section = _section(kind)
+    if section is not None:
+        known = [field.alias or name for name, field in section.model_fields.items()]
+    return names, known
+
+
+def _forms(kind: Any) -> list[Any]:
+    """The forms that a value of this type may have: `Annotated[A | B, …]` → A, B."""
+    if get_origin(kind) is Annotated:
+        return _forms(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [form for each in get_args(kind) for form in _forms(each)]
+    return [kind]
+
+
+def _section(kind: Any) -> type[BaseModel] | None:
+    return next((form for form in _forms(kind) if isinstance(form, type) and issubclass(form, BaseModel)), None)
+
+
+def _filled(tree: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """A section with nothing in it (all its keys commented out) has its defaults."""
+    filled = dict(tree)
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        section = _section(field.annotation)
+        if section is None or key not in tree:
+            continue
+        if tree[key] is None and type(None) not in _forms(field.annotation):
+            filled[key] = {}
+        elif isinstance(tree[key], dict):
+            filled[key] = _filled(tree[key], section)
+    return filled

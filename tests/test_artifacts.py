@@ -26,15 +26,13 @@ from ncf_dist.artifacts import (
     StageRuns,
     TableInfo,
     fingerprint,
-    input_files,
-    read_bytes,
     read_manifest,
     run_key,
     write_atomic,
     write_parquet,
 )
 from ncf_dist.contracts import ITEM_STATS
-from ncf_dist.errors import BusyRun, ContractError, InputError
+from ncf_dist.errors import BusyRun, ContractError
 
 ROOT = Path(__file__).parent.parent
 DS = "2026-01-31"
@@ -248,54 +246,3 @@ def test_a_fingerprint_changes_when_a_file_is_added_removed_or_rewritten(tmp_pat
     b.write_text("longer")
     found.add(fingerprint(both))
     assert len(found) == 5
-
-
-@pytest.fixture
-def logs(tmp_path: Path) -> Path:
-    for name in ("b.dat", "a.dat", "deep/c.dat", ".hidden.dat", "_SUCCESS", "_temporary/0/d.dat", ".trash/e.dat"):
-        path = tmp_path / "logs" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    return tmp_path / "logs"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        ("", ["a.dat", "b.dat", "deep/c.dat"]),
-        ("a.dat", ["a.dat"]),
-        ("*.dat", ["a.dat", "b.dat"]),
-        ("*", ["a.dat", "b.dat", "deep/c.dat"]),
-        ("[bc].dat", ["b.dat"]),
-        ("d*p", ["deep/c.dat"]),
-        ("**", ["a.dat", "b.dat", "deep/c.dat"]),
-        ("**/*.dat", ["a.dat", "b.dat", "deep/c.dat"]),
-    ],
-)
-def test_input_files_are_sorted_without_what_is_hidden(logs: Path, pattern: str, expected: list[str]) -> None:
-    assert input_files(str(logs / pattern)) == [str(logs / name) for name in expected]
-
-
-def test_a_hidden_folder_above_the_input_hides_nothing(logs: Path) -> None:
-    (logs / "_temporary" / "d.dat").write_text("d")
-    assert input_files(str(logs / "_temporary")) == [str(logs / "_temporary" / n) for n in ("0/d.dat", "d.dat")]
-    assert input_files(str(logs / "_temporary" / "*.dat")) == [str(logs / "_temporary" / "d.dat")]
-
-
-def test_input_files_may_be_relative_or_a_url(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(logs.parent)
-    assert input_files("logs/a.dat") == input_files(f"file://{logs}/a.dat") == [str(logs / "a.dat")]
-    folder = f"memory://{uuid.uuid4().hex}"
-    artifacts.write_bytes(f"{folder}/x.dat", b"x")
-    assert [read_bytes(path) for path in input_files(folder)] == [b"x"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "what"),
-    [("nothing.dat", "matches no file"), ("*.csv", "matches no file"), ("empty", "is an empty folder")],
-)
-def test_no_input_is_an_error_that_names_the_key(logs: Path, pattern: str, what: str) -> None:
-    (logs / "empty").mkdir()
-    (logs / "empty" / "_SUCCESS").write_text("")
-    with pytest.raises(InputError, match=f"{what}; needed a file, a folder or a glob .*: set input.path"):
-        input_files(str(logs / pattern))

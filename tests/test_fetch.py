@@ -421,12 +421,18 @@ def test_an_unpacked_folder_is_taken(tmp_path: Path, below: bool) -> None:
     ("dataset", "names", "form"),
     [
         ("ml-100k", ["u.data", "u.item"], "movielens-tsv"),
+        ("ml-10m", ["ratings.dat", "movies.dat"], "movielens-dat"),
         ("ml-20m", ["ratings.csv", "movies.csv"], "movielens-csv"),
+        ("ml-25m", ["ratings.csv", "movies.csv"], "movielens-csv"),
+        ("ml-32m", ["ratings.csv", "movies.csv"], "movielens-csv"),
     ],
 )
 def test_the_other_datasets(tmp_path: Path, dataset: str, names: list[str], form: str) -> None:
-    folder = folder_of(tmp_path / "source", dict.fromkeys(names, b"x\n"))
+    """As GroupLens packs them: tags, links and the genome are left where they are."""
+    beside = ["tags.dat"] if form == "movielens-dat" else ["tags.csv", "links.csv", "genome-scores.csv"]
+    folder = folder_of(tmp_path / "source", dict.fromkeys([*names, *beside], b"x\n"))
     outcome = taken(tmp_path, folder, dataset)
+    assert not {path.name for path in Path(outcome.outputs["ratings"]).parent.iterdir()} & set(beside)
     assert [Path(outcome.outputs[table]).name for table in ("ratings", "movies")] == names
     assert outcome.extra == {"format": form}
     assert "users" not in outcome.outputs
@@ -735,7 +741,10 @@ def test_the_published_checksums() -> None:
     assert {name: archive.md5 for name, archive in grouplens.ARCHIVES.items()} == {
         "ml-100k": "0e33842e24a9c977be4e0107933c0723",
         "ml-1m": "c4d9eecfca2ab87c1945afe126590906",
+        "ml-10m": "ce571fd55effeba0271552578f2648bd",
         "ml-20m": "cd245b17a1ae2cc31bb14903e1204af3",
+        "ml-25m": "6b51fb2759a8657d3bfcbfc42b592ada",
+        "ml-32m": "d472be332d4daa821edc399621853b57",
     }
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz_rows
 from ncf_dist.prepare import given as given_candidates
-from ncf_dist.prepare import reading, rows, sides
+from ncf_dist.prepare import reading, sides, values
 from ncf_dist.prepare.chunks import SLICE, UNREADABLE, Chunk, Raw, row_by_row
 from ncf_dist.prepare.reading import CHARSET
 from ncf_dist.prepare.source import Source, plan
@@ -208,13 +208,13 @@ def test_what_is_no_row_s_fault_ends_the_read(error: type[Exception]) -> None:
         list(row_by_row(chunk_of(["a", "b"]), work))
 
 
-@pytest.mark.parametrize("where", ["rows.floats", "reading.json.JSONDecoder.decode", "reading._objects"])
+@pytest.mark.parametrize("where", ["values.floats", "reading.json.JSONDecoder.decode", "reading._objects"])
 def test_a_row_on_which_our_own_code_raises_is_quarantined_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """A fault of ours that nobody has thought of: a RuntimeError at the rating 777,777."""
     owner, name = where.rsplit(".", 1)
-    target: Any = {"rows": rows, "reading": reading, "reading.json.JSONDecoder": json.JSONDecoder}[owner]
+    target: Any = {"values": values, "reading": reading, "reading.json.JSONDecoder": json.JSONDecoder}[owner]
     real = getattr(target, name)
 
     def fragile(*given: Any, **named: Any) -> Any:
@@ -275,9 +275,9 @@ def test_a_candidate_that_is_no_id_is_named(tmp_path: Path, line: bytes) -> None
 
 ROWS = 50_000
 ODD: dict[str, tuple[Any, Any, list[str], str]] = {
-    "integers": (rows.integers, str, [" 5", "+7", "x1", HUGE, str(2**63)], "_odd_integers"),
-    "floats": (rows.floats, lambda n: f"{n}.5", [" 5", "bad", "1_0", "nan "], "_floats_one_by_one"),
-    "times": (rows.iso_times, lambda n: f"2024-01-{n % 28 + 1:02d}T00:00:00Z", ["soon", "20240131", ""], "_iso"),
+    "integers": (values.integers, str, [" 5", "+7", "x1", HUGE, str(2**63)], "_odd_integers"),
+    "floats": (values.floats, lambda n: f"{n}.5", [" 5", "bad", "1_0", "nan "], "_floats_one_by_one"),
+    "times": (values.iso_times, lambda n: f"2024-01-{n % 28 + 1:02d}T00:00:00Z", ["soon", "20240131", ""], "_iso"),
 }
 
 
@@ -285,17 +285,17 @@ ODD: dict[str, tuple[Any, Any, list[str], str]] = {
 def test_an_odd_value_does_not_send_its_neighbours_the_slow_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 50,000 values five are odd: they alone (of ratings: their slices) reach what is slow. Calls, not seconds."""
     read_column, good, odd, slow = ODD[kind]
-    values = [good(n) for n in range(ROWS)]
+    texts = [good(n) for n in range(ROWS)]
     for at, text in enumerate(odd):
-        values[(at * 12_347 + 11) % ROWS] = text
-    real, seen = getattr(rows, slow), Counter[str]()
+        texts[(at * 12_347 + 11) % ROWS] = text
+    real, seen = getattr(values, slow), Counter[str]()
 
     def counted(given: Any) -> Any:
         seen[slow] += 1 if isinstance(given, str) else len(given)
         return real(given)
 
-    monkeypatch.setattr(rows, slow, counted)
-    found, ok = read_column(pa.array(values))
+    monkeypatch.setattr(values, slow, counted)
+    found, ok = read_column(pa.array(texts))
     assert 0 < seen[slow] <= len(odd) * (SLICE if kind == "floats" else 1)
     alone = [read_column(pa.array([value])) for value in odd]
     for (value, good_one), at in zip(alone, range(len(odd)), strict=True):
@@ -337,9 +337,9 @@ def test_a_broken_byte_does_not_send_its_neighbours_the_slow_way(monkeypatch: py
     )
 )
 def test_a_time_means_the_same_alone_and_among_others(texts: list[str]) -> None:
-    together = rows.iso_times(pa.array(texts, pa.string()))
+    together = values.iso_times(pa.array(texts, pa.string()))
     for text, value, good in zip(texts, *together, strict=True):
-        [alone], [good_alone] = rows.iso_times(pa.array([text]))
+        [alone], [good_alone] = values.iso_times(pa.array([text]))
         assert (value, good) == (alone, good_alone), text
 
 

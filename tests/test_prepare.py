@@ -27,9 +27,11 @@ from ncf_dist import contracts
 from ncf_dist.artifacts import Lake, read_manifest
 from ncf_dist.config import Config, Layout, Negatives, Split
 from ncf_dist.errors import ContractError, InputError
+from ncf_dist.inputs import Listing
 from ncf_dist.prepare import index, layout
+from ncf_dist.prepare.files import select_files
+from ncf_dist.prepare.formats import FORMATS
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.prepare.source import FORMATS, select_files
 from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.prepare.users import Block, UserPass, deduplicate, order_bucket, user_pass, whole_users
 from ncf_dist.sampling import Purpose, hash64, negatives
@@ -74,7 +76,7 @@ BAD: dict[Fields, str] = {
     ("1", "2", "1e39", "4"): "rating is not finite",
     ("1", "2", "-Infinity", "4"): "rating is not finite",
     ("1", "2", "3", "noon"): "timestamp is not an integer",
-    ("1", "2", "3", "4.5"): "timestamp is not an integer",
+    ("1", "2", "3", "4.5.6"): "timestamp is not an integer",
     ("1", "2", "3", "-1"): "timestamp is negative",
 }
 
@@ -548,10 +550,19 @@ def test_the_smallest_log_has_every_table_and_counts_what_min_rating_leaves_out(
         ("movielens-tsv", ["u.data", "u.item", "u1.base", "more.tsv"], ["u.data", "more.tsv"]),
         ("movielens-csv", ["ratings.csv", "movies.csv", "links.csv", "tags.csv"], ["ratings.csv"]),
         ("movielens-dat", ["a.dat.gz", "movies.dat.gz", "b.zip"], ["a.dat.gz"]),
+        ("movielens-dat", ["ratings.dat", "tags.dat", "movies.dat", "allbut.pl"], ["ratings.dat"]),
+        ("movielens-csv", ["genome-scores.csv", "genome-tags.csv", "RATINGS.CSV", "README.txt"], ["RATINGS.CSV"]),
+        ("csv", ["jan.csv", "FEB.CSV", "mar.Csv.GZ", "apr.tsv"], ["jan.csv", "FEB.CSV", "mar.Csv.GZ"]),
+        (
+            "parquet",
+            ["a.parquet.gzip", "b.snappy.parquet", "c.PARQUET", "d.parquet.crc"],
+            ["a.parquet.gzip", "b.snappy.parquet", "c.PARQUET"],
+        ),
+        ("tsv", ["log.txt", "README.txt"], ["log.txt"]),
     ],
 )
 def test_of_a_folder_the_files_of_the_format_are_read(form: str, names: list[str], expected: list[str]) -> None:
-    found = select_files([f"raw/{name}" for name in names], FORMATS[form], form)
+    found = select_files(Listing("raw", "folder", tuple(f"raw/{name}" for name in names)), FORMATS[form], form)
     assert found == [f"raw/{name}" for name in expected]
 
 

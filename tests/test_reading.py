@@ -11,9 +11,11 @@ import gzip
 import io
 import json
 import math
+import re
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,9 @@ from ncf_dist.config import Columns, Input
 from ncf_dist.errors import ConfigError, InputError
 from ncf_dist.prepare import reading, source
 from ncf_dist.prepare.records import settle, whole_lines
-from ncf_dist.prepare.rows import LATE, RowSpec, day_start, floats, integers, iso_times, read_one
+from ncf_dist.prepare.rows import LATE, RowSpec, day_start, read_one
 from ncf_dist.prepare.source import FORMATS, find_files, id_types, interactions_source
+from ncf_dist.prepare.values import floats, integers, iso_times
 
 law = settings(deadline=None, max_examples=150)
 UNTIL = 2**62
@@ -219,7 +222,8 @@ BAD: dict[bytes, str] = {
     b"1,NULL,3,4": "item id is null",
     b"one,2,3,4": "user id is not an integer",
     b"0x1F,2,3,4": "user id is not an integer",
-    b"1.0,2,3,4": "user id is not an integer",
+    b"1.5,2,3,4": "user id is not an integer",
+    b"nan,2,3,4": "user id is null",
     b"1,9223372036854775808,3,4": "item id is not an integer",
     b"1,2,,4": "rating is not a number",
     b"1,2,4f,4": "rating is not a number",
@@ -281,7 +285,7 @@ def test_json_lines_that_are_no_rows(tmp_path: Path) -> None:
         '{"u": 1, "i": true, "r": 3, "t": 4}': "a field is neither text nor a number",
         '{"u": 1, "i": 2, "r": NaN, "t": 4}': "rating is not finite",
         '{"u": 1, "i": 2, "r": null, "t": 4}': "rating is not a number",
-        '{"u": 1, "i": 2, "r": 3, "t": 4.5}': "timestamp is not an integer",
+        '{"u": 1, "i": 2, "r": 3, "t": "4.5x"}': "timestamp is not an integer",
     }
     rows, rejects = read(tmp_path, csv_input(log(tmp_path, "\n".join(lines)), format="jsonl"))
     assert rows == []
@@ -319,10 +323,13 @@ def test_integers_of_text_are_those_that_python_reads_without_its_extras(texts: 
     values, ok = integers(pa.array(texts, pa.string()))
     for text, value, good in zip(texts, values.tolist(), ok.tolist(), strict=True):
         plain = text.strip(" \t\n\r\f\v")
-        digits = plain[1:] if plain[:1] in ("+", "-") else plain
-        whole = bool(digits) and all(c in "0123456789" for c in digits) and -(2**63) <= int(plain) < 2**63
+        if re.fullmatch("[+-]?[0-9]+", plain):
+            whole = -(2**63) <= int(plain) < 2**63
+        else:  # as a float is written: an integer as far as floats are exact
+            written = re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", plain)
+            whole = bool(written) and abs(Decimal(plain)) <= 2**53 and Decimal(plain) % 1 == 0
         assert good == whole, text
-        assert not good or value == int(plain)
+        assert not good or value == Decimal(plain)
 
 
 @law

@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ncf_dist.prepare import reading, records, source
+from ncf_dist.prepare.files import Found
 from ncf_dist.prepare.records import Quotes, settle, uncut, whole_records
 from ncf_dist.prepare.source import Piece, Source, interactions_source
 from tests.test_reading import _split, csv_input, log, read
@@ -224,7 +225,7 @@ def test_a_range_is_read_again_only_where_its_guess_was_wrong(tmp_path: Path, mo
     for notes, rounds in ((["plain"] * 2_000, 1), ([row[4] for row in rows], 1), (["x\n1,2,3,4,5\n"] * 2_000, 2)):
         lines = [[*row[:4], note] for row, note in zip(rows, notes, strict=True)]
         path = log(tmp_path, written([["u", "i", "r", "t", "note"], *lines], csv.QUOTE_MINIMAL, "\n"))
-        made = interactions_source(csv_input(path), [path])
+        made = interactions_source(csv_input(path), Found((path,)))
         reads: list[int] = []
 
         def each(known: Source, units: Sequence[int], reads: list[int] = reads) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from ncf_dist import machine
-from ncf_dist.artifacts import Lake, filesystem, input_files, is_local, resolve
-from ncf_dist.config import Config, Negatives, Paths, SideTable
+from ncf_dist.artifacts import Lake, filesystem, is_local, resolve
+from ncf_dist.config import Config, Negatives, Paths
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import InputError, NcfError
+from ncf_dist.inputs import input_files
 
 GIB = 1024**3
 ROW_BYTES = 20
@@ -69,7 +70,7 @@ def inputs(config: Config) -> Iterator[Check]:
     items, users = section.items, section.users
     given: dict[str, tuple[str, str | tuple[str, ...] | None]] = {
         "input": ("input.path", section.path),
-        "items": ("input.items", items.path if isinstance(items, SideTable) else items),
+        "items": ("input.items", items.path if items else None),
         "users": ("input.users", users.path if users else None),
         "test": ("split.test", split.test),
         "candidates": ("split.candidates", split.candidates),

@@ -67,10 +67,19 @@ ARCHIVES = {
             {"ratings": "ratings.dat", "movies": "movies.dat", "users": "users.dat"},
         ),
         Archive(
-            "ml-20m",
-            "cd245b17a1ae2cc31bb14903e1204af3",
-            "movielens-csv",
-            {"ratings": "ratings.csv", "movies": "movies.csv"},
+            "ml-10m",
+            "ce571fd55effeba0271552578f2648bd",
+            "movielens-dat",
+            {"ratings": "ratings.dat", "movies": "movies.dat"},
+            ("README.html",),
+        ),
+        *(
+            Archive(name, md5, "movielens-csv", {"ratings": "ratings.csv", "movies": "movies.csv"})
+            for name, md5 in (
+                ("ml-20m", "cd245b17a1ae2cc31bb14903e1204af3"),
+                ("ml-25m", "6b51fb2759a8657d3bfcbfc42b592ada"),
+                ("ml-32m", "d472be332d4daa821edc399621853b57"),
+            )
         ),
     )
 }

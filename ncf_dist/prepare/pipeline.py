@@ -24,26 +24,30 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import contracts
 from ncf_dist.ancestry import DIGESTS, INDEXES, index_sizes
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, fingerprint, read_manifest, remove, run_key
-from ncf_dist.config import Config, SideTable
+from ncf_dist.artifacts import (
+    FileInfo,
+    Lake,
+    Manifest,
+    Outcome,
+    TableInfo,
+    read_manifest,
+    read_schema,
+    remove,
+    run_key,
+)
+from ncf_dist.config import Config
 from ncf_dist.errors import InputError
 from ncf_dist.prepare import clean
+from ncf_dist.prepare.files import Found, find_files
+from ncf_dist.prepare.formats import FORMATS
 from ncf_dist.prepare.given import candidate_rows
+from ncf_dist.prepare.hints import hint, time_warnings
 from ncf_dist.prepare.index import digests, extend_index
 from ncf_dist.prepare.layout import write_train
 from ncf_dist.prepare.records import settle, uncut
 from ncf_dist.prepare.rows import LATE, RowSpec, day_start, read_pass, staged_schema
 from ncf_dist.prepare.sides import SideSpec, side_columns, side_contract, write_side
-from ncf_dist.prepare.source import (
-    FORMATS,
-    Source,
-    find_files,
-    id_types,
-    interactions_source,
-    plan,
-    side_files,
-    side_source,
-)
+from ncf_dist.prepare.source import Source, id_types, interactions_source, plan, side_files, side_source
 from ncf_dist.prepare.splits import SplitRule, day_of, temporal_rule
 from ncf_dist.prepare.users import UserPass, count_pass, staging_schema, train_contract, user_pass
 from ncf_dist.spark_io import (
@@ -92,7 +96,9 @@ def prepare(config: Config, ds: str) -> Outcome:
     finally:
         remove(posixpath.join(run, "_staging"))
     seconds = round(time.monotonic() - start, 3)
-    manifest = runs.finish(Manifest(STAGE, ds, key, run, used, inputs, tables, facts, {}, seconds))
+    manifest = runs.finish(
+        Manifest(STAGE, ds, key, run, used, {**inputs, "files": files.counts()}, tables, facts, {}, seconds)
+    )
     log.info("prepared %s in %.1f s: %s", run, seconds, json.dumps(facts["rows"]))
     return Outcome.of(manifest, rows=facts["rows"])
 
@@ -101,33 +107,34 @@ def prepare(config: Config, ds: str) -> Outcome:
 class _Files:
     """Every file that the tables are made from."""
 
-    log: list[str]
-    test: list[str]
-    candidates: list[str]
-    items: list[str]
-    users: list[str]
+    log: Found
+    test: Found
+    candidates: Found
+    items: Found
+    users: Found
 
     @classmethod
     def find(cls, config: Config) -> _Files:
         """Raises InputError where one is missing."""
         form, name = FORMATS[config.input.format], config.input.format
-        sides = {kind: _side(config, kind) for kind in ("items", "users")}
+        sides = {"items": config.input.items, "users": config.input.users}
+        split = config.split
         return cls(
             find_files(config.input.path, form, name),
-            find_files(config.split.test, form, name) if config.split.test else [],
-            find_files(config.split.candidates, None, name) if config.split.candidates else [],
-            *(side_files(kind, side, name) if side else [] for kind, side in sides.items()),
+            find_files(split.test, form, name, "split.test") if split.test else Found(),
+            find_files(split.candidates, None, name, "split.candidates") if split.candidates else Found(),
+            *(side_files(kind, side, name) if side else Found() for kind, side in sides.items()),
         )
 
-    def fingerprints(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, Any]:
         named = {"interactions": self.log, "items": self.items}
         further = {"test": self.test, "candidates": self.candidates, "users": self.users}
-        return {name: fingerprint(files) for name, files in (named | {k: v for k, v in further.items() if v}).items()}
+        return {name: files.fingerprint() for name, files in (named | {k: v for k, v in further.items() if v}).items()}
 
-
-def _side(config: Config, kind: str) -> SideTable | None:
-    given = config.input.items if kind == "items" else config.input.users
-    return SideTable(path=given) if isinstance(given, str) else given
+    def counts(self) -> dict[str, int]:
+        """Files of the log that are read, and those beside them that are not."""
+        found = (self.log, self.test)
+        return {"read": sum(len(f.paths) for f in found), "left_out": sum(len(f.left_out) for f in found)}
 
 
 @dataclass
@@ -161,7 +168,7 @@ class _Night:
     ) -> None:
         self.spark, self.config, self.files, self.before, self.run = spark, config, files, before, run
         self.staging = posixpath.join(run, "_staging")
-        self.id_types = id_types(config.input, files.log)
+        self.id_types = id_types(config.input, files.log, _index_types(before))
         self.until = config.input.until or dt.date.fromisoformat(ds)
         self.tables: dict[str, TableInfo] = {}
         self.frames: dict[str, DataFrame] = {}
@@ -255,10 +262,10 @@ class _Night:
         total, rejected = sum(unit["rows"] for unit in stats), sum(reasons.values())
         if not total:
             raise InputError(
-                f"input {', '.join(self.files.log[:3])} is empty (0 rows); "
+                f"input {', '.join(self.files.log.paths[:3])} is empty (0 rows); "
                 f"needed an interaction log of format {config.format}"
             )
-        log.info("read %s rows of %d files, %s rejected", f"{total:,}", len(self.files.log), f"{rejected:,}")
+        log.info("read %s rows of %d files, %s rejected", f"{total:,}", len(self.files.log.paths), f"{rejected:,}")
         rejects = self._staged(
             [path for unit in stats for path in unit["files"]["rejects"]], contracts.QUARANTINE.schema
         )
@@ -268,6 +275,8 @@ class _Night:
         else:
             self.tables["quarantine"] = table_info(contracts.QUARANTINE, [], self.run)
         self._judge(rejects, reasons, total)
+        for warning in time_warnings(config, stats, reasons, total, self.until):
+            log.warning("%s", warning)
         schema = staged_schema(*self.id_types)
         rows = self._staged([path for unit in stats for path in unit["files"]["rows"]], schema)
         for name in ("user_id", "item_id"):
@@ -312,7 +321,7 @@ class _Night:
                 f"{bad:,} of {judged:,} rows ({bad / judged:.1%}) of {config.path} do not fit "
                 f"format {config.format}: {dict(sorted(reasons.items()))}, for example {example['raw'][:80]!r} "
                 f"({example['reason']}); needed lines like {wanted!r} and at most {config.max_bad_fraction:.1%} bad: "
-                f"set input.format to what the file is, or mend it; every rejected row and its reason is in "
+                f"{hint(config, reasons, example['raw'])}, or fix the file; every rejected row and its reason is in "
                 f"{self.run}/quarantine"
             )
         if not judged:
@@ -345,7 +354,7 @@ class _Night:
     def _candidates(self) -> DataFrame | None:
         if not self.files.candidates:
             return None
-        files = tuple(self.files.candidates)
+        files = self.files.candidates.paths
         none = (None,) * len(files)
         line: dict[str, str | int] = {"line": 0}
         source = Source(files, "text", (line,) * len(files), plan(files, "text"), "\t", counts=none,
@@ -443,7 +452,7 @@ class _Night:
         """Write the side tables; what was found in each."""
         facts: dict[str, Any] = {}
         for kind, id_type in zip(("users", "items"), self.id_types, strict=True):
-            side = _side(self.config, kind)
+            side = self.config.input.items if kind == "items" else self.config.input.users
             if side is None:
                 continue
             files = self.files.items if kind == "items" else self.files.users
@@ -481,6 +490,13 @@ def _base(lake: Lake, ds: str) -> Manifest | None:
         return read_manifest(lake.stage(recorded["ds"], STAGE).run_path(recorded["run_key"])) if recorded else None
     earlier = [night for night in lake.nights(STAGE) if night < ds]
     return lake.stage(earlier[-1], STAGE).current() if earlier else None
+
+
+def _index_types(before: Manifest | None) -> tuple[pa.DataType | None, pa.DataType | None]:
+    """The types of user_id and item_id in the indexes that a night extends; None where they hold nothing."""
+    files = [before.files(f"{side}_index") if before else [] for side in ("user", "item")]
+    user, item = (read_schema(paths[0]).types[0] if paths else None for paths in files)
+    return user, item
 
 
 def _split_facts(rule: SplitRule) -> dict[str, Any]:

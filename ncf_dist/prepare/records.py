@@ -20,7 +20,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ncf_dist.prepare.source import BOM, Piece, Source
+from ncf_dist.prepare.source import Piece, Source
+from ncf_dist.prepare.streams import BOM
 
 Positions = npt.NDArray[np.int64]
 Records = tuple[int, bytes, Positions, Positions]

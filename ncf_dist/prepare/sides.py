@@ -23,8 +23,8 @@ from ncf_dist.config import SideTable
 from ncf_dist.errors import InputError
 from ncf_dist.prepare.chunks import Chunk, as_mask, row_by_row
 from ncf_dist.prepare.reading import read_unit
-from ncf_dist.prepare.rows import floats, integers
 from ncf_dist.prepare.source import Source
+from ncf_dist.prepare.values import floats, integers
 from ncf_dist.spark_io import ROWS_PER_FILE, Pass, map_in_arrow, spark_path, write_table
 
 TYPES = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}

@@ -7,80 +7,23 @@ they are compressed or small, row groups of Parquet files. Units depend on the f
 from __future__ import annotations
 
 import csv
-import fnmatch
-import posixpath
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ncf_dist.artifacts import filesystem, input_files
+from ncf_dist.artifacts import filesystem
 from ncf_dist.config import Input, SideTable
 from ncf_dist.errors import ConfigError, InputError
+from ncf_dist.prepare.files import Found, find_files
+from ncf_dist.prepare.footers import Footer, footer
+from ncf_dist.prepare.formats import FORMATS, NAMED, SIDES, UNNAMED, Field, Format, compression
+from ncf_dist.prepare.streams import HEADER_LIMIT, SNIFFED, Written, head, wide
 
 UNIT_BYTES = 32 * 2**20
-BOM = b"\xef\xbb\xbf"
-COMPRESSION = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-HEADER_LIMIT = 2**20
-
-Field = str | int
-"""A column's name, or its position in a line."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a family of files is written, and what its files are called in a folder."""
-
-    kind: str
-    """text | jsonl | parquet"""
-    patterns: tuple[str, ...]
-    others: tuple[str, ...] = ()
-    separator: str = ","
-    header: bool | None = False
-    """None: the first line is a header if it holds the known names."""
-    quote: bool = False
-    fields: Mapping[str, Field] | None = None
-    """Known places of user, item, rating and timestamp; None: the config names them."""
-    count: int | None = None
-    numbers: bool = False
-    """Whether ids are numbers where the config does not say."""
-    example: str = ""
-
-
-_MOVIELENS = {"user": 0, "item": 1, "rating": 2, "timestamp": 3}
-_NAMED = {"user": "userId", "item": "movieId", "rating": "rating", "timestamp": "timestamp"}
-FORMATS = {
-    "movielens-dat": Format(
-        "text", ("*.dat",), ("users.dat", "movies.dat"), "::", False, False, _MOVIELENS, 4, True,
-        "1::1193::5::978300760",
-    ),
-    "movielens-tsv": Format(
-        "text", ("u.data", "*.tsv", "*.rating"), (), "\t", False, False, _MOVIELENS, 4, True,
-        "196<TAB>242<TAB>3<TAB>881250949",
-    ),
-    "movielens-csv": Format(
-        "text", ("*.csv",), ("movies.csv", "links.csv", "tags.csv"), ",", None, True, _NAMED, 4, True,
-        "1,296,5.0,1147880044",
-    ),
-    "csv": Format("text", ("*.csv",), separator=",", header=True, quote=True),
-    "tsv": Format("text", ("*.tsv", "*.txt"), separator="\t"),
-    "jsonl": Format("jsonl", ("*.jsonl", "*.json", "*.ndjson")),
-    "parquet": Format("parquet", ("*.parquet", "*.pq")),
-}  # fmt: skip
-
-_SIDES: dict[tuple[str, str], tuple[Format, str]] = {
-    ("items", "movielens-dat"): (
-        Format("text", ("movies.dat",), separator="::", fields={"id": 0, "title": 1}), "latin-1"
-    ),
-    ("items", "movielens-tsv"): (Format("text", ("u.item",), separator="|", fields={"id": 0, "title": 1}), "latin-1"),
-    ("items", "movielens-csv"): (
-        Format("text", ("movies.csv",), header=True, quote=True, fields={"id": "movieId", "title": "title"}), "utf-8"
-    ),
-    ("users", "movielens-dat"): (Format("text", ("users.dat",), separator="::", fields={"id": 0}), "latin-1"),
-    ("users", "movielens-tsv"): (Format("text", ("u.user",), separator="|", fields={"id": 0}), "latin-1"),
-}  # fmt: skip
-"""Side tables that come with MovieLens, and their charset."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,7 +39,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """Everything a reader on an executor needs. columns: for each file, where each wanted field is."""
+    """Everything a reader on an executor needs. columns: for each file, where each wanted field is; values: for each
+    file, the wanted fields that are the same in all its rows, as its folder or table says."""
 
     files: tuple[str, ...]
     kind: str
@@ -109,72 +53,64 @@ class Source:
     """For each text file, fields of a whole line (None: at least up to the last wanted one)."""
     headers: tuple[bool, ...] = ()
     max_line_bytes: int = 65_536
+    written: tuple[Written, ...] = ()
+    """For each text file, how it is written; none: plain."""
+    values: tuple[Mapping[str, pa.Scalar], ...] = ()
+
+    def how(self, file: int) -> Written:
+        return self.written[file] if self.written else "plain"
 
 
-def find_files(path: str | Sequence[str], patterns: Format | None, name: str) -> list[str]:
-    """The files behind `path`, sorted, each once; of a folder or a glob those that the format's patterns choose.
-    Raises InputError where there is none."""
-    found: set[str] = set()
-    for part in [path] if isinstance(path, str) else path:
-        files = input_files(part)
-        explicit = len(files) == 1 or any(c in part for c in "*?[")
-        found.update(files if explicit or patterns is None else select_files(files, patterns, name))
-    return sorted(found)
+@dataclass(frozen=True)
+class Wanted:
+    """What is looked for in each file, and what the config calls it. key: `input` or a side table's."""
+
+    places: Mapping[str, Field]
+    key: str = "input"
+    separator: str | None = None
+    header: bool | None = None
+    count: int | None = None
+    latin1: bool = False
+    max_line_bytes: int = 65_536
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Field → its key in the config; default: `<key>.columns.<field>`."""
+
+    def key_of(self, name: str) -> str:
+        return self.names.get(name, f"{self.key}.columns.{name}")
 
 
-def select_files(files: list[str], form: Format, name: str) -> list[str]:
-    """Of the files of a folder, those that belong to the format. Raises InputError."""
-    names = {path: posixpath.basename(path) for path in files}
-    plain = {path: strip_compression(base) for path, base in names.items()}
-    chosen = [
-        path
-        for path, base in plain.items()
-        if base not in form.others and any(fnmatch.fnmatch(base, pattern) for pattern in form.patterns)
-    ]
-    if not chosen:
-        raise InputError(
-            f"input folder holds {', '.join(sorted(names.values())[:5])}: no file of format {name}; "
-            f"needed {' or '.join(form.patterns)}: set input.path to the ratings file, or input.format to what it is"
-        )
-    return chosen
-
-
-def strip_compression(name: str) -> str:
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and f".{suffix}" in COMPRESSION else name
-
-
-def compression(path: str) -> str | None:
-    return COMPRESSION.get(posixpath.splitext(path)[1])
-
-
-def interactions_source(config: Input, files: Sequence[str]) -> Source:
+def interactions_source(config: Input, files: Found) -> Source:
     """The log's source; wanted fields are user, item, and rating and timestamp where there are any.
     Raises ConfigError, InputError."""
     form = FORMATS[config.format]
-    wanted = form.fields or {k: v for k, v in config.columns.model_dump().items() if v is not None}
-    return _source(
-        form, files, dict(wanted), config.separator, config.header, config.fields, config.encoding == "latin-1",
+    places = form.fields or {k: v for k, v in config.columns.model_dump().items() if v is not None}
+    wanted = Wanted(
+        places, "input", config.separator, config.header, config.fields, config.encoding == "latin-1",
         config.max_line_bytes,
     )  # fmt: skip
+    return _source(form, files, wanted)
 
 
-def side_source(kind: str, side: SideTable, family: str, files: Sequence[str]) -> Source:
+def side_source(kind: str, side: SideTable, family: str, files: Found) -> Source:
     """The source of side table `kind`, items or users; wanted fields are id, title and those of `side.columns`."""
-    form, encoding, wanted = _side_format(kind, side, family)
-    return _source(
-        form, files, wanted, side.separator, side.header, None, (side.encoding or encoding) == "latin-1", 2**20
-    )
+    form, encoding, places = _side_format(kind, side, family)
+    key = f"input.{kind}"
+    names = {"id": f"{key}.id", "title": f"{key}.title"}
+    names |= {f"column {name}": f"{key}.columns.{name}.from" for name in side.columns}
+    latin1 = side.encoding == "latin-1" if side.encoding else encoding == "latin-1" and not _all_utf8(files.paths)
+    return _source(form, files, Wanted(places, key, side.separator, side.header, None, latin1, 2**20, names))
 
 
-def side_files(kind: str, side: SideTable, family: str) -> list[str]:
-    return find_files(side.path, _side_format(kind, side, family)[0], side.format or family)
+def side_files(kind: str, side: SideTable, family: str) -> Found:
+    return find_files(
+        side.path, _side_format(kind, side, family)[0], side.format or family, f"input.{kind}.path"
+    )  # fmt: skip
 
 
 def _side_format(kind: str, side: SideTable, family: str) -> tuple[Format, str, dict[str, Field]]:
     name = side.format or family
-    form, encoding = _SIDES.get((kind, name), (FORMATS[name], "utf-8"))
-    if name.startswith("movielens") and (kind, name) not in _SIDES:
+    form, encoding = SIDES.get((kind, name), (FORMATS[name], "utf-8"))
+    if name.startswith("movielens") and (kind, name) not in SIDES:
         raise ConfigError(f"input.{kind} is of format {name}, which has no such table: set input.{kind}.format")
     known = dict(form.fields or {"id": f"{kind[:-1]}_id"})
     if side.id is not None:
@@ -186,142 +122,225 @@ def _side_format(kind: str, side: SideTable, family: str) -> tuple[Format, str, 
     return form, encoding, known | {f"column {name}": column.source for name, column in side.columns.items()}
 
 
-def _source(
-    form: Format,
-    files: Sequence[str],
-    wanted: dict[str, Field],
-    separator: str | None,
-    header: bool | None,
-    count: int | None,
-    latin1: bool,
-    max_line_bytes: int,
-) -> Source:
-    if form.kind != "text":
-        if odd := [f"{k}: {v}" for k, v in wanted.items() if isinstance(v, int)]:
-            raise ConfigError(f"columns {', '.join(odd)} are positions; {form.kind} needs names")
-        if form.kind == "parquet":
-            for path in files:
-                _check_parquet(path, [str(name) for name in wanted.values()])
-        return Source(tuple(files), form.kind, (wanted,) * len(files), plan(files, form.kind), latin1=latin1,
-                      max_line_bytes=max_line_bytes)  # fmt: skip
-    separator = separator or form.separator
+def _all_utf8(files: Iterable[str]) -> bool:
+    """Whether a side table is UTF-8 although its family is Latin-1 (MovieLens 10M): titles of Latin-1 are not."""
+    try:
+        for path in files:
+            fs, inner = filesystem(path)
+            fs.cat_file(inner).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _source(form: Format, files: Found, wanted: Wanted) -> Source:
+    if form.kind != "text" and (odd := [name for name, place in wanted.places.items() if isinstance(place, int)]):
+        raise ConfigError(
+            f"columns {', '.join(f'{wanted.key_of(k)}: {wanted.places[k]}' for k in odd)} are positions; "
+            f"{form.kind} needs names"
+        )
+    given = [_given(path, files, wanted) for path in files.paths]
+    if form.kind == "parquet":
+        return _parquet_source(files, given, wanted)
+    rest = [{k: v for k, v in wanted.places.items() if k not in known} for known in given]
+    limit = HEADER_LIMIT if form.header is not False or wanted.header else SNIFFED
+    heads = [head(path, limit) for path in files.paths]
+    how = tuple(written for _, written in heads)
+    source = Source(
+        files.paths, form.kind, tuple(rest), plan(files.paths, form.kind, how), latin1=wanted.latin1,
+        max_line_bytes=wanted.max_line_bytes, written=how, values=tuple(given),
+    )  # fmt: skip
+    if form.kind == "jsonl":
+        return source
+    separator = wanted.separator or form.separator
     if form.quote and len(separator) != 1:
-        raise ConfigError(f"input.separator is {separator!r}; needed one character, as quoted fields are known by it")
-    expect = form.header if header is None else header
-    heads = [_header(path, separator, form.quote, latin1, expect, wanted) for path in files]
-    columns = [_positions(path, head, wanted) for path, head in zip(files, heads, strict=True)]
-    counts = [count or form.count or (len(head) if head else None) for head in heads]
-    return Source(
-        tuple(files), "text", tuple(columns), plan(files, "text"), separator, form.quote, latin1, tuple(counts),
-        tuple(head is not None for head in heads), max_line_bytes,
+        raise ConfigError(
+            f"{wanted.key}.separator is {separator!r}; needed one character, as quoted fields are known by it"
+        )
+    names = [
+        _header(data, separator, form.quote, "latin-1" if wanted.latin1 and not wide(how) else "utf-8",
+                form.header if wanted.header is None else wanted.header, wanted.places)
+        for data, how in heads
+    ]  # fmt: skip
+    counts = [wanted.count or form.count or (len(header) if header else None) for header in names]
+    columns, values = [], []
+    for path, header, known in zip(files.paths, names, given, strict=True):
+        # A column that the file has itself goes before one that its folder's name says.
+        own = {k for k in known if header is not None and wanted.places[k] in header}
+        values.append({k: v for k, v in known.items() if k not in own})
+        places = {k: v for k, v in wanted.places.items() if k not in values[-1]}
+        columns.append(_positions(path, header, replace(wanted, places=places)))
+    return replace(
+        source, columns=tuple(columns), values=tuple(values), separator=separator, quote=form.quote,
+        counts=tuple(counts), headers=tuple(header is not None for header in names),
     )  # fmt: skip
 
 
+def _given(path: str, files: Found, wanted: Wanted) -> dict[str, pa.Scalar]:
+    """The wanted fields that the folder of a file, or the log of its table, says."""
+    known = files.values.get(path, {})
+    return {name: known[str(place)] for name, place in wanted.places.items() if str(place) in known}
+
+
+def _parquet_source(files: Found, given: Sequence[Mapping[str, pa.Scalar]], wanted: Wanted) -> Source:
+    footers = [footer(path) for path in files.paths]
+    columns: list[dict[str, Field]] = []
+    values: list[dict[str, pa.Scalar]] = []
+    for found, known in zip(footers, given, strict=True):
+        own = {name: place for name, place in wanted.places.items() if found.type_of(str(place)) is not None}
+        missing = [name for name in wanted.places if name not in own and name not in known]
+        if missing and found.rows:
+            place = wanted.places[missing[0]]
+            raise InputError(
+                f"{found.path} has no column {place} (it has {', '.join(found.names[:20])}); set "
+                f"{wanted.key_of(missing[0])} to one of these"
+            )
+        columns.append(own)
+        values.append({name: value for name, value in known.items() if name not in own})
+    units = _units(_row_groups(number, found) for number, found in enumerate(footers))
+    return Source(files.paths, "parquet", tuple(columns), units, values=tuple(values))
+
+
 def _header(
-    path: str, separator: str, quote: bool, latin1: bool, expect: bool | None, wanted: Mapping[str, Field]
+    data: bytes, separator: str, quote: bool, charset: str, expect: bool | None, places: Mapping[str, Field]
 ) -> list[str] | None:
     """The names in the first line of a text file, or None where it has no header."""
     if expect is False:
         return None
-    line = first_line(path).decode("latin-1" if latin1 else "utf-8", errors="replace")
+    line = data.split(b"\n", 1)[0].rstrip(b"\r").decode(charset, errors="replace")
     try:
         names = next(csv.reader([line], delimiter=separator)) if quote else line.split(separator)
     except (StopIteration, csv.Error):
         names = []
     names = [name.strip() for name in names]
-    if expect is None and not set(wanted.values()) <= set(names):
+    if expect is None and not set(places.values()) <= set(names):
         return None
     return names
 
 
-def _positions(path: str, head: list[str] | None, wanted: Mapping[str, Field]) -> dict[str, Field]:
+def _positions(path: str, header: list[str] | None, wanted: Wanted) -> dict[str, Field]:
     """Where each wanted field is in this file's lines."""
-    if head is None:
-        named = [place for place in wanted.values() if isinstance(place, str)]
+    if header is None:
+        named = [place for place in wanted.places.values() if isinstance(place, str)]
         if not named:
-            return dict(wanted)
-        if dict(wanted) == _NAMED:
-            return dict(_MOVIELENS)
+            return dict(wanted.places)
+        if dict(wanted.places) == NAMED:
+            return dict(UNNAMED)
         raise ConfigError(
-            f"columns {', '.join(named)} are names, but {path} is read without a header; needed positions from 0, "
-            "or input.header=true"
+            f"columns {', '.join(named)} are names, but {path} is read without a header; needed positions from 0 "
+            f"({', '.join(wanted.key_of(name) for name in wanted.places)}), or {wanted.key}.header=true"
         )
     found: dict[str, Field] = {}
-    for name, place in wanted.items():
-        if isinstance(place, str) and place not in head:
+    for name, place in wanted.places.items():
+        key = wanted.key_of(name)
+        if isinstance(place, int) and place >= len(header):
             raise InputError(
-                f"{path} has no column {place} for {name} (its first line names {', '.join(head[:20]) or 'none'}); "
-                "needed a header with it: set input.columns, or input.header=false and positions"
+                f"{path} has no position {place} for {name}: its first line has {len(header)} fields, 0 to "
+                f"{len(header) - 1}; set {key} to one of these, or {wanted.key}.separator to what parts them"
             )
-        found[name] = head.index(place) if isinstance(place, str) else place
+        if isinstance(place, str) and place not in header:
+            raise InputError(
+                f"{path} has no column {place} for {name} (its first line names {', '.join(header[:20]) or 'none'}); "
+                f"needed a header with it: set {key}, or {wanted.key}.header=false and positions"
+            )
+        found[name] = header.index(place) if isinstance(place, str) else place
     return found
 
 
-def _check_parquet(path: str, wanted: Sequence[str]) -> None:
-    fs, inner = filesystem(path)
-    try:
-        with fs.open(inner, "rb") as file:
-            names = pq.read_schema(file).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is not a Parquet file ({error}); set input.format to what it is") from None
-    if missing := [name for name in wanted if name not in names]:
-        raise InputError(f"{path} has no column {missing[0]} (it has {', '.join(names[:20])}); set input.columns")
-
-
-def first_line(path: str) -> bytes:
-    """The first line of a text file without its end and byte-order mark, cut at 1 MiB. Raises InputError."""
-    fs, inner = filesystem(path)
-    try:
-        with fs.open(inner, "rb") as raw:
-            stream = pa.CompressedInputStream(raw, compression(path)) if compression(path) else raw
-            data = bytes(stream.read(HEADER_LIMIT))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"{path} cannot be read ({error}); mend the file or its name's ending") from None
-    return data.removeprefix(BOM).split(b"\n", 1)[0].rstrip(b"\r")
-
-
-def plan(files: Sequence[str], kind: str) -> tuple[tuple[Piece, ...], ...]:
+def plan(
+    files: Sequence[str], kind: str, written: Iterable[Written] = repeat("plain")
+) -> tuple[tuple[Piece, ...], ...]:
     """Units of about UNIT_BYTES, in file order; small files share one."""
+    if kind == "parquet":
+        return _units(_row_groups(number, footer(path)) for number, path in enumerate(files))
+    return _units(_pieces(number, path, how) for number, (path, how) in enumerate(zip(files, written, strict=False)))
+
+
+def _row_groups(number: int, found: Footer) -> list[tuple[Piece, int]]:
+    return [(Piece(number, group, group + 1), size) for group, size in found.groups]
+
+
+def _units(pieces: Iterable[Sequence[tuple[Piece, int]]]) -> tuple[tuple[Piece, ...], ...]:
+    """pieces: of each file, with their bytes."""
     units: list[tuple[Piece, ...]] = []
     held: list[Piece] = []
     size = 0
-    for number, path in enumerate(files):
-        for piece, cost in _pieces(number, path, kind):
-            if held and size + cost > UNIT_BYTES:
-                units.append(tuple(held))
-                held, size = [], 0
-            held.append(piece)
-            size += cost
+    for piece, cost in (each for of_file in pieces for each in of_file):
+        if held and size + cost > UNIT_BYTES:
+            units.append(tuple(held))
+            held, size = [], 0
+        held.append(piece)
+        size += cost
     if held:
         units.append(tuple(held))
     return tuple(units)
 
 
-def _pieces(number: int, path: str, kind: str) -> list[tuple[Piece, int]]:
+def _pieces(number: int, path: str, how: Written) -> list[tuple[Piece, int]]:
     fs, inner = filesystem(path)
-    if kind == "parquet":
-        with fs.open(inner, "rb") as file:
-            metadata = pq.ParquetFile(file).metadata
-        groups = range(metadata.num_row_groups)
-        return [(Piece(number, g, g + 1), int(metadata.row_group(g).total_byte_size)) for g in groups]
     size = int(fs.size(inner))
     if compression(path):
         return [(Piece(number), size * 4)]
+    if wide(how):
+        return [(Piece(number), size)]
     starts = range(0, size, UNIT_BYTES)
     return [(Piece(number, s, min(s + UNIT_BYTES, size)), min(UNIT_BYTES, size - s)) for s in starts]
 
 
-def id_types(config: Input, files: Sequence[str]) -> tuple[pa.DataType, pa.DataType]:
-    """The Arrow types of user_id and item_id: int64 or string."""
+def id_types(
+    config: Input, files: Found, before: tuple[pa.DataType | None, pa.DataType | None] = (None, None)
+) -> tuple[pa.DataType, pa.DataType]:
+    """The Arrow types of user_id and item_id, int64 or string: what the config says, else what the columns of all files
+    are (empty ones are no evidence), else what the index has. before: the types of the index that this night extends.
+    Raises InputError where they differ from it: an id keeps its type for ever."""
     form = FORMATS[config.format]
+    footers = [footer(path) for path in files.paths] if form.kind == "parquet" else []
     found = []
-    for given, column in ((config.user_type, config.columns.user), (config.item_type, config.columns.item)):
+    for side, known in zip(("user", "item"), before, strict=True):
+        given, why = getattr(config, f"{side}_type"), f"input.{side}_type is set"
         if given is None and form.kind == "parquet":
-            fs, inner = filesystem(files[0])
-            with fs.open(inner, "rb") as file:
-                kind = pq.read_schema(file).field(str(column)).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            given = "int" if pa.types.is_integer(kind) else "string"
-        numbers = form.numbers if given is None else given == "int"
-        found.append(pa.int64() if numbers else pa.string())
+            given, why = _evidence(side, str(getattr(config.columns, side)), footers, files)
+            if given is None and known is not None:
+                given = "int" if known == pa.int64() else "string"
+        elif given is None:
+            given, why = "int" if form.numbers else "string", f"format {config.format} has them so"
+        kind = pa.int64() if given == "int" else pa.string()
+        if known is not None and known != kind:
+            other = "int" if known == pa.int64() else "string"
+            words = {"int": "integers", "string": "text"}
+            raise InputError(
+                f"{side} ids of tonight's log are {words[given or 'string']} ({why}), those of the index that this "
+                f"night extends are {words[other]}; needed one type for ever: set input.{side}_type={other} to read "
+                "them as such, or paths.lake to a new lake"
+            )
+        found.append(kind)
     return found[0], found[1]
+
+
+def _evidence(side: str, column: str, footers: Sequence[Footer], files: Found) -> tuple[str | None, str]:
+    """What the files say of an id's type, and which file says so; int where all of them are numbers."""
+    said: dict[str, str] = {}
+    for found in footers:
+        kind = found.type_of(column)
+        if kind is None and column in files.values.get(found.path, {}):
+            kind = _type_of_value(files.values[found.path][column])
+        if found.rows and kind is not None and not pa.types.is_null(kind) and not found.all_null(column):
+            if pa.types.is_nested(kind):
+                raise InputError(
+                    f"{found.path} has {kind} in column {column}; needed a number or text: set input.columns.{side} to "
+                    f"a column of such, or to a field inside of it, as {column}.id"
+                )
+            numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+            said.setdefault("int" if numbers else "string", f"{found.path} has {kind} in column {column}")
+    if len(said) > 1:
+        log.warning("%s ids are read as text, as the files differ: %s", side, "; ".join(said.values()))
+    given = next((kind for kind in ("string", "int") if kind in said), None)
+    return given, said.get(given or "", "")
+
+
+def _type_of_value(value: pa.Scalar) -> pa.DataType:
+    """The type of a folder's value: a name of digits is a number, as Spark has it."""
+    text = value.as_py()
+    if pa.types.is_string(value.type) and (text is None or text.lstrip("-").isdecimal()):
+        return pa.null() if text is None else pa.int64()
+    return value.type

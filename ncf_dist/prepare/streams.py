@@ -1,0 +1,106 @@
+"""Text files as streams of UTF-8 or Latin-1 lines that end in a line feed, however they were written.
+
+Compressed files are unpacked on the way. Files with a byte-order mark of UTF-16 or UTF-32 come as UTF-8, and a place in
+them is then that of the UTF-8; the carriage returns of files that have no line feed come as line feeds.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Literal, cast
+
+import pyarrow as pa
+
+from ncf_dist.artifacts import filesystem
+from ncf_dist.errors import InputError
+from ncf_dist.prepare.formats import compression
+
+BOM = b"\xef\xbb\xbf"
+HEADER_LIMIT = 2**20
+SNIFFED = 2**16
+_WIDE = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
+         codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
+"""UTF-32 first: its mark begins as that of UTF-16 does."""
+
+Written = Literal["plain", "cr", "utf-16", "utf-32"]
+
+
+def written(head: bytes) -> Written:
+    """How a file is written, by its first bytes."""
+    for mark, charset in _WIDE.items():
+        if head.startswith(mark):
+            return cast(Written, charset)
+    return "cr" if b"\r" in head.rstrip(b"\r") and b"\n" not in head else "plain"
+
+
+def wide(how: Written) -> bool:
+    """Whether a character takes two bytes or four: the stream then is UTF-8, and cannot begin inside of the file."""
+    return how not in ("plain", "cr")
+
+
+@contextlib.contextmanager
+def opened(path: str, how: Written = "plain") -> Iterator[BinaryIO]:
+    """The bytes of a text file. `seek` works for files that are neither compressed nor wide."""
+    fs, inner = filesystem(path)
+    packed = compression(path)
+    with fs.open(inner, "rb") as raw:
+        stream = pa.CompressedInputStream(raw, packed) if packed else raw
+        yield {"plain": lambda s: s, "cr": _Returns}.get(how, lambda s: _Wide(s, how))(stream)
+
+
+def head(path: str, size: int = SNIFFED) -> tuple[bytes, Written]:
+    """The first bytes of a text file, as its stream gives them, and how it is written. Raises InputError."""
+    try:
+        with opened(path) as stream:
+            data = bytes(stream.read(size))
+        how = written(data[:SNIFFED])
+        if how != "plain":
+            with opened(path, how) as stream:
+                data = bytes(stream.read(size))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path} cannot be read ({error}); fix the file or its name's ending") from None
+    return data.removeprefix(BOM), how
+
+
+def first_line(path: str) -> bytes:
+    """The first line of a text file without its end and byte-order mark, cut at 1 MiB. Raises InputError."""
+    return head(path, HEADER_LIMIT)[0].split(b"\n", 1)[0].rstrip(b"\r")
+
+
+class _Returns:
+    """Carriage returns as line feeds: no byte moves, so a place stays what it was."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        return bytes(self._stream.read(size)).replace(b"\r", b"\n")
+
+    def seek(self, place: int) -> int:
+        return int(self._stream.seek(place))
+
+
+class _Wide:
+    """UTF-16 or UTF-32 as UTF-8. What is no text there is none here either: such lines go to the quarantine."""
+
+    def __init__(self, stream: Any, charset: str) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder(charset)("surrogatepass")
+        self._ended = False
+
+    def read(self, size: int) -> bytes:
+        text = b""
+        while not text and not self._ended:
+            data = bytes(self._stream.read(size))
+            try:
+                text = self._decoder.decode(data).encode("utf-8", "surrogatepass")
+            except UnicodeDecodeError:
+                text, data = b"\xff", b""  # Half a character at a place where none can begin: the rest is lost.
+            if not data:
+                self._ended = True
+                if self._decoder.getstate()[0]:
+                    text += b"\xff"
+        # Two returns that end a line are one end.
+        return text
