@@ -201,6 +201,41 @@ def test_a_damaged_entry_is_named_with_the_remedy(night: Night, version: int) ->
     assert night.publish() == ("already-done", 2)
 
 
+# What is changed in the newest entry, which stays JSON: (what is looked for, what takes its place, what is said).
+LIES = {
+    "a file is not removed": (
+        b'{"remove":{"path":"ds=',
+        b'{"remove":{"path":"d5=',
+        "the log as a whole shows other files",
+    ),
+    "a count": (
+        b'"ncf.model_users":"4"',
+        b'"ncf.model_users":"9"',
+        "what it says about itself is not what was written",
+    ),
+    "a digest": (b'"sha256":"', b'"sha256":"0', "what it says about itself is not what was written"),
+    "a size": (b'"size":', b'"size":1', "the files that it adds are not the ones that it says it adds"),
+    "another night": (b'"ds":"2026-01-31"', b'"ds":"2026-01-21"', "needed ds 2026-01-31"),
+    "no rows": (b'\\"numRecords\\": 4', b'\\"numRecords\\": null', "rows; needed ds"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_the_log_is_held_to_what_was_written(night: Night, lie: str) -> None:
+    old, new, said = LIES[lie]
+    whole = entry(night, 2).read_bytes()
+    assert old in whole
+    entry(night, 2).write_bytes(whole.replace(old, new))
+    with pytest.raises(ContractError, match=f"entry .*2.json of the Delta log is damaged .*{said}"):
+        night.publish()
+
+
+def test_a_gap_in_the_log_is_an_error(night: Night) -> None:
+    entry(night, 1).unlink()
+    with pytest.raises(ContractError, match="_delta_log cannot be read .*gap.*: put the entry back"):
+        night.publish()
+
+
 def test_the_remedies_work(night: Night) -> None:
     entry(night, 2).write_bytes(b"")
     with pytest.raises(ContractError):
