@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -94,6 +95,8 @@ def run_job(
         args = parser(job).parse_args(argv)
         report["ds"] = ds = parse_ds(args.ds)
         config = load_config(args.config, args.overrides)
+        if config.paths.umask is not None:
+            os.umask(int(config.paths.umask, 8))  # Ranks inherit it, and `spark_io.map_in_arrow` hands it on.
         if dry := bool(vars(args).get("dry_run")):
             assert dry_run is not None
             function = dry_run

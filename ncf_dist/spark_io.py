@@ -140,9 +140,12 @@ def map_in_arrow(frame: DataFrame, work: Pass, schema: str | StructType) -> Data
     """`frame.mapInArrow(work, schema)` without two costs of every task, which in small tasks are most of the time:
     a garbage collection of all that was imported (torch alone brings a million objects), and, before Python 3.12, the
     reading of the table of contents of Spark's zip archives, once for each folder in them
-    (github.com/python/cpython/issues/103200)."""
+    (github.com/python/cpython/issues/103200). What tasks write has the modes of what the driver writes."""
+    umask = os.umask(0)
+    os.umask(umask)
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        os.umask(umask)
         rows = work(batches)  # Imports what it needs.
         freeze_imports()
         try:

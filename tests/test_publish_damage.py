@@ -418,3 +418,25 @@ def test_a_run_without_its_log_s_beginning_removes_nothing(night: Night) -> None
     assert found == {str(path.relative_to(night.table)) for path in night.table.rglob("*.parquet")}
     (night.table / "latest.json").write_text("{")
     assert _ever_added(delta) is None
+
+
+# ---- modes -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_published_has_the_modes_that_were_asked_for(night: Night, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files, folders and the log's entry, which delta-rs writes."""
+    conf = night.root / "conf.yaml"
+    conf.write_text(night.config.model_dump_json(by_alias=True))
+    night.score(good("m3"), key="s3", model_version="m3")
+    before, known = os.umask(0o022), set(night.table.rglob("*"))
+    try:
+        args = ["--config", str(conf), "--ds", night.ds, "--set", 'publish.table="new"', "--set", 'paths.umask="027"']
+        assert cli.run_job("publish", publish, args) == 0, capsys.readouterr().out
+        assert cli.run_job("publish", publish, [*args, "--set", "paths.umask=27"]) == 2
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (night.table.parent / "new").rglob("*")}
+    assert {mode for name, mode in modes.items() if "." in name} == {0o640}
+    assert {mode for name, mode in modes.items() if "." not in name} == {0o750}
+    assert len(modes) == 2 + 2 + 1 + 1, "two files, their folder, the log, its entry, latest.json"
+    assert set(night.table.rglob("*")) == known

@@ -105,6 +105,20 @@ def test_what_a_worker_has_imported_is_not_collected_as_garbage(spark: SparkSess
     assert row["frozen"] > 10_000
 
 
+def test_a_worker_writes_with_the_modes_of_the_driver(spark: SparkSession) -> None:
+    def masks(batches: object) -> Iterator[pa.RecordBatch]:
+        umask = os.umask(0)
+        os.umask(umask)
+        yield pa.RecordBatch.from_pydict({"umask": [umask]})
+
+    before = os.umask(0o027)
+    try:
+        rows = map_in_arrow(spark.range(0, 1, 1, 1), masks, "umask bigint")
+    finally:
+        os.umask(before)
+    assert [row["umask"] for row in rows.collect()] == [0o027]
+
+
 # ---- write_table -------------------------------------------------------------------------------------------
 
 
