@@ -98,7 +98,7 @@ def run_ranks(spec: str, fault: Callable[[], None] | None = None) -> list[int | 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(240)
         process.kill()
     return [process.exitcode for process in processes]
 

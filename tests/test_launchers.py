@@ -16,7 +16,7 @@ import pytest
 from ncf_dist import machine
 from ncf_dist.config import Config, Model
 from ncf_dist.errors import ContractError, TrainingFailed
-from ncf_dist.train.launchers import LAUNCHERS, WORKER, threads
+from ncf_dist.train.launchers import LAUNCHERS, WORKER, threads, torchrun
 from ncf_dist.train.pipeline import train
 from tests.conftest import SPARK
 from tests.tables import DS, prepared, small_config
@@ -68,11 +68,11 @@ def on_nodes(config: Config, started: list[subprocess.Popen[bytes]]) -> None:
     """The other machine: it runs the command that the job printed, once the spec is there."""
     while not (found := list(Path(config.paths.lake).glob("runs/*/train/*/ranks/spec.json"))):
         time.sleep(0.05)
-    started.append(subprocess.Popen(LAUNCHERS["torchrun"](config, str(found[0]))))
+    started.append(subprocess.Popen(torchrun(config, str(found[0]), node=1)))
 
 
 def test_two_machines_train_what_one_trains_with_two_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Two torchrun agents that meet at a port, one rank each."""
+    """Two supervisors whose ranks meet at a port, one rank each."""
     caplog.set_level("INFO")
     one = small_config(tmp_path / "one", GMF, ranks=2, epochs=2)
     two = small_config(tmp_path / "two", GMF, ranks=1, nodes=2, rendezvous=f"127.0.0.1:{free_port()}", epochs=2)

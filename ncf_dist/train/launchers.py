@@ -1,6 +1,8 @@
 """How the ranks are started: a command each. All run the same file, `worker.py`; none of them is imported here.
 
-- torchrun: `ranks` processes on this machine; with `nodes` > 1 the others run the command that the job prints
+- torchrun: `ranks` processes on this machine under `supervisor.py`, with the environment that torchrun gives; with
+  `nodes` > 1 the others run the command that the job prints. Not torch's own program, whose store listens on every
+  interface of the machine. A rank that a cluster's torchrun starts works all the same
 - spark: TorchDistributor, one barrier task a rank (`ncf_dist/distribute.py`, a process of its own: the trainer never
   imports pyspark)
 - none: one plain process
@@ -8,7 +10,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -16,21 +17,33 @@ from ncf_dist import machine
 from ncf_dist.config import Config
 
 WORKER = "ncf_dist.train.worker"
-SHUTDOWN_S = 5
-"""What torchrun leaves a rank between SIGTERM and SIGKILL when another one has failed."""
+SUPERVISOR = "ncf_dist.train.supervisor"
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+"""glibc's malloc gives what a step frees back to the system, and the next step pays for every page anew: up to a third
+of a large step's time. These keep it, up to 1 GiB; blocks above 32 MiB, the most that all versions take, excepted."""
 
 
-def torchrun(config: Config, spec: str) -> list[str]:
+def torchrun(config: Config, spec: str, node: int = 0) -> list[str]:
+    """`node`: which machine the command is for; 0 is the one that the job runs on."""
     train = config.train
-    several = train.nodes > 1
+    several = ["--nodes", str(train.nodes), "--rendezvous", str(train.rendezvous)] if train.nodes > 1 else []
+    other = ["--node-rank", str(node)] if node else []
     return [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nnodes", str(train.nodes), "--nproc-per-node", str(train.ranks)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", train.rendezvous or "127.0.0.1:0"),
-        *(["--rdzv-id", os.path.basename(os.path.dirname(os.path.dirname(spec)))] if several else []),
-        *("--shutdown-timeout", str(SHUTDOWN_S)),
-        *("-m", WORKER, "--spec", spec),
+        *(sys.executable, "-m", SUPERVISOR, "--ranks", str(train.ranks), *several, *other),
+        *(WORKER, "--spec", spec),
     ]
+
+
+def others(config: Config) -> str:
+    """What a person has to do on the other machines, and what network that takes."""
+    train = config.train
+    which = "1" if train.nodes == 2 else f"N, N from 1 to {train.nodes - 1}"
+    return (
+        f"needed on {train.nodes - 1} other machine(s): the same command with --node-rank {which}, within "
+        f"train.timeout_s={train.timeout_s} s. Rank 0 listens at {train.rendezvous}, all ranks at ports of the "
+        "interface that faces it. Whoever reaches these may disturb the training or run code as this user: let only "
+        "these machines reach them"
+    )
 
 
 def spark(config: Config, spec: str) -> list[str]:
@@ -47,5 +60,9 @@ LAUNCHERS: dict[str, Callable[[Config, str], list[str]]] = {"torchrun": torchrun
 
 def threads(config: Config) -> int:
     """Threads of each rank: its share of this machine's cores."""
-    ranks = 1 if config.train.launcher == "none" else config.train.ranks
-    return max(1, machine.cores() // ranks)
+    return max(1, machine.cores() // (1 if config.train.launcher == "none" else config.train.ranks))
+
+
+def rank_environment(threads: int) -> dict[str, str]:
+    """Environment of a rank of so many threads, where a person has not set it otherwise."""
+    return {"OMP_NUM_THREADS": str(threads), **KEEP_MEMORY}

@@ -22,14 +22,15 @@ from ncf_dist.artifacts import Lake, Manifest, Outcome, exists, list_names, make
 from ncf_dist.bundle import BUNDLE, read_bundle
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, ContractError, NcfError, Preempted, TrainingFailed
-from ncf_dist.train.launchers import LAUNCHERS, threads
+from ncf_dist.train.launchers import LAUNCHERS, others, rank_environment, threads
 from ncf_dist.train.lr_find import smoothed, suggest
 from ncf_dist.train.memory import check_memory
 from ncf_dist.train.order import steps_per_epoch
 from ncf_dist.train.plots import history_figure, rate_figure
 from ncf_dist.train.processes import die_with_parent, end_tree
+from ncf_dist.train.reports import UNEXPECTED
 from ncf_dist.train.start import check_starts, start_bundle
-from ncf_dist.train.worker import CHECKPOINTS, HISTORY, RATES, SPEC, STOP, UNEXPECTED, Spec, train_contract
+from ncf_dist.train.worker import CHECKPOINTS, HISTORY, RATES, SPEC, STOP, Spec, train_contract
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +47,6 @@ NOT_THE_RESULT = {
 RANKS, PLOT = "ranks", "history.svg"
 STOP_S = 20.0
 """What the ranks have, once asked, to save and end."""
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""glibc's malloc gives what a step frees back to the system, and the next step pays for every page anew: up to a third
-of a large step's time. These keep it, up to 1 GiB; blocks above 32 MiB, the most that all versions take, excepted."""
 FAILED_S = 8.0
 """What the others have to end by themselves once one has reported a failure."""
 
@@ -151,8 +149,8 @@ def _run_ranks(config: Config, spec: Spec, wanted: str) -> None:
     command = LAUNCHERS[config.train.launcher](config, path)
     log.info("starting %d rank(s): %s", _world_size(config), shlex.join(command))
     if config.train.nodes > 1:
-        log.info("needed on %d other machine(s): the same command", config.train.nodes - 1)
-    environment = {"OMP_NUM_THREADS": str(threads(config)), **KEEP_MEMORY, **os.environ}
+        log.info("%s", others(config))
+    environment = {**rank_environment(threads(config)), **os.environ}
     # A rank's stdout must not get between us and the scheduler: ours ends with the report.
     process = subprocess.Popen(
         command, stdout=sys.stderr, env=environment, preexec_fn=lambda: die_with_parent(signal.SIGTERM)

@@ -1,8 +1,8 @@
 """One training rank: `python -m ncf_dist.train.worker --spec FILE`, whichever launcher runs it.
 
 Everything it needs is in the spec; everything it makes is under the run's folder. A failure is written to
-`error-<rank>.json` beside the spec, so that the job reports it as its own. SIGTERM, or a file `stop` beside the spec,
-ends all ranks after the step they are in, with a checkpoint.
+`error-<rank>.json` beside the spec, so that the job reports it as its own. SIGTERM, SIGINT, or a file `stop` beside the
+spec, ends all ranks after the step they are in, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ncf_dist.train import checkpoints
 from ncf_dist.train.loaders import Task, TrainLoader, verify_files
 from ncf_dist.train.lr_find import rate_curve
 from ncf_dist.train.processes import die_with_parent
+from ncf_dist.train.reports import UNEXPECTED, report
 from ncf_dist.train.start import pretrained_start, users_there, warm_start
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 VALIDATE_K = 10
 CHECKPOINTS, HISTORY, RATES = "checkpoints", "history.json", "lr_find.json"
-SPEC, STOP, UNEXPECTED = "spec.json", "stop", "unexpected"
+SPEC, STOP = "spec.json", "stop"
 POLL_S = 1.0
 
 
@@ -161,17 +162,6 @@ def _go_on(trainer: Trainer, world: World) -> None:
             log.info("going on from %s: epoch %d, %s", path, trainer.progress.epoch, trainer.progress.phases)
 
 
-def report(path: str, rank: str, kind: str, message: str) -> None:
-    """Leave word for the job; a place that cannot be written must not hide the failure itself."""
-    try:
-        write_atomic(
-            posixpath.join(posixpath.dirname(path), f"error-{rank}.json"),
-            json.dumps({"kind": kind, "message": message}).encode(),
-        )
-    except OSError:
-        log.exception("the failure could not be reported")
-
-
 def run(path: str) -> NoReturn:
     """Run this process as a rank, and end it."""
     rank = os.environ.get("RANK", "0")
@@ -180,7 +170,10 @@ def run(path: str) -> NoReturn:
         config = Config.model_validate_json(spec.config)
         world = World.from_environment(config.train.device)
         stop = StopRequest(posixpath.join(posixpath.dirname(path), STOP), world)
-        signal.signal(signal.SIGTERM, stop.on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop.on_signal)
+        # Those that came while we imported torch waited until now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         world.join(config.train.timeout_s)
         train_rank(spec, world, stop)
         world.leave()

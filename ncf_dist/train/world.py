@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ncf_dist.train.network import LISTENING, STORE, bound_to, interface_facing
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class World:
         return self.rank == 0
 
     def join(self, timeout_s: int) -> None:
-        """Enter the process group: gloo, and NCCL for what is on GPUs. A single process needs none.
+        """Enter the process group: gloo, and NCCL for what is on GPUs. A single process needs none. Raises ConfigError
+        where the place to meet is no host.
 
         Numbers below 1e-38 become 0 from here on, in threads that start later too: where decay shrinks a factor that
         nobody uses, its weights and moments get there, and a CPU is ten to twenty times slower with them."""
@@ -47,7 +51,9 @@ class World:
             torch.cuda.set_device(self.device)
         if self.size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.startswith("cuda") else "gloo"
-            dist.init_process_group(backend, timeout=dt.timedelta(seconds=timeout_s))
+            timeout = dt.timedelta(seconds=timeout_s)
+            store = meeting(self, timeout)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
     def leave(self) -> None:
         """Leave together: a rank that is gone breaks the connections of one that is still busy."""
@@ -62,15 +68,38 @@ class World:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The value (JSON-like) of every rank, by rank, on all of them."""
+        """The value (JSON-like) of every rank, by rank, on all of them. Never torch's own way for objects: it unpickles
+        what peers send."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(mine)]))
+        longest = max(int(length) for length in lengths)
+        found = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+        dist.all_gather(found, nn.functional.pad(mine, (0, longest - len(mine))))
+        return [json.loads(bytes(t[:n].tolist())) for t, n in zip(found, map(int, lengths), strict=True)]
 
     def same_buffers(self, module: nn.Module) -> None:
         """Give all ranks rank 0's buffers, such as the running means of batch norm."""
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
+
+
+def meeting(world: World, timeout: dt.timedelta) -> Any:
+    """The store in which the ranks find each other, as whoever started them left it; None: torch's own, at MASTER_ADDR
+    and MASTER_PORT, as torchrun sets them. Raises ConfigError."""
+    if path := os.environ.get(STORE):
+        store = dist.FileStore(path, world.size)  # type: ignore[attr-defined]
+        store.set_timeout(timeout)
+        return store
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    for name, value in bound_to(interface_facing(host)).items():
+        os.environ.setdefault(name, value)
+    if (listening := os.environ.get(LISTENING)) is None:
+        return None
+    port, first = int(os.environ["MASTER_PORT"]), world.rank == 0
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, world.size, first, timeout, master_listen_fd=int(listening) if first else None
+    )
