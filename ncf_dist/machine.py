@@ -21,8 +21,12 @@ ROOT = Path("/")
 
 def cores(root: Path = ROOT) -> int:
     """Cores that this process can keep busy at once, at least 1; a part of a core counts as one."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *(-(-quota // period) for quota, period in _quotas(root))]))
+    return max(1, min([cores_of_mask(), *(-(-quota // period) for quota, period in _quotas(root))]))
+
+
+def cores_of_mask() -> int:
+    """Cores that this process may be put on; OpenMP's count, which knows no quota."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory(root: Path = ROOT) -> int:

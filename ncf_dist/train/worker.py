@@ -37,6 +37,7 @@ from ncf_dist.train.reports import UNEXPECTED, report
 from ncf_dist.train.start import pretrained_start, users_there, warm_start
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
+from ncf_dist.train.waiting import Waiting
 from ncf_dist.train.world import World
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,8 @@ def run(path: str) -> NoReturn:
         # Those that came while we imported torch waited until now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         world.join(config.train.timeout_s)
-        train_rank(spec, world, stop)
+        with Waiting():
+            train_rank(spec, world, stop)
         world.leave()
         code = int(ExitCode.DONE)
     except NcfError as error:
