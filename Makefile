@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test soak demo ml-1m bench lock clean
+.PHONY: help install check format test soak demo ml-1m bench lock audit sbom clean
 
 # Choose another with `make PYTHON=/path/to/python3.11 install`.
 PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) python3.11)
@@ -28,6 +28,11 @@ wrong_python = $(if $(filter 3.10.% 3.11.%,$(python_version)),,Python 3.11 or 3.
   found $(or $(python_version),none) at $(PYTHON); run apt-get install python3.11 python3.11-venv, or make PYTHON=/path/to/python3.11 install)
 wrong_java = $(shell ./spark-submit.sh --java-home 2>&1 >/dev/null)
 
+# What is downloaded must have a SHA-256 that requirements.lock names. What comes as source is built by the setuptools of
+# the lock, which is installed before it: pip would fetch one of its own, unchecked.
+checked = $(pip) install --no-deps --require-hashes --no-build-isolation
+build_tool = sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock
+
 # The stamp is written last. Without it .venv is half made, so it is built afresh; with an old one it is brought up to date in place.
 .venv/.installed: requirements-torch.txt requirements.lock pyproject.toml $(wildcard ncf_dist/train/*.cpp) $(python)
 	$(if $(wrong_python),$(error $(wrong_python)))
@@ -38,10 +43,10 @@ wrong_java = $(shell ./spark-submit.sh --java-home 2>&1 >/dev/null)
 	  { $(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $(python) install pip; }; } \
 	    >$(log) 2>&1 || $(call failed,making .venv); \
 	fi; rm -f $@
-	@echo "[2/4] torch, the largest download"
-	@$(pip) install -r requirements-torch.txt -c requirements.lock >>$(log) 2>&1 || $(call failed,installing torch)
-	@echo "[3/4] the packages of requirements.lock"
-	@$(pip) install --no-deps -r requirements.lock >>$(log) 2>&1 || $(call failed,installing requirements.lock)
+	@echo "[2/4] the packages of requirements.lock"
+	@$(checked) -r <($(build_tool)) >>$(log) 2>&1 && $(checked) -r requirements.lock >>$(log) 2>&1 || $(call failed,installing requirements.lock)
+	@echo "[3/4] torch, the largest download"
+	@$(pip) install -r requirements-torch.txt >>$(log) 2>&1 || $(call failed,installing torch)
 	@echo "[4/4] ncf-dist itself"
 	@$(pip) install --no-deps --no-build-isolation -e . >>$(log) 2>&1 || $(call failed,installing ncf-dist)
 	@touch $@
@@ -85,11 +90,43 @@ bench: install ## run every script in benchmarks/; those for GPUs where there is
 	  esac; \
 	done
 
-lock: install ## resolve requirements.in again into requirements.lock
+lock: install ## resolve requirements.in and requirements-audit.in again into their locks, with hashes
 	$(pip) install --quiet uv
-	$(python) -m uv pip compile requirements.in --override requirements-override.txt --universal --python-version 3.10 \
-	  --upgrade --no-emit-index-url --custom-compile-command "make lock" --quiet -o requirements.lock
+	for name in requirements requirements-audit; do \
+	  $(python) -m uv pip compile $$name.in --override requirements-override.txt --universal --python-version 3.10 \
+	    --generate-hashes --upgrade --no-emit-index-url --custom-compile-command "make lock" --quiet -o $$name.lock; \
+	done
+
+# Tools that are no part of the environment live in one of their own, which is gone afterwards.
+with_tools = tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; $(python) -m venv --without-pip "$$tools"; \
+  $(pip) --python "$$tools/bin/python" install --quiet --require-hashes -r requirements-audit.lock
+
+# pip-audit's sources, in order. A registry that serves packages need not know advisories, and where it does not, pip-audit
+# finds "no known vulnerabilities": so a source is believed only after it has named one that we know of.
+ADVISORIES ?= pypi osv
+known = pyarrow==14.0.0
+known_for = CVE-2023-47248
+
+audit: install ## look up known vulnerabilities of everything that is pinned
+	@$(with_tools); audit() { "$$tools/bin/pip-audit" --progress-spinner off --disable-pip --no-deps "$$@"; }; \
+	echo "$(known)" >"$$tools/known.txt"; \
+	for source in $(ADVISORIES); do \
+	  audit -s $$source -r "$$tools/known.txt" -f json -o "$$tools/known.json" >"$$tools/log" 2>&1 || true; \
+	  if grep -qs "$(known_for)" "$$tools/known.json"; then \
+	    echo "ncf-dist: advisories from $$source"; \
+	    sed -e '/--hash=/d' -e 's/ \\$$//' requirements.lock requirements-torch.txt >"$$tools/pinned.txt"; \
+	    audit -s $$source --strict -r "$$tools/pinned.txt"; exit; \
+	  fi; \
+	done; \
+	{ tail -n 1 "$$tools/log"; \
+	  echo "ncf-dist: NOTHING WAS AUDITED: none of $(ADVISORIES) says that $(known) has $(known_for), so no source of" \
+	    "advisories is reachable here; run make audit where one is, or name others with ADVISORIES"; exit 3; } >&2
+
+sbom: install ## write dist/sbom.cdx.json, what .venv holds, as a CycloneDX bill of materials
+	@$(with_tools); mkdir -p dist; \
+	"$$tools/bin/cyclonedx-py" environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.cdx.json $(python); \
+	echo "ncf-dist: dist/sbom.cdx.json"
 
 clean: ## remove caches and scratch; .venv and the lake stay
-	rm -rf work build spark-warehouse metastore_db derby.log .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf work build dist spark-warehouse metastore_db derby.log .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -6,6 +6,8 @@ Every guard is tested from outside: what it prints, and its exit code.
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -241,7 +243,8 @@ def test_a_wrong_spark_home_is_one_line(checkout: Path) -> None:
 
 def test_make_lists_its_targets() -> None:
     listed = [line.split()[1] for line in run("make").stdout.splitlines()]
-    assert listed == ["help", "install", "check", "format", "test", "demo", "ml-1m", "bench", "lock", "clean"]
+    assert listed[:6] == ["help", "install", "check", "format", "test", "soak"]
+    assert listed[6:] == ["demo", "ml-1m", "bench", "lock", "audit", "sbom", "clean"]
 
 
 @pytest.fixture
@@ -257,11 +260,14 @@ def fresh(tmp_path: Path) -> Path:
 @pytest.fixture
 def python311(tmp_path: Path) -> Path:
     """A Python 3.11; the one it puts in a .venv does nothing, or fails where there is a file `broken`."""
-    inner = "test ! -e broken || { echo no space left; exit 1; }"
+    inner = (
+        "test ! -e broken || { echo no space left; exit 1; }; "
+        'echo "$*" >>.venv/calls; for a; do case $a in /dev/fd/*) cat $a >>.venv/calls;; esac; done'
+    )
     return script(
         tmp_path / "python",
         "case $* in *-c*) echo 3.11.9;; *venv*) mkdir .venv/bin; "
-        f"printf '#!/bin/bash\\n%s\\n' '{inner}' > .venv/bin/python; chmod +x .venv/bin/python;; esac",
+        f"printf '#!/bin/bash\\n%s\\n' {shlex.quote(inner)} > .venv/bin/python; chmod +x .venv/bin/python;; esac",
     )
 
 
@@ -303,7 +309,7 @@ def test_a_half_made_environment_is_built_afresh(fresh: Path, python311: Path) -
     failed = install(fresh, python311)
     assert failed.returncode == 2
     assert "no space left" in failed.stderr
-    assert "installing torch failed; the whole story is in .venv/install.log" in failed.stderr
+    assert "installing requirements.lock failed; the whole story is in .venv/install.log" in failed.stderr
     assert not (fresh / ".venv/.installed").exists()
 
     (fresh / "broken").unlink()
@@ -311,6 +317,18 @@ def test_a_half_made_environment_is_built_afresh(fresh: Path, python311: Path) -
     assert steps(install(fresh, python311)) == STEPS
     assert not (fresh / ".venv/debris").exists()
     assert steps(install(fresh, python311)) == []
+
+
+def test_what_is_installed_is_checked_against_the_lock(fresh: Path, python311: Path) -> None:
+    """The setuptools of the lock comes first, because it builds what the lock has as source; then the lock itself."""
+    install(fresh, python311)
+    calls = (fresh / ".venv/calls").read_text()
+    checked = "install --no-deps --require-hashes --no-build-isolation -r"
+    first, tool, second = re.findall(rf"^.* {checked} (\S+)\n|^(setuptools==.*)$", calls, re.MULTILINE)
+    assert first[0].startswith("/dev/fd/")
+    assert second[0] == "requirements.lock"
+    assert re.search(rf"^{re.escape(tool[1])}\n( +--hash=sha256:\w{{64}}( \\)?\n)+.*requirements.lock$", calls, re.M)
+    assert calls.index(checked) < calls.index("requirements-torch.txt"), "so that torch finds what it needs"
 
 
 def test_a_new_lock_updates_the_environment_in_place(fresh: Path, python311: Path) -> None:
@@ -340,12 +358,31 @@ def test_a_second_make_install_does_nothing() -> None:
 # --- what is pinned ---
 
 
+LOCKS = ("requirements.lock", "requirements-audit.lock")
+
+
+def entries(name: str) -> list[tuple[Requirement, list[str]]]:
+    """Each requirement of a file with the hashes beside it."""
+    text = re.sub(r"(?m)^ *#.*\n", "", (ROOT / name).read_text()).replace("\\\n", " ")
+    parts = [line.split(" --hash=") for line in text.splitlines() if line.strip()]
+    return [(Requirement(first), [digest.strip() for digest in digests]) for first, *digests in parts]
+
+
 def pins(*names: str) -> dict[str, str]:
     """Project -> version, of the lines that hold for this Python."""
-    lines = [line for name in names for line in (ROOT / name).read_text().splitlines()]
-    found = [Requirement(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    found = [requirement for name in names for requirement, _ in entries(name)]
     here = [r for r in found if r.marker is None or r.marker.evaluate()]
     return {r.name.lower(): str(r.specifier).removeprefix("==") for r in here}
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_everything_in_a_lock_has_one_version_and_its_hashes(name: str) -> None:
+    found = entries(name)
+    assert len(found) > 40
+    for requirement, digests in found:
+        assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), requirement
+        assert digests, requirement
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in digests), requirement
 
 
 def test_the_lock_holds_everything_the_project_asks_for() -> None:
@@ -361,9 +398,45 @@ def test_the_lock_holds_everything_the_project_asks_for() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", ["requirements.in", "requirements.lock", "requirements-torch.txt"])
+@pytest.mark.parametrize("name", ["requirements.in", "requirements-audit.in", "requirements-torch.txt", *LOCKS])
 def test_pins_name_no_registry(name: str) -> None:
     text = (ROOT / name).read_text()
     assert "://" not in text
     assert "--index" not in text
     assert "--find-links" not in text
+
+
+# --- make audit ---
+
+KNOWN = '{"dependencies": [{"name": "pyarrow", "vulns": [{"aliases": ["CVE-2023-47248"]}]}]}'
+
+
+@pytest.mark.parametrize(
+    ("known", "code", "said"),
+    [
+        ("exit 1", 2, "NOTHING WAS AUDITED"),  # No connection.
+        ("echo '{}' >$out; exit 0", 2, "NOTHING WAS AUDITED"),  # A registry without advisories: all is well there.
+        (f"echo '{KNOWN}' >$out; exit 1", 0, "audited jinja2==3.1.6, torch==2.13.0"),
+        (f"echo '{KNOWN}' >$out; touch bad; exit 1", 2, "audited jinja2==3.1.6, torch==2.13.0"),
+    ],
+)
+def test_an_audit_without_advisories_is_not_green(
+    fresh: Path, tmp_path: Path, known: str, code: int, said: str
+) -> None:
+    (fresh / "requirements.lock").write_text("jinja2==3.1.6 \\\n    --hash=sha256:00 \\\n    --hash=sha256:11\n")
+    audit = (
+        'for a; do case $last in -o) out=$a;; -r) pinned=$a;; esac; last=$a; done; case "$*" in *known*) '
+        f"{known};; esac; echo audited $(grep -v '#' $pinned | paste -sd, | sed 's/,/, /g'); test ! -e bad"
+    )
+    script(
+        fresh / ".venv/bin/python",
+        f'case "$*" in *venv*) mkdir "${{@: -1}}/bin"; printf "#!/bin/bash\\n%s\\n" {shlex.quote(audit)} '
+        '>"${@: -1}/bin/pip-audit"; chmod +x "${@: -1}/bin/pip-audit";; esac',
+    )
+    (fresh / ".venv/.installed").touch()
+    java_home = java_env(tmp_path, "17.0.9")
+    result = run("make", "audit", cwd=fresh, env=java_home | {"TMPDIR": str(tmp_path)})
+    assert result.returncode == code, result.stderr
+    assert said in result.stdout + result.stderr
+    assert ("NOTHING WAS AUDITED" in result.stderr) == ("NOTHING" in said)
+    assert list(tmp_path.glob("tmp*")) == [], "the tools are gone"
