@@ -1,7 +1,7 @@
 """Whatever happens to a file that we stored, its reader ends in ContractError or loads something sound.
 
-A campaign damages the same small bundle, checkpoint, manifests, latest.json and history.json again and again, by bytes,
-by JSON values and by safetensors headers, and where a digest guards a file also with the digest made to fit.
+A campaign damages the same small bundle, checkpoint, manifests, latest.json, history.json and reports again and again,
+by bytes, by JSON values and by safetensors headers, and where a digest guards a file also with the digest made to fit.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo, read_manifest
 from ncf_dist.bundle import CARD, WEIGHTS, load_model, read_bundle, save_bundle, verify_weights
 from ncf_dist.config import Model
 from ncf_dist.demo import Latest, read_latest
-from ncf_dist.errors import ContractError, TrainingFailed
+from ncf_dist.errors import ContractError, NcfError, TrainingFailed
+from ncf_dist.evaluate.baselines import item_weights
 from ncf_dist.evaluate.report import figures
 from ncf_dist.evaluate.report.data import training
 from ncf_dist.fetch import delivery
 from ncf_dist.models import build_model
 from ncf_dist.train import checkpoints
+from ncf_dist.train.pipeline import _raise_reported
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.world import World
 from tests.tables import prepare_run
@@ -292,13 +295,34 @@ def json_sites(folder: Path) -> list[Site]:
     (folder / "train").mkdir()
     history = {"epoch": 0, "epochs": [{"epoch": 0, "loss": 0.5}], "curve": [[0, 0, 0.5, 0.1], [0, 1, 0.4, 0.1]]}
     (folder / "train" / "history.json").write_text(json.dumps({**history, "seed": 1}))
+    (folder / "ranks").mkdir()
+    (folder / "ranks" / "error-0.json").write_text(json.dumps({"kind": "ContractError", "message": "the file is gone"}))
+    (folder / "gram").mkdir()
+    (folder / "gram" / "ease.safetensors").write_bytes(safetensors.torch.save({"weights": torch.eye(3)}))
     return [
+        ReportSite(folder / "ranks", "error-0.json", damaged_json),
+        WeightsSite(folder / "gram", "ease.safetensors", damaged_tensors),
         ManifestSite(Path(manifest.root), "manifest.json", damaged_json),
         PointerSite(Path(runs.root), "current.json", damaged_json),
         DeliverySite(folder / "raw", "manifest.json", damaged_json),
         LatestSite(folder / "table", "latest.json", damaged_json),
         HistorySite(folder / "train", "history.json", damaged_json),
     ]
+
+
+class ReportSite(Site):
+    """A rank's report is of a failure whatever it holds."""
+
+    def check(self) -> None:
+        with pytest.raises(NcfError, match=r"^rank 0: "):
+            _raise_reported(str(self.home))
+
+
+class WeightsSite(Site):
+    """A baseline's item-item matrix."""
+
+    def check(self) -> None:
+        assert item_weights(str(self.home / self.file)).weights.shape
 
 
 # ---- the campaign ------------------------------------------------------------------------------------------

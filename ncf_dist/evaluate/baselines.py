@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from ncf_dist.artifacts import is_local, make_dirs, read_bytes, read_table, write_atomic
+from ncf_dist.errors import ContractError
 from ncf_dist.evaluate.spec import GramFit
 from ncf_dist.scoring import Lists
 from ncf_dist.spark_io import Pass
+from ncf_dist.stored import map_tensors, parse_tensors
 
 USERS_A_BLOCK = 512
 
@@ -71,8 +73,11 @@ def item_factors(files: tuple[str, ...], n_items: int) -> DotScorer:
 
 
 def item_weights(path: str) -> ItemItemScorer:
-    load = safetensors.torch.load_file if is_local(path) else lambda p: safetensors.torch.load(read_bytes(p))
-    return ItemItemScorer(load(path)["weights"])
+    try:
+        tensors = map_tensors(path) if is_local(path) else parse_tensors(read_bytes(path))
+        return ItemItemScorer(tensors["weights"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ContractError(f"{path} cannot be read ({error}); this job wrote it: rerun the job evaluate") from None
 
 
 # ---- fitting -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,18 @@ from typing import Any
 
 from ncf_dist import errors
 from ncf_dist.ancestry import Line, index_sizes
-from ncf_dist.artifacts import Lake, Manifest, Outcome, exists, list_names, make_dirs, read_bytes, run_key, write_atomic
+from ncf_dist.artifacts import (
+    Lake,
+    Manifest,
+    Outcome,
+    exists,
+    list_names,
+    make_dirs,
+    read_bytes,
+    read_json,
+    run_key,
+    write_atomic,
+)
 from ncf_dist.bundle import BUNDLE, read_bundle
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, ContractError, NcfError, Preempted, TrainingFailed
@@ -205,10 +216,22 @@ def _raise_reported(folder: str) -> None:
     """Raise what the ranks reported. A rank that lost its peers only says so: what the peers say comes first."""
     found = []
     for name in _reports(folder):
-        body = json.loads(read_bytes(posixpath.join(folder, name)))
-        kind: type[NcfError] = TrainingFailed if body["kind"] == UNEXPECTED else getattr(errors, body["kind"])
+        said, message = _read_report(posixpath.join(folder, name))
+        kind: type[NcfError] = TrainingFailed if said == UNEXPECTED else getattr(errors, said)
         rank = name.removeprefix("error-").removesuffix(".json")
-        found.append(((body["kind"] == UNEXPECTED, kind is Preempted, int(rank)), kind, rank, body["message"]))
+        found.append(((said == UNEXPECTED, kind is Preempted, int(rank)), kind, rank, message))
     if found:
         _, kind, rank, message = min(found, key=lambda report: report[0])
         raise kind(f"rank {rank}: {message}")
+
+
+def _read_report(path: str) -> tuple[str, str]:
+    """(kind, message) of what a rank reported. A report that is damaged is one of a failure all the same."""
+    try:
+        body = read_json(dict[str, str], path)
+        kind, message = body["kind"], body["message"]
+        if kind != UNEXPECTED and not issubclass(getattr(errors, kind, object), NcfError):
+            raise ValueError(f"{kind} is no error of ours")
+        return kind, message
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return UNEXPECTED, f"its report {path} cannot be read ({error}); its log is above"
