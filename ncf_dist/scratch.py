@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from collections.abc import Iterator
 log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"
+_OURS = re.compile(r"\.[0-9a-f]{32}\.tmp")
+"""The end of our own temporary names. Others, such as delta-rs, write files `.tmp` without holding a lock."""
 
 
 @contextlib.contextmanager
@@ -66,7 +69,7 @@ def sweep_temporary(folder: str) -> None:
     """Remove the temporary files of `replace_file` in a local folder whose writers are dead."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for entry in os.listdir(folder):
-            if entry.endswith(TEMPORARY):
+            if _OURS.fullmatch(entry[-37:]):
                 _remove_unowned(os.path.join(folder, entry))
 
 

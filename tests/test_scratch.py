@@ -111,16 +111,18 @@ def started(code: str, path: Path) -> tuple[subprocess.Popen[str], str]:
 
 
 def test_what_a_killed_writer_left_is_swept_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
-    (tmp_path / "kept.parquet").write_bytes(b"")
+    kept = ["_commit_0b1e.json.tmp", "a.tmp", "kept.parquet"]
+    for name in kept:
+        (tmp_path / name).write_bytes(b"")
     process, said = started(WRITER, tmp_path / "latest.json")
     assert said == "writing"
-    (half,) = tmp_path.glob(f"*{TEMPORARY}")
+    (half,) = tmp_path.glob(f"latest.json.*{TEMPORARY}")
     sweep_temporary(str(tmp_path))
     assert half.exists()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     sweep_temporary(str(tmp_path))
-    assert names(tmp_path) == ["kept.parquet"]
+    assert names(tmp_path) == kept
 
 
 def test_a_sweep_never_takes_a_file_from_its_writer(tmp_path: Path) -> None:
