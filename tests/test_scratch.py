@@ -81,6 +81,7 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
+from ncf_dist import scratch
 
 def stop(handle):
     print("writing", flush=True)
