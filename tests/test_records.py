@@ -184,6 +184,12 @@ def test_line_breaks_in_fields_are_read_and_no_half_is_a_row(
     assert bad[0][2] == raw.rstrip("\n")
 
 
+def test_a_column_s_name_may_hold_a_line_break(tmp_path: Path) -> None:
+    path = log(tmp_path, '"the\nuser",i,r,t\n1,2,3,4\n')
+    found, bad = read(tmp_path, csv_input(path, columns={"user": "the\nuser", "item": "i"}))
+    assert (bad, [row[:2] for row in found]) == ([], [("1", "2")])
+
+
 @pytest.mark.parametrize("size", [30, 400, 2**25])
 def test_an_open_quote_far_from_its_end_costs_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int

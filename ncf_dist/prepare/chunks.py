@@ -33,30 +33,39 @@ log = logging.getLogger(__name__)
 @dataclass
 class Chunk:
     """R rows of one file. place: (R,) where each begins; raw: what it looked like; columns: name → (R,) text, null
-    where it is missing, or a typed Parquet column; reason: (R,) object, None where nothing is wrong yet."""
+    where it is missing, or a typed Parquet column; reason: (R,) object, None where nothing is wrong yet; spoiled:
+    whether anything is (a look at all reasons costs as much as typing a column)."""
 
     file: int
     place: npt.NDArray[np.int64]
     raw: Raw
     columns: dict[str, pa.Array]
     reason: npt.NDArray[np.object_]
+    spoiled: bool = False
 
     def reject(self, bad: Any, reason: str) -> None:
         """The first thing wrong with a row is its reason. bad: (R,) mask, NumPy or Arrow (null is False)."""
         mask = as_mask(bad)
         if mask.any():
             self.reason[mask & (self.reason == None)] = reason  # noqa: E711 - elementwise
+            self.spoiled = True
+
+    def rejected(self) -> Mask:
+        """(R,) which rows have a reason."""
+        if not self.spoiled:
+            return np.zeros(len(self.place), dtype=bool)
+        return as_mask(self.reason != None)  # noqa: E711 - elementwise
 
     def slice(self, start: int, end: int) -> Chunk:
         """Rows start..end."""
         columns = {name: column.slice(start, end - start) for name, column in self.columns.items()}
         raw = self.raw.slice(start, end)
-        return Chunk(self.file, self.place[start:end], raw, columns, self.reason[start:end].copy())
+        return Chunk(self.file, self.place[start:end], raw, columns, self.reason[start:end].copy(), self.spoiled)
 
     def unreadable(self) -> Chunk:
         """The same rows, rejected, and without values."""
         blank: dict[str, pa.Array] = dict.fromkeys(self.columns, pa.array([""] * len(self.place), pa.string()))
-        chunk = Chunk(self.file, self.place, self.raw, blank, self.reason.copy())
+        chunk = Chunk(self.file, self.place, self.raw, blank, self.reason.copy(), self.spoiled)
         chunk.reject(np.ones(len(self.place), dtype=bool), UNREADABLE)
         return chunk
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ncf_dist.contracts import QUARANTINE
-from ncf_dist.prepare.chunks import Chunk, Mask, as_mask, row_by_row
+from ncf_dist.prepare.chunks import Chunk, as_mask, row_by_row
 from ncf_dist.prepare.reading import read_unit
 from ncf_dist.prepare.records import Seam
 from ncf_dist.prepare.source import Source
@@ -142,7 +142,7 @@ def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
         "timestamp": _timestamp(chunk, spec.time_unit, spec.until),
         "part": pa.array(np.full(size, spec.part, dtype=np.int8)),
     }
-    rejected: Mask = chunk.reason != None  # noqa: E711 - elementwise
+    rejected = chunk.rejected()
     if not rejected.any():
         return pa.table(list(columns.values()), schema=spec.schema), None
     keep = pa.array(~rejected)

@@ -77,7 +77,7 @@ def typed(chunk: Chunk, spec: SideSpec) -> pa.RecordBatch:
     else:
         values, usable = integers(column)
         ids = pa.array(values)
-    usable = usable & (chunk.reason == None)  # noqa: E711 - elementwise
+    usable = usable & ~chunk.rejected()
     bad = np.zeros(len(usable), dtype=np.int32)
     columns = []
     for name, kind in spec.columns.items():

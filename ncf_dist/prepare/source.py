@@ -7,6 +7,7 @@ they are compressed or small, row groups of Parquet files. Units depend on the f
 from __future__ import annotations
 
 import csv
+import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -209,7 +210,9 @@ def _header(
         return None
     line = data.split(b"\n", 1)[0].rstrip(b"\r").decode(charset, errors="replace")
     try:
-        names = next(csv.reader([line], delimiter=separator)) if quote else line.split(separator)
+        # A quoted name may hold a line break.
+        lines = io.StringIO(data.decode(charset, errors="replace"), newline="\n")
+        names = next(csv.reader(lines, delimiter=separator)) if quote else line.split(separator)
     except (StopIteration, csv.Error):
         names = []
     names = [name.strip() for name in names]
