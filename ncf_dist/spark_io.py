@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
 import os
 import re
 import sys
@@ -154,6 +155,25 @@ def map_in_arrow(frame: DataFrame, work: Pass, schema: str | StructType) -> Data
             forget_archives()
 
     return frame.mapInArrow(run, schema)
+
+
+def on_one_executor(spark: SparkSession, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns (of JSON's types) in a Python worker of an executor. Raises the NcfError that it raises."""
+
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for _ in batches:
+            try:
+                body: dict[str, Any] = {"found": work()}
+            except errors.NcfError as error:
+                body = {"kind": type(error).__name__, "message": str(error)}
+            yield pa.RecordBatch.from_pydict({"body": [json.dumps(body)]})
+
+    [row] = map_in_arrow(spark.range(0, 1, 1, 1), run, "body string").collect()
+    body = json.loads(row["body"])
+    if "kind" in body:
+        raise getattr(errors, body["kind"])(body["message"])
+    found: dict[str, Any] = body["found"]
+    return found
 
 
 @functools.cache

@@ -7,19 +7,25 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pyspark.sql import SparkSession
 from torch import Tensor
 from torch.nn import functional
 
 from ncf_dist import products
-from ncf_dist.config import Config
+from ncf_dist.bundle import Bundle
+from ncf_dist.config import Config, Model
 from ncf_dist.errors import ConfigError
-from ncf_dist.models import MF, Parts
+from ncf_dist.models import MF, Parts, build_model
+from ncf_dist.products import Products
 from ncf_dist.scoring import ModelScorer
+from ncf_dist.scoring import blocks as kernel
+from ncf_dist.spark_io import on_one_executor
 from ncf_dist.train.worker import Spec, train_rank
 from ncf_dist.train.world import World
 
@@ -153,3 +159,97 @@ def test_the_canary_draws_nothing_and_keeps_the_threads() -> None:
     assert products.check.__wrapped__() == products.facts()["bits"]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.get_num_threads() == threads
+
+
+# ---- which library, which precision ------------------------------------------------------------------------
+
+
+def bundle_of(name: Any = "mf", factors: int = 8, **fields: Any) -> Bundle:
+    return Bundle("", Model(name=name, factors=factors, **fields), f"{name}-1", 20, 30, "", {})
+
+
+@pytest.mark.parametrize(
+    ("bundle", "width"),
+    [(bundle_of(), 8), (bundle_of(biases=True), 10), (bundle_of("gmf"), 9), (bundle_of("neumf", layers=(8, 4)), 10)],
+)
+def test_the_width_is_that_of_the_scorers_products(bundle: Bundle, width: int) -> None:
+    """Biases are two more columns; what is left of a tower is one."""
+    assert products.dot_width(bundle) == width
+    block = ModelScorer(build_model(bundle.model, 20, 30), 30).block
+    assert isinstance(block, kernel._Split)
+    assert block.item_dot.shape[1] == width
+
+
+def test_the_quicker_of_equal_libraries_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the timing says, one with other bits is not: a busy machine must not decide a table's bytes."""
+    seconds = iter([1.0, 0.9, 1.0, 1.1, 1.0, 0.1])
+    monkeypatch.setattr(products, "_seconds", lambda make: next(seconds))
+    monkeypatch.setattr(products, "_same_bits", lambda width, way: True)
+    assert [products.engine_for(8) for _ in range(2)] == ["onednn", "mkl"]
+    monkeypatch.setattr(products, "_same_bits", lambda width, way: False)
+    assert products.engine_for(8) == "mkl"
+
+
+def test_either_library_gives_the_same_scores() -> None:
+    """Where the probe says that they do; there the setting that rounds to bf16 elsewhere is not touched."""
+    model = build_model(Model(name="neumf", factors=32, layers=(16, 8)), 300, 2000)
+    if not products._same_bits(products.dot_width(bundle_of("neumf", 32, layers=(16, 8))), ("fp32", "onednn")):
+        with pytest.raises(ConfigError, match="differently here"):
+            ModelScorer(model, 2000, engine="onednn")
+        return
+    users = torch.arange(300)
+    wanted = ModelScorer(model, 2000).scores(users)
+    before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    assert torch.equal(ModelScorer(model, 2000, engine="onednn").scores(users), wanted)
+    assert torch.equal(ModelScorer(model, 2000, engine="onednn").scores(users[77:78]), wanted[77:78])
+    assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
+
+
+def test_an_executor_whose_library_rounds_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = kernel.multiply
+
+    def planted(a: Tensor, b: Tensor, out: Tensor, precision: str, engine: str) -> Tensor:
+        found = multiply(a, b, out, precision, "mkl")
+        return found if engine == "mkl" else torch.nextafter(found, found.new_tensor(torch.inf))
+
+    monkeypatch.setattr(kernel, "multiply", planted)
+    model = build_model(bundle_of().model, 20, 30)
+    ModelScorer(model, 30)
+    with pytest.raises(ConfigError, match="oneDNN and MKL round .* differently here .* executors of one kind"):
+        ModelScorer(model, 30, engine="onednn")
+
+
+def test_bf16_is_taken_where_it_is_to_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    for there, precision in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(products, "rounds", lambda width, there=there: there)
+        found = Products.agreed(products.choose(bundle_of(), "bf16"), "bf16")
+        assert (found.precision, found.mode, found.bits) == (precision, os.environ[products.MODE], products.check())
+        assert ("the executors have no such products" in caplog.text) == (not there)
+    with pytest.raises(ConfigError, match="this executor has no bf16 products .* or score.precision=fp32"):
+        products.must_round(8)
+
+
+def test_rounding_is_found_by_its_bits() -> None:
+    """One factor of the probe has more bits than bf16: a processor that rounds gives another product."""
+    assert products.rounds(64) == products.rounds(64)
+    a = products.numbers(kernel.USERS, 64)
+    assert not torch.equal(a, a.bfloat16().float())
+
+
+def test_several_kinds_of_processor_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    found = Products("AVX2", "a", "onednn")
+    assert found.facts([{"bits": "a"}, {"bits": None}, {"bits": "a"}])["executors"] == ["a"]
+    assert not caplog.text
+    assert found.facts([{"bits": "a"}, {"bits": "b"}])["executors"] == ["a", "b"]
+    assert "the executors have 2 kinds of processor" in caplog.text
+
+
+def test_what_an_executor_finds_reaches_the_driver(spark: SparkSession) -> None:
+    found = Products.agreed(on_one_executor(spark, partial(products.choose, bundle_of(), "fp32")))
+    assert (found.mode, found.bits) == (os.environ[products.MODE], products.check())
+
+    def refuses() -> dict[str, Any]:
+        raise ConfigError("no such products")
+
+    with pytest.raises(ConfigError, match="^no such products$"):
+        on_one_executor(spark, refuses)

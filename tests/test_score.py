@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist import contracts, demo, spark_io
+from ncf_dist import contracts, demo, products, spark_io
 from ncf_dist.artifacts import Lake, Manifest, Outcome, TableInfo, read_table, write_parquet
 from ncf_dist.bundle import read_bundle, save_bundle
 from ncf_dist.cli import run_job
@@ -214,6 +215,8 @@ def test_what_was_done_is_counted(line: Line, table: dict[str, list[dict[str, An
         "rows": (everybody - 1) * K + 3,
     }
     assert outcome.metrics["score.pairs"] == len(TRAINED) * ITEMS
+    how = line.facts["products"]
+    assert (how["mode"], how["precision"], how["executors"]) == (os.environ["MKL_CBWR"], "fp32", [how["bits"]])
     assert publish(line.config(), DS).status == "done"
 
 
@@ -224,11 +227,17 @@ def test_without_a_fallback_only_users_with_a_history(line: Line) -> None:
     assert publish(line.config(table="no fallback", fallback_days=None), DS).status == "done"
 
 
-def test_products_may_be_rounded(line: Line, table: dict[str, list[dict[str, Any]]]) -> None:
+def test_products_may_be_rounded(
+    line: Line, table: dict[str, list[dict[str, Any]]], caplog: pytest.LogCaptureFixture
+) -> None:
     """bf16 has 8 bits: scores differ by some thousandths of the largest, and users' best items are mostly the same."""
-    found = line.scored(precision="bf16")
+    with caplog.at_level(logging.WARNING, "ncf_dist"):
+        found = line.scored(precision="bf16")
     ours, wanted = ([rows[0]["score"] for _, rows in sorted(t.items()) if len(rows) == K] for t in (found, table))
-    assert ours != wanted
+    there = products.rounds(FACTORS + 1)
+    assert (ours != wanted) == there, "a processor without such products gives float32's very bits, and it is said"
+    assert ("score.precision is bf16, and the executors have no such products" in caplog.text) == (not there)
+    assert line.facts["products"]["precision"] == ("bf16" if there else "fp32")
     assert ours == pytest.approx(wanted, abs=0.05 * max(wanted))
     assert {name: rows[0]["reason"] for name, rows in found.items()} == {n: r[0]["reason"] for n, r in table.items()}
 

@@ -17,10 +17,12 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ncf_dist import scoring
 from ncf_dist.config import Model
 from ncf_dist.models import MF, MODELS, Parts, Recommender, build_model
 from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, catalogue_rank, mask, recommend, top_k
+from ncf_dist.scoring import blocks as kernel
+from ncf_dist.scoring.topk import Best
+from tests.far import DEVICE, Far, FarDevice
 
 Seen = list[list[int]]
 
@@ -178,7 +180,7 @@ class Joined(MF):
 
 @contextlib.contextmanager
 def blocks_of(users: int, items: int, hidden: int = 8192) -> Iterator[None]:
-    with mock.patch.multiple(scoring, USERS=users, ITEMS=items, HIDDEN_NUMBERS=hidden):
+    with mock.patch.multiple(kernel, USERS=users, ITEMS=items, HIDDEN_NUMBERS=hidden):
         yield
 
 
@@ -234,7 +236,7 @@ def test_hidden_layers_are_bounded_whatever_the_catalogue() -> None:
         }.items():
             for n_items in (10, 1000):
                 block = ModelScorer(model_of("mlp", 3, n_items, layers=layers), n_items).block
-                assert isinstance(block, scoring._Split)
+                assert isinstance(block, kernel._Split)
                 assert [tuple(v.shape) for v in block.hidden] == shapes
                 assert block.out.shape == (32, 64)
 
@@ -333,7 +335,7 @@ def test_what_is_kept_does_not_grow_with_the_catalogue(order: str) -> None:
     places = torch.arange(50 * 64.0)
     score = {"falling": -places, "rising": places, "equal": torch.zeros(len(places))}[order]
     with blocks_of(4, 64):
-        best, kept = scoring._Best(4, 5), 0
+        best, kept = Best(4, 5, 64), 0
         for number, part in enumerate(score.split(64)):
             best.add(number * 64, part.expand(4, 64).contiguous())
             kept = max(kept, best.count)
@@ -390,3 +392,54 @@ def test_a_recommendation_does_not_depend_on_the_call(name: str) -> None:
             some = recommend(scorer, users, lists([seen[u] for u in users]), 10)
             assert torch.equal(some[0], values[users]), (size, start)
             assert torch.equal(some[1], items[users]), (size, start)
+
+
+# ---- another device ----------------------------------------------------------------------------------------
+
+
+def test_the_device_that_is_not_there_refuses_what_a_gpu_refuses() -> None:
+    with FarDevice():
+        far = torch.ones(3, device=DEVICE) + torch.arange(3, device=DEVICE)
+        assert far.device == DEVICE
+        assert far.cpu().tolist() == [1, 2, 3]
+        with pytest.raises(RuntimeError, match="numpy.. is not supported"):
+            far.numpy()
+        with pytest.raises(AssertionError, match="mixes devices"):
+            far + torch.ones(3)
+
+
+@pytest.mark.parametrize("name", ["mf", "neumf", "joined"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_scoring_keeps_to_the_models_device(name: str, listed: bool) -> None:
+    """With item lists too: nothing is taken for a tensor of the CPU. Users may come from either."""
+    n_users, n_items = 12, 90
+    model = filled(Joined(n_users, n_items, 4, True, None)) if name == "joined" else model_of(name, n_users, n_items)
+    model.requires_grad_(False)
+    seen, users = lists(random_lists(n_users, n_items, 60)), torch.arange(n_users)
+    eligible = torch.from_numpy(np.flatnonzero(np.random.default_rng(3).random(n_items) < 0.4)) if listed else None
+    with blocks_of(4, 16):
+        wanted = recommend(ModelScorer(model, n_items, eligible=eligible), users, seen, 10)
+        with FarDevice():
+            for module in model.modules():
+                for key, parameter in module._parameters.items():
+                    module._parameters[key] = (
+                        nn.Parameter(Far(parameter.data), False) if parameter is not None else None
+                    )
+            ours = [None, eligible] if eligible is None else [eligible, eligible.to(DEVICE)]
+            for items in ours:
+                scorer = ModelScorer(model, n_items, eligible=items)
+                assert scorer.scores(users.to(DEVICE)).device == DEVICE
+                assert scorer.of(users[:4].to(DEVICE), torch.arange(20)).device == DEVICE
+                for some in (users, users.to(DEVICE)):
+                    values, found = recommend(scorer, some, seen, 10)
+                    assert values.device == found.device == some.device
+                    assert torch.equal(found.cpu(), wanted[1])
+                    assert torch.equal(values.cpu(), wanted[0])
+
+
+def test_popularity_and_ranks_keep_to_the_users_device() -> None:
+    with FarDevice():
+        users = torch.arange(2).to(DEVICE)
+        scorer = PopularityScorer(np.array([3, 9, 3]))
+        assert recommend(scorer, users, lists([[], [2, 1]]), 5)[1].cpu().tolist() == [[1, 0, 2], [0, -1, -1]]
+        assert catalogue_rank(scorer.scores(users), torch.tensor([0, 2]).to(DEVICE)).cpu().tolist() == [2, 3]

@@ -70,7 +70,7 @@ def _problem(spec: ScorePass, rows: pa.Table, scores: np.ndarray, may: np.ndarra
     given = rows["score"].to_numpy()
     item = pc.index_in(rows["item_id"], value_set=ids).to_numpy()
     best = np.sort(scores[may])[::-1][:wanted]
-    slack = TOLERANCE[spec.config.precision] * float(np.abs(scores).max())
+    slack = TOLERANCE[spec.products.precision] * float(np.abs(scores).max())
     for of, needed in (("the model gives this pair", scores[item]), ("the model's score at this rank is", best)):
         off = ~(np.abs(given - needed) <= slack)  # A score that is not a number is off, too.
         if off.any():

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
@@ -25,6 +26,7 @@ from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, rea
 from ncf_dist.bundle import Bundle, current_runs, read_bundle, verify_weights
 from ncf_dist.config import Config
 from ncf_dist.errors import ContractError
+from ncf_dist.products import Products, choose
 from ncf_dist.score import forecasting
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.rows import active_from, in_files, in_tasks, popularity, users_to_rank
@@ -33,6 +35,7 @@ from ncf_dist.spark_io import (
     LIST_BATCH_ROWS,
     ROWS_PER_FILE,
     map_in_arrow,
+    on_one_executor,
     read_files,
     spark_session,
     table_info,
@@ -70,6 +73,7 @@ def score(config: Config, ds: str) -> Outcome:
     tables: dict[str, TableInfo] = {}
     spec = night.spec(f"{run}/{night.contract.name}")
     with spark_session("ncf-score", config.spark, LIST_BATCH_ROWS) as spark:
+        spec = replace(spec, products=night.products(spark))
         if config.score.fallback_days is not None:
             tables |= _popularity(spark, night, run)
             spec = replace(spec, popularity_files=_paths(run, tables["popularity"]))
@@ -83,6 +87,7 @@ def score(config: Config, ds: str) -> Outcome:
     facts = {
         **night.facts(ds),
         "items": items,
+        "products": spec.products.facts(stats),
         "users": counts["users"],
         "short_users": counts["short_users"],
         "popular_users": counts["popular_users"],
@@ -120,6 +125,7 @@ def forecast(config: Config, ds: str) -> Outcome:
     spec = night.spec("memory://ncf-dist-probe")
     with spark_session("ncf-score-forecast", config.spark, LIST_BATCH_ROWS) as spark:
         session_s, began = time.monotonic() - start, time.monotonic()
+        spec = replace(spec, products=night.products(spark))
         rows = users_to_rank(spark, night.prepare, config.score, ds)
         users = {bool(row["by_model"]): int(row["count"]) for row in rows.groupBy("by_model").count().collect()}
         if config.score.fallback_days is not None:
@@ -183,6 +189,11 @@ class _Night:
     def spec(self, folder: str) -> ScorePass:
         items = tuple(self.prepare.files("item_index"))
         return ScorePass(self.bundle, items, self.contract, folder, self.config.score, self.lists)
+
+    def products(self, spark: SparkSession) -> Products:
+        """How the executors multiply, from a probe on one of them."""
+        asked = self.config.score.precision
+        return Products.agreed(on_one_executor(spark, partial(choose, self.bundle, asked)), asked)
 
     def facts(self, ds: str) -> dict[str, Any]:
         """What the audit holds the table to."""

@@ -11,13 +11,15 @@ import pyarrow as pa
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Score
 from ncf_dist.contracts import Contract
+from ncf_dist.products import PLAIN, Products
 from ncf_dist.score.items import ItemLists
 from ncf_dist.spark_io import Pass
 
 
 @dataclass(frozen=True)
 class ScorePass:
-    """Travels to the workers. item_files: the item_index table; popularity_files: none without a fallback."""
+    """Travels to the workers. item_files: the item_index table; popularity_files: none without a fallback; products:
+    how they multiply."""
 
     bundle: Bundle
     item_files: tuple[str, ...]
@@ -26,6 +28,7 @@ class ScorePass:
     config: Score
     lists: ItemLists
     popularity_files: tuple[str, ...] = ()
+    products: Products = PLAIN
 
     @property
     def masked(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from pyspark import TaskContext
 
-from ncf_dist import scoring
+from ncf_dist import products, scoring
 from ncf_dist.artifacts import read_table
 from ncf_dist.bundle import load_model
 from ncf_dist.contracts import MODEL, POPULAR
@@ -60,6 +60,7 @@ def score_pass(spec: ScorePass) -> Pass:
         files = [vars(file) for file in sink.close()]
         clock.add("write")
         stats = {"counts": counts, "files": files, "seconds": clock.seconds, "memory": clock.memory}
+        stats["bits"] = products.check() if ranker else None
         yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
 
     return run
@@ -97,8 +98,11 @@ class Ranker:
                 load_model(spec.bundle).to(self.device),
                 spec.bundle.n_items,
                 eligible=None if eligible is None else torch.from_numpy(eligible).to(self.device),
-                precision=spec.config.precision,
+                precision=spec.products.precision,
+                engine=spec.products.engine,
             )
+        if spec.products.precision == "bf16":
+            products.must_round(products.dot_width(spec.bundle))
         files = spec.popularity_files
         self.popular = Popular.read(files, spec.bundle.n_items, eligible) if files else None
 
