@@ -27,11 +27,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ncf_dist.bundle import Bundle
 from ncf_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ncf_dist.bundle import Bundle
 
 log = logging.getLogger(__name__)
 

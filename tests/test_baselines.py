@@ -109,7 +109,7 @@ def test_items_without_factors_score_nothing(tmp_path: Path) -> None:
     path = write_parquet(pa.table(rows), str(tmp_path), "items.parquet").path
     scorer = item_factors((str(tmp_path / path),), 3)
     assert isinstance(scorer, DotScorer)
-    assert scorer.scores(torch.tensor([[1.0, 10.0]])).tolist() == [[3.0 + 40.0, 0.0, 1.0 + 20.0]]
+    assert scorer.of(torch.tensor([[1.0, 10.0]]), torch.arange(3)).tolist() == [[3.0 + 40.0, 0.0, 1.0 + 20.0]]
 
 
 def test_a_catalogue_too_large_for_a_gram_matrix_is_refused_with_the_sum() -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 import torch
@@ -13,17 +18,32 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
+from ncf_dist import products
 from ncf_dist.artifacts import write_parquet
+from ncf_dist.config import Model
 from ncf_dist.contracts import INDEX_LIST, RANKS
 from ncf_dist.evaluate import segments
+from ncf_dist.evaluate.baselines import DotScorer
 from ncf_dist.evaluate.bootstrap import interval, p_value, poisson_weights
 from ncf_dist.evaluate.figures import Ranks, file_sums, read_ranks, sum_up, with_other
 from ncf_dist.evaluate.histogram import BINS, Histogram, on_common_bins
 from ncf_dist.evaluate.lists import list_metrics, popularity_counts
+from ncf_dist.evaluate.places import Scores, by_item
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import FiguresPass
 from ncf_dist.evaluate.summary import by_segment, comparisons, flat_metrics, of_scorer
-from ncf_dist.evaluate.users import Users, blocks, rank_users
+from ncf_dist.evaluate.users import Score, Users, blocks, model_scores, popularity_scores, rank_users
+from ncf_dist.models import MF, build_model
+from ncf_dist.scoring import ModelScorer, PopularityScorer, catalogue_rank, mask, top_k
+from ncf_dist.scoring import blocks as kernel
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in a Spark worker."""
+    with products.one_thread():
+        yield
+
 
 # ---- ranks of a block --------------------------------------------------------------------------------------
 
@@ -35,10 +55,10 @@ HELD_OUT = pa.list_(
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[list[float]], list[dict[str, Any]]]:
+def cases(draw: st.DrawFn, most_items: int = 9) -> tuple[list[list[float]], list[dict[str, Any]]]:
     """Scores out of three values, so that most tie; each user's seen items, held-out items (at least one, none of them
     seen) and candidates of each held-out item."""
-    n_users, n_items = draw(st.integers(1, 4)), draw(st.integers(2, 9))
+    n_users, n_items = draw(st.integers(1, 4)), draw(st.integers(2, most_items))
     row = st.lists(st.sampled_from([-1.0, 0.0, 2.5]), min_size=n_items, max_size=n_items)
     scores = draw(st.lists(row, min_size=n_users, max_size=n_users))
     users = []
@@ -65,12 +85,17 @@ def users_of(users: list[dict[str, Any]]) -> Users:
     return Users.of(table)
 
 
+def dense(scores: torch.Tensor) -> Score:
+    """A scorer with all its scores (U, I) given."""
+    return lambda users: by_item(scores.shape[1], lambda items: scores[:, items])
+
+
 @given(cases(), st.integers(1, 10))
 @budget(max_examples=150, deadline=None)
 def test_ranks_are_those_of_a_full_sort(case: tuple[list[list[float]], list[dict[str, Any]]], longest: int) -> None:
     """Every held-out item among all unseen items, ties by item_idx; among its candidates by counting."""
     scores, users = case
-    table = rank_users("any", lambda block: torch.tensor(scores), users_of(users), longest)
+    table = rank_users("any", dense(torch.tensor(scores)), users_of(users), longest)
     assert table.schema.equals(RANKS.schema)
     for number, (row, own, user) in enumerate(zip(table.to_pylist(), scores, users, strict=True)):
         order = sorted(set(range(len(own))) - set(user["seen"]), key=lambda item: (-own[item], item))
@@ -86,10 +111,108 @@ def test_ranks_are_those_of_a_full_sort(case: tuple[list[list[float]], list[dict
         assert row["equal"] == [sum(own[c] == own[item] for c in cs) for item, cs in held.items()]
 
 
+def whole_ranks(name: str, scores: torch.Tensor, users: Users, longest: int) -> tuple[dict[str, Any], list[Any]]:
+    """What `rank_users` says, from all scores (U, I) at once: columns as lists, and histograms."""
+    held, among = users.held, users.candidates
+    row, item = torch.from_numpy(held.row), torch.from_numpy(held.values)
+    own = scores[row, item]
+    theirs = scores[row[torch.from_numpy(among.row)], torch.from_numpy(among.values)]
+    of = own[torch.from_numpy(among.row)]
+    greater, equal = (np.bincount(among.row, weights=w, minlength=len(own)) for w in (theirs > of, theirs == of))
+    scores = mask(scores.clone(), users.seen)
+    values, top = top_k(scores, longest)
+    histograms = [Histogram(), Histogram(), Histogram()]
+    for histogram, counted in zip(histograms, (scores.ravel(), own, values[:, 0]), strict=True):
+        histogram.add(counted.numpy())
+    flat = {
+        "score": own.tolist(),
+        "full_rank": catalogue_rank(scores[row], item).tolist(),
+        "greater": greater.tolist(),
+        "equal": equal.tolist(),
+        "top": [t[torch.isfinite(v)].tolist() for v, t in zip(values, top, strict=True)],
+    }
+    return flat, [histogram.as_json() for histogram in histograms]
+
+
+@given(cases(most_items=60), st.integers(1, 10), st.sampled_from(["ties", "model"]))
+@budget(max_examples=100, deadline=None)
+def test_a_pass_over_blocks_gives_what_all_scores_at_once_give(
+    case: tuple[list[list[float]], list[dict[str, Any]]], longest: int, kind: str
+) -> None:
+    """To the bit, histograms too: whatever ties, whatever was seen, several held-out items and candidates a user."""
+    given, rows = case
+    users, n_items = users_of(rows), len(given[0])
+    with mock.patch.multiple(kernel, USERS=4, ITEMS=16, HIDDEN_NUMBERS=1024):
+        if kind == "ties":
+            every, score = torch.tensor(given), dense(torch.tensor(given))
+        else:
+            scorer = ModelScorer(build_model(Model(name="neumf", factors=3, layers=(4, 2)), 9, n_items), n_items)
+            every, score = scorer.scores(users.user), model_scores(scorer)
+        histograms = {"all": Histogram(), "held_out": Histogram(), "first": Histogram()}
+        table = rank_users("model", score, users, longest, histograms)
+    flat, counted = whole_ranks("model", every, users, longest)
+    for name in ("score", "full_rank", "greater", "equal"):
+        assert table.column(name).combine_chunks().flatten().to_pylist() == flat[name], name
+    assert table.column("top").to_pylist() == flat["top"]
+    assert [histogram.as_json() for histogram in histograms.values()] == counted
+
+
+def test_a_held_out_item_that_was_seen_comes_last_as_it_did() -> None:
+    """prepare never makes one; if it did, its rank would not be that of a hit."""
+    users = users_of([{"seen": [2], "held": {2: [0]}}])
+    scores = torch.tensor([[1.0, 2.0, 9.0, 0.0]])
+    (row,) = rank_users("any", dense(scores), users, 4).to_pylist()
+    flat, _ = whole_ranks("any", scores, users, 4)
+    assert (row["score"], row["full_rank"], row["top"]) == (flat["score"], flat["full_rank"], flat["top"][0])
+
+
+def test_scores_that_are_not_numbers_are_refused_wherever_they_are() -> None:
+    users = users_of([{"seen": [], "held": {1: []}}])
+    for odd in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scores that are not finite"):
+            rank_users("model", dense(torch.tensor([[0.0, 1.0, odd]])), users, 1)
+
+
+def test_a_million_items_are_ranked_within_a_few_blocks() -> None:
+    """64 users x 1,000,000 items would be 256 MB at once, of scores alone; the figures are those of a full sort."""
+    n_items, rng = 1_000_000, np.random.default_rng(1)
+    seen = [sorted(set(rng.integers(0, n_items // 2, 20).tolist())) for _ in range(64)]
+    rows = [
+        {"seen": seen[user], "held": {n_items - 1 - user: rng.integers(0, n_items, 5).tolist()}} for user in range(64)
+    ]
+    users = replace(users_of(rows), user=torch.arange(64))
+    falling = torch.arange(n_items).flip(0).float()
+    als, factors = DotScorer(torch.stack([falling, falling], 1)), torch.ones(64, 2)
+    popular = PopularityScorer(np.arange(n_items)[::-1])
+    scorers: dict[str, Score] = {
+        "model": model_scores(ModelScorer(MF(64, n_items, 2, biases=False), n_items)),
+        "popularity": lambda block: popularity_scores(popular, len(block.user)),
+        "als": lambda block: by_item(n_items, partial(als.of, factors)),
+    }
+    most = 0
+
+    def watched(score: Score) -> Score:
+        def blocks(scores: Scores) -> Iterator[torch.Tensor]:
+            nonlocal most
+            for block in scores.blocks():
+                yield block
+                most = max(most, psutil.Process().memory_info().rss)
+
+        return lambda block: replace(score(block), blocks=partial(blocks, score(block)))
+
+    before = psutil.Process().memory_info().rss
+    for name, score in scorers.items():
+        table = rank_users(name, watched(score), users, 10)
+        if name != "model":
+            wanted = [[n_items - user - len(items)] for user, items in enumerate(seen)]
+            assert table.column("full_rank").to_pylist() == wanted
+    assert 0 < most - before < 64 * 2**20
+
+
 def test_what_was_seen_is_not_in_the_way() -> None:
     """Item 3 is beaten by 0, 1 and 2; the user has seen 0 and 1."""
     users = users_of([{"seen": [0, 1], "held": {3: [2]}}])
-    (row,) = rank_users("any", lambda block: torch.tensor([[9.0, 8.0, 7.0, 6.0]]), users, 4).to_pylist()
+    (row,) = rank_users("any", dense(torch.tensor([[9.0, 8.0, 7.0, 6.0]])), users, 4).to_pylist()
     assert (row["full_rank"], row["top"]) == ([2], [2, 3])
 
 
@@ -97,14 +220,14 @@ def test_a_score_that_is_not_a_number_is_refused() -> None:
     """Nothing is greater than NaN: the held-out item would be first."""
     users = users_of([{"seen": [], "held": {1: []}}])
     with pytest.raises(ValueError, match="model gives held-out items scores that are not finite"):
-        rank_users("model", lambda block: torch.tensor([[0.0, float("nan")]]), users, 1)
+        rank_users("model", dense(torch.tensor([[0.0, float("nan")]])), users, 1)
 
 
 def test_histograms_count_unseen_held_out_and_first() -> None:
     users = users_of([{"seen": [0], "held": {1: []}}, {"seen": [], "held": {0: []}}])
     histograms = {"all": Histogram(), "held_out": Histogram(), "first": Histogram()}
     scores = torch.tensor([[9.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
-    rank_users("model", lambda block: scores, users, 2, histograms)
+    rank_users("model", dense(scores), users, 2, histograms)
     total = {name: sum(histogram.counts.values()) for name, histogram in histograms.items()}
     assert total == {"all": 5, "held_out": 2, "first": 2}
     values = on_common_bins(histograms, 64)

@@ -20,11 +20,13 @@ import pyarrow as pa
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ncf_dist.artifacts import is_local, make_dirs, read_bytes, read_table, write_atomic
 from ncf_dist.errors import ContractError
 from ncf_dist.evaluate.spec import GramFit
 from ncf_dist.scoring import Lists
+from ncf_dist.scoring import blocks as kernel
 from ncf_dist.spark_io import Pass
 from ncf_dist.stored import map_tensors, parse_tensors
 
@@ -51,9 +53,12 @@ class DotScorer:
         """items: (I, D) float32."""
         self.items = items
 
-    def scores(self, users: Tensor) -> Tensor:
-        """(U, D) → (U, I)."""
-        return users @ self.items.T
+    def of(self, users: Tensor, items: Tensor) -> Tensor:
+        """(U, D), (T,) item indexes → (U, T), at most USERS and ITEMS of a block. The product is always of one shape,
+        filled up with zeros, so that a score depends on no block."""
+        rows, columns = kernel.USERS - len(users), kernel.ITEMS - len(items)
+        user, item = pad(users, (0, 0, 0, rows)), pad(self.items[items], (0, 0, 0, columns))
+        return (user @ item.T)[: len(users), : len(items)]
 
 
 def read_lists(column: pa.Array) -> Lists:

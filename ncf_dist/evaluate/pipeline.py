@@ -11,7 +11,8 @@ import posixpath
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from pyspark.sql import DataFrame, SparkSession
@@ -33,7 +34,16 @@ from ncf_dist.evaluate.report.examples import examples
 from ncf_dist.evaluate.report.page import REPORT, headline_k, write_report
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass, FiguresPass, GramFit, on_executors
-from ncf_dist.spark_io import LIST_BATCH_ROWS, map_in_arrow, read_files, read_table, spark_session, table_info
+from ncf_dist.products import Products, choose
+from ncf_dist.spark_io import (
+    LIST_BATCH_ROWS,
+    map_in_arrow,
+    on_one_executor,
+    read_files,
+    read_table,
+    spark_session,
+    table_info,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +90,8 @@ def evaluate(config: Config, ds: str) -> Outcome:
 
     run = runs.begin(key)
     with spark_session("ncf-evaluate", config.spark, LIST_BATCH_ROWS) as spark:
-        night = Night(spark, config, prepare, bundle, run)
+        products = Products.agreed(on_one_executor(spark, partial(choose, bundle, "fp32")))
+        night = Night(spark, config, prepare, bundle, run, products)
         try:
             fitted, als_users = night.fit_baselines()
             ranks, scores, timed = night.rank(fitted, als_users)
@@ -108,6 +119,7 @@ def evaluate(config: Config, ds: str) -> Outcome:
         "model_version": bundle.model_version,
         "n_users": report["n_users"],
         "judged_on": judged,
+        "products": asdict(products),
         **{name: report[name] for name in ("beats_popularity",) if name in report},
     }
     seconds = round(time.monotonic() - start, 3)
@@ -142,6 +154,7 @@ class Night:
     prepare: Manifest
     bundle: Bundle
     run: str
+    products: Products
 
     @property
     def fits(self) -> str:
@@ -183,6 +196,7 @@ class Night:
             posixpath.join(self.run, contracts.RANKS.name),
             max(self.config.evaluate.ks),
             tuple(fitted.items()),
+            self.products,
         )
         rows = held_out_users(self.spark, self.prepare, als_users, self.config.evaluate.als_rank)
         rows = rows.withColumn("_file", F.pmod("user_idx", F.lit(files)))

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from ncf_dist.bundle import Bundle
 from ncf_dist.evaluate.segments import PopularityDeciles
+from ncf_dist.products import PLAIN, Products
 from ncf_dist.spark_io import Pass
 
 ALS_USER = "als_user"
@@ -18,13 +19,14 @@ ALS_USER = "als_user"
 @dataclass(frozen=True)
 class EvaluationPass:
     """One pass over users with held-out items. stats_files: the item_stats table. explicit: scores are predicted
-    ratings. longest: length of the lists. baselines: by name, the files each needs."""
+    ratings. longest: length of the lists. baselines: by name, the files each needs. products: how they multiply."""
 
     bundle: Bundle
     stats_files: tuple[str, ...]
     folder: str
     longest: int
     baselines: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    products: Products = PLAIN
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 Full catalogue: every held-out item is ranked among all items but those the user has in train and validation.
 Candidates: each among its own 1 + N (the NCF protocol): how many beat it and how many tie with it.
 
-A task holds one block of users' scores, the scorers and one file's rows; blocks are cut within a file and a file is a
-function of the user, so no number depends on how Spark dealt the rows.
+A task holds the scorers, one block of users and one file's rows, nothing of users x items. Of the scorers the model
+takes what `scoring.ModelScorer` says, popularity 4 bytes an item, ALS 4 x rank, EASE and item k-nearest-neighbours 4
+bytes an item squared, which `evaluate.gram_bytes` bounds, and as much an item and user of a block. A block takes 1 MiB
+of scores, some 15 MiB while they are counted, and 20 bytes for each of 8 x 256 x K scores at most. Blocks are cut
+within a file and a file is a function of the user, so no number depends on how Spark dealt the rows.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -23,16 +27,13 @@ from ncf_dist.bundle import load_model
 from ncf_dist.contracts import RANKS
 from ncf_dist.evaluate.baselines import item_factors, item_weights, read_lists
 from ncf_dist.evaluate.histogram import Histogram
+from ncf_dist.evaluate.places import Scores, by_item, rank, scores_of
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
-from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, catalogue_rank, mask, top_k
+from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer
+from ncf_dist.scoring import blocks as kernel
 from ncf_dist.spark_io import FileSink, Pass, runs_of
 
-SCORES_A_BLOCK = 2**21
-"""Scores held at once (U x I): 8 MiB, and as many again while they are ranked."""
-MOST_USERS_A_BLOCK = 512
-
-Score = Callable[["Users"], Tensor]
-"""Scores (U, I) of a block of users, fresh."""
+Score = Callable[["Users"], Scores]
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,9 @@ def evaluation_pass(spec: EvaluationPass) -> Pass:
         torch.set_num_threads(1)
         sink = FileSink(spec.folder, RANKS.schema, rows_per_file=2**31)
         histograms = {"all": Histogram(), "held_out": Histogram(), "first": Histogram()}
-        size = max(1, min(MOST_USERS_A_BLOCK, SCORES_A_BLOCK // spec.bundle.n_items))
         scorers: dict[str, Score] = {}
         timed = False
-        for file, table in blocks(batches, size):
+        for file, table in blocks(batches, kernel.USERS):
             scorers = scorers or make_scorers(spec)
             users = Users.of(table)
             timed |= bool(users.timestamp.to_numpy().any())
@@ -126,30 +126,43 @@ def _cut(file: int, table: pa.Table, size: int) -> Iterator[tuple[int, pa.Table]
 
 def make_scorers(spec: EvaluationPass) -> dict[str, Score]:
     """The model and the baselines by name."""
-    n_items = spec.bundle.n_items
-    model = ModelScorer(load_model(spec.bundle), n_items)
-    found: dict[str, Score] = {"model": lambda users: model.scores(users.user)}
+    model = ModelScorer(load_model(spec.bundle), spec.bundle.n_items, engine=spec.products.engine)
+    found: dict[str, Score] = {"model": model_scores(model)}
     for name, files in spec.baselines:
         found[name] = BASELINES[name](spec, files)
     return found
 
 
+def model_scores(scorer: ModelScorer) -> Score:
+    return lambda users: Scores(scorer.n_items, partial(scorer.of, users.user), partial(scorer.blocks, users.user))
+
+
 def _popularity(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
     scorer = PopularityScorer(train_counts(spec.stats_files))
-    return lambda users: scorer.scores(users.user)
+    return lambda users: popularity_scores(scorer, len(users.user))
+
+
+def popularity_scores(scorer: PopularityScorer, users: int) -> Scores:
+    return by_item(scorer.n_items, lambda items: scorer.places[items].expand(users, -1))
 
 
 def _item_item(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
     scorer = item_weights(files[0])
-    return lambda users: scorer.scores(users.seen)
+
+    def scores(users: Users) -> Scores:
+        # (U, I) at once: the weights are (I, I).
+        every = scorer.scores(users.seen)
+        return by_item(every.shape[1], lambda items: every[:, items])
+
+    return scores
 
 
 def _als(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
     scorer = item_factors(files, spec.bundle.n_items)
 
-    def scores(users: Users) -> Tensor:
+    def scores(users: Users) -> Scores:
         assert users.als is not None
-        return scorer.scores(users.als)
+        return by_item(spec.bundle.n_items, partial(scorer.of, users.als))
 
     return scores
 
@@ -173,24 +186,18 @@ def rank_users(
     """Rows of `ranks` of one block and one scorer. histograms: what counts the scores of unseen items (`all`), of
     held-out ones and of those ranked first. Raises ValueError for scores that are not finite."""
     scores, held, among = score(users), users.held, users.candidates
-    row, item = torch.from_numpy(held.row), torch.from_numpy(held.values)
-    own = scores[row, item].numpy()
+    own = scores_of(scores, held)
     if not np.isfinite(own).all():
         # Nothing beats a score that is not a number: such a model would rank every held-out item first.
         raise ValueError(f"{name} gives held-out items scores that are not finite; needed finite ones: train again")
-    theirs = scores[row[torch.from_numpy(among.row)], torch.from_numpy(among.values)].numpy()
-    greater = np.bincount(among.row, weights=theirs > own[among.row], minlength=len(own))
-    equal = np.bincount(among.row, weights=theirs == own[among.row], minlength=len(own))
-    mask(scores, users.seen)
-    values, top = top_k(scores, longest)
-    offered = torch.isfinite(values)
+    count = histograms["all"].add if histograms is not None else lambda block: None
+    ranked = rank(scores, users.seen, held, own, (held.row[among.row], among.values), longest, count)
+    greater = np.bincount(among.row, weights=ranked.candidates > own[among.row], minlength=len(own))
+    equal = np.bincount(among.row, weights=ranked.candidates == own[among.row], minlength=len(own))
+    offered = torch.isfinite(ranked.values)
     if histograms is not None:
-        histograms["all"].add(scores.numpy().ravel())
         histograms["held_out"].add(own)
-        histograms["first"].add(values[:, 0].numpy())
-    # A few rows at a time: a user with many held-out items has as many rows of scores.
-    parts = zip(row.split(len(users.user)), item.split(len(users.user)), strict=True)
-    full = torch.cat([catalogue_rank(scores[r], i) for r, i in parts])
+        histograms["first"].add(ranked.values[:, 0].numpy())
 
     def lists(values: np.ndarray | pa.Array) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(held.offsets, pa.int32()), pa.array(values))
@@ -204,10 +211,10 @@ def rank_users(
         "timestamp": lists(users.timestamp),
         "rating": lists(users.rating),
         "score": lists(own),
-        "full_rank": lists(full.numpy()),
+        "full_rank": lists(1 + ranked.before),
         "candidates": lists(np.diff(among.offsets)),
         "greater": lists(greater.astype(np.int64)),
         "equal": lists(equal.astype(np.int64)),
-        "top": pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), pa.array(top[offered].numpy())),
+        "top": pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), pa.array(ranked.items[offered].numpy())),
     }
     return pa.table([pa.array(columns[f.name]).cast(f.type) for f in RANKS.schema], schema=RANKS.schema)
