@@ -184,16 +184,16 @@ def test_the_quicker_of_equal_libraries_is_taken(monkeypatch: pytest.MonkeyPatch
     """Whatever the timing says, one with other bits is not: a busy machine must not decide a table's bytes."""
     seconds = iter([1.0, 0.9, 1.0, 1.1, 1.0, 0.1])
     monkeypatch.setattr(products, "_seconds", lambda make: next(seconds))
-    monkeypatch.setattr(products, "_same_bits", lambda width, way: True)
+    monkeypatch.setattr(products, "_same_bits", lambda width: True)
     assert [products.engine_for(8) for _ in range(2)] == ["onednn", "mkl"]
-    monkeypatch.setattr(products, "_same_bits", lambda width, way: False)
+    monkeypatch.setattr(products, "_same_bits", lambda width: False)
     assert products.engine_for(8) == "mkl"
 
 
 def test_either_library_gives_the_same_scores() -> None:
     """Where the probe says that they do; there the setting that rounds to bf16 elsewhere is not touched."""
     model = build_model(Model(name="neumf", factors=32, layers=(16, 8)), 300, 2000)
-    if not products._same_bits(products.dot_width(bundle_of("neumf", 32, layers=(16, 8))), ("fp32", "onednn")):
+    if not products._same_bits(products.dot_width(bundle_of("neumf", 32, layers=(16, 8)))):
         with pytest.raises(ConfigError, match="differently here"):
             ModelScorer(model, 2000, engine="onednn")
         return
@@ -229,11 +229,19 @@ def test_bf16_is_taken_where_it_is_to_be_had(monkeypatch: pytest.MonkeyPatch, ca
         products.must_round(8)
 
 
-def test_rounding_is_found_by_its_bits() -> None:
-    """One factor of the probe has more bits than bf16: a processor that rounds gives another product."""
-    assert products.rounds(64) == products.rounds(64)
-    a = products.numbers(kernel.USERS, 64)
-    assert not torch.equal(a, a.bfloat16().float())
+def test_rounding_is_told_from_another_order_of_summation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN sums many factors in another order than MKL, which are other bits, too."""
+    for rounding in (True, False):
+
+        def planted(
+            a: Tensor, b: Tensor, out: Tensor, precision: str, engine: str, rounding: bool = rounding
+        ) -> Tensor:
+            if precision == "fp32":
+                return torch.mm(a, b)
+            return a.bfloat16().float() @ b.bfloat16().float() if rounding else a.flip(1) @ b.flip(0)
+
+        monkeypatch.setattr(kernel, "multiply", planted)
+        assert [products.rounds(width) for width in (8, 64, 500)] == [rounding] * 3
 
 
 def test_several_kinds_of_processor_are_said(caplog: pytest.LogCaptureFixture) -> None:
