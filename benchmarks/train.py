@@ -9,18 +9,30 @@ Everything is run on this machine one after the other, `repeats` times, and the 
 - recbole (PYTHON: the interpreter of an environment that has RecBole 1.2.1): its own trainer on the same positives
 
 A sample is one (user, item) pair, positive or negative. Prints one table and writes benchmarks/results/train.json.
+
+    .venv/bin/python benchmarks/train.py --busy [--settings NAME=VALUE,… …] [--pin] [--rows R] [--add]
+
+Instead: the job train on one rank with all cores, alone and beside another program that keeps one core busy (with --pin
+the last one, else whichever the system gives it), NeuMF as above and mf (64 factors) by sampled softmax, under each
+setting of the environment in turn. The first is what the others are compared with: OpenMP's own default, which a person
+who sets it keeps. The last is ours. Each is the median of all epochs but a training's first. Writes
+benchmarks/results/train_busy.json, with --add beside what is there.
+
 MovieLens comes from NCF_DATA_DIR/ml-1m; the tables are made here, without Spark, as `prepare` lays them out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -79,20 +91,23 @@ def prepare(lake: str, user: Array, item: Array, drawn: Array) -> None:
     runs.finish(Manifest("prepare", DS, "p1", str(root), config, {}, tables, facts))
 
 
-def ours(lake: str, epochs: int, ranks: int, **loader: Any) -> list[dict[str, float]]:
+def ours(lake: str, epochs: int, ranks: int, mf: bool = False, **loader: Any) -> list[dict[str, float]]:
     """history.json's epochs of the job train."""
+    model = {"model": {"name": "mf", "factors": 64}} if mf else {}
+    by_loss = {"loss": "sampled_softmax"} if mf else {"batch_size": EXAMPLES // (1 + N) // ranks}
     config = Config.model_validate(
         {
             "paths": {"lake": lake, "work": f"{lake}/work"},
             "input": {"path": "unused"},
             "negatives": {"per_positive": N, "draws": 1},
+            **model,
             "loader": loader,
             "train": {
                 "launcher": "torchrun" if ranks > 1 else "none",
                 "ranks": ranks,
                 "device": "cpu",
                 "epochs": epochs,
-                "batch_size": EXAMPLES // (1 + N) // ranks,
+                **by_loss,
             },
             "seed": time.time_ns() % 2**31,  # Else the second one is already trained.
         }
@@ -181,14 +196,89 @@ def recbole(python: str, user: Array, item: Array, epochs: int) -> list[dict[str
     return found
 
 
+# ---- beside a busy neighbour ---------------------------------------------------------------------------------------
+
+MODELS = {"neumf, compiled": False, "mf, sampled softmax": True}
+OPENMP = "GOMP_SPINCOUNT=300000"
+"""GNU OpenMP's default, said aloud: as a person's own setting it is left alone."""
+BUSY = ROOT / "benchmarks/results/train_busy.json"
+
+
+@contextlib.contextmanager
+def neighbour(pinned: bool) -> Iterator[None]:
+    """Another program that keeps one core busy."""
+    pin = f"import os; os.sched_setaffinity(0, {{{cores() - 1}}})\n" if pinned else ""
+    with subprocess.Popen([sys.executable, "-c", f"{pin}while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def environment(setting: str) -> Iterator[None]:
+    """NAME=VALUE,NAME=VALUE; a name without a value is not set. `ours`: what ncf_dist sets by itself."""
+    before = dict(os.environ)
+    for pair in [] if setting == "ours" else setting.split(","):
+        name, _, value = pair.partition("=")
+        os.environ.pop(name, None)
+        os.environ.update({name: value} if value else {})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def busy(args: argparse.Namespace, lake: str) -> None:
+    """{model: {setting: {alone | beside: samples/s of every epoch but a training's first}}}"""
+    found: dict[str, dict[str, dict[str, list[float]]]] = json.loads(BUSY.read_text())["epochs"] if args.add else {}
+    for _ in range(args.repeats):
+        for setting in args.settings:
+            for model, mf in MODELS.items():
+                for where in ("alone", "beside"):
+                    company = neighbour(args.pin) if where == "beside" else contextlib.nullcontext()
+                    with environment(setting), company:
+                        epochs = ours(lake, args.epochs, 1, mf)
+                    of = found.setdefault(model, {}).setdefault(setting, {}).setdefault(where, [])
+                    of.extend(epoch["samples_per_s"] for epoch in epochs[1:])
+    machine = f"{cores()} cores, {processor()}, torch {torch.__version__}"
+    print(f"MovieLens-1M, {args.rows or 'all'} positives, one rank, {machine}; beside: one busy core")
+    print(f"{'':20} {'setting':24} {'alone':>11} {'beside':>11} {'alone ÷ base':>13} {'beside ÷ base alone':>20}")
+    rates = {
+        model: {name: {where: statistics.median(r) for where, r in of.items()} for name, of in settings.items()}
+        for model, settings in found.items()
+    }
+    for model, settings in rates.items():
+        base = settings[args.settings[0]]["alone"]
+        for name, rate in settings.items():
+            alone, beside = rate["alone"], rate["beside"]
+            print(f"{model:20} {name:24} {alone:11,.0f} {beside:11,.0f} {alone / base:13.2f} {beside / base:20.2f}")
+    if not args.dry:
+        body = {"machine": machine, "rows": args.rows, "pinned": args.pin, "median": rates, "epochs": found}
+        BUSY.write_text(json.dumps(body, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--recbole", metavar="PYTHON")
+    parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--settings", nargs="+", default=[OPENMP, "ours"])
+    parser.add_argument("--pin", action="store_true")
+    parser.add_argument("--add", action="store_true", help="keep the epochs of an earlier --busy run")
+    parser.add_argument("--dry", action="store_true", help="write no results")
+    parser.add_argument("--rows", type=int, help="train on so many positives only")
     args = parser.parse_args()
     user, item = positives(Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")))
+    user, item = user[: args.rows], item[: args.rows]
     drawn = negatives(user, item)
+    if args.busy:
+        with tempfile.TemporaryDirectory() as lake:
+            prepare(lake, user, item, drawn)
+            busy(args, lake)
+        return
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as lake:

@@ -4,6 +4,10 @@ A process of its own beside the job train, so that the trainer never imports pys
 job's own JVM in the environment. TorchDistributor runs `worker.py` with torchrun on each executor, which must see the
 lake under the same paths, and this project under the same path as the driver. Spark's master needs N free slots at
 once, and no dynamic allocation.
+
+What it opens: torchrun's store listens on every interface of the first executor while the training lasts, without a
+password, and Spark's log server at the driver's address. The ranks' own connections are held to the interface that
+faces the first executor. So it needs a network that only the cluster reaches; on one machine `torchrun` opens nothing.
 """
 
 from __future__ import annotations
