@@ -127,7 +127,18 @@ def prepare(lake: str, users: int, items: int) -> None:
             for n in range(FILES)
         ]
         tables[contract.name] = table_info(contract, infos, run)
-    runs.finish(Manifest("prepare", DS, "p1", run, {}, {}, tables, {"users": users, "items": items}))
+    runs.finish(
+        Manifest(
+            stage="prepare",
+            ds=DS,
+            run_key="p1",
+            root=run,
+            config={},
+            inputs={},
+            tables=tables,
+            facts={"users": users, "items": items},
+        )
+    )
 
 
 def train(lake: str, name: str, users: int, items: int) -> None:
@@ -135,7 +146,7 @@ def train(lake: str, name: str, users: int, items: int) -> None:
     runs = Lake(lake).stage(DS, "train")
     run = runs.begin(name)
     save_bundle(f"{run}/bundle", model_of(name, users, items), MODELS[name], users, items, {})
-    runs.finish(Manifest("train", DS, name, run, {}, {"prepare": "p1"}))
+    runs.finish(Manifest(stage="train", ds=DS, run_key=name, root=run, config={}, inputs={"prepare": "p1"}))
 
 
 USED: dict[tuple[int, float], float] = {}
@@ -173,7 +184,7 @@ def job(lake: str, name: str) -> dict[str, float]:
         }
     )
     spent = timed(lambda: score(config, DS))
-    outcome = Lake(lake).stage(DS, "score").current()
+    outcome = Lake(lake).stage(DS, "score").newest()
     assert (outcome.metrics["score.rows"], outcome.metrics["score.short_users"]) == (outcome.facts["users"] * K, 0)
     return spent
 

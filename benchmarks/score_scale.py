@@ -79,13 +79,13 @@ def write_lake(root: str, users: int, items: int) -> None:
         when = night - rng.integers(1, 100 * DAY, len(row))
         write(contracts.INTERACTIONS, [row, item, np.ones(len(row)), when, np.zeros(len(row), dtype=np.int8)])
     tables = {c.name: TableInfo(c.name, c.fingerprint, tuple(infos)) for c, infos in files.items()}
-    runs.finish(Manifest("prepare", DS, "p1", run, {}, {}, tables))
+    runs.finish(Manifest(stage="prepare", ds=DS, run_key="p1", root=run, config={}, inputs={}, tables=tables))
     config = Model(name="neumf")
     torch.manual_seed(1)
     runs = Lake(root).stage(DS, "train")
     run = runs.begin("t1")
     save_bundle(f"{run}/bundle", build_model(config, users, items), config, users, items, {})
-    runs.finish(Manifest("train", DS, "t1", run, {}, {"prepare": "p1"}))
+    runs.finish(Manifest(stage="train", ds=DS, run_key="t1", root=run, config={}, inputs={"prepare": "p1"}))
 
 
 class Watch(threading.Thread):
@@ -144,7 +144,7 @@ def measure(users: int, items: int) -> dict[str, Any]:
         write_lake(root, users, items)
         dry, _ = job(root, "--dry-run")
         done, sizes = job(root)
-        facts = Lake(root).stage(DS, "score").current().facts
+        facts = Lake(root).stage(DS, "score").newest().facts
     within = (facts["seconds"]["score"] + facts["seconds"]["write"]) / SLOTS  # Loading is done once a worker.
     busy = [size for _, size in sizes if size > 100 * 2**20]  # Torch is loaded: a worker that scores.
     first, last = busy[: len(busy) // 2], busy[len(busy) // 2 :]

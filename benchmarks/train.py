@@ -88,7 +88,11 @@ def prepare(lake: str, user: Array, item: Array, drawn: Array) -> None:
     }
     facts = {"users": int(user.max()) + 1, "items": int(item.max()) + 1}
     config = {"negatives": Negatives(per_positive=N, draws=1).model_dump(mode="json")}
-    runs.finish(Manifest("prepare", DS, "p1", str(root), config, {}, tables, facts))
+    runs.finish(
+        Manifest(
+            stage="prepare", ds=DS, run_key="p1", root=str(root), config=config, inputs={}, tables=tables, facts=facts
+        )
+    )
 
 
 def ours(lake: str, epochs: int, ranks: int, mf: bool = False, **loader: Any) -> list[dict[str, float]]:

@@ -84,7 +84,18 @@ def prepare(lake: str, users: int, rows: int) -> None:
         "validation": TableInfo("validation", contracts.VALIDATION.fingerprint, ()),
     }
     config = {"negatives": NEGATIVES.model_dump(mode="json")}
-    runs.finish(Manifest("prepare", DS, "p1", run, config, {}, tables, {"users": users, "items": ITEMS}))
+    runs.finish(
+        Manifest(
+            stage="prepare",
+            ds=DS,
+            run_key="p1",
+            root=run,
+            config=config,
+            inputs={},
+            tables=tables,
+            facts={"users": users, "items": ITEMS},
+        )
+    )
 
 
 def epochs_of(lake: str, args: argparse.Namespace, examples: int) -> list[dict[str, Any]]:

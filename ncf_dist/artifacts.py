@@ -2,7 +2,6 @@
 
     <lake>/runs/<ds>/<stage>/<run_key>/…             one immutable output a (config, inputs)
     <lake>/runs/<ds>/<stage>/<run_key>/manifest.json written last: without it the output does not exist
-    <lake>/runs/<ds>/<stage>/current.json            the run of this stage that later stages of the night read
 
 The only file that knows the file system: every path goes through fsspec, so a lake is a folder or any URL fsspec opens.
 """
@@ -11,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime as dt
 import hashlib
 import json
+import logging
 import os
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -31,7 +33,8 @@ from ncf_dist.scratch import replace_file
 from ncf_dist.stored import MAX_JSON_BYTES, parse_json
 
 MANIFEST = "manifest.json"
-CURRENT = "current.json"
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -60,9 +63,12 @@ class TableInfo:
         return sum(file.rows for file in self.files)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a finished run is: its key, what it was made from, and what it holds."""
+    """What a finished run is: its key, what it was made from, and what it holds.
+
+    name: of an experiment; production has none. finished: when, UTC, ISO 8601.
+    """
 
     stage: str
     ds: str
@@ -75,6 +81,8 @@ class Manifest:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     version: str = __version__
+    name: str | None = None
+    finished: str = ""
 
     def table_path(self, name: str) -> str:
         return posixpath.join(self.root, self._table(name).path)
@@ -113,10 +121,16 @@ class Outcome:
     outputs: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Manifest | None = None
 
     @classmethod
-    def of(cls, manifest: Manifest, status: str = "done", **extra: Any) -> Outcome:
-        return cls(status, manifest.run_key, manifest.outputs(), manifest.metrics, extra)
+    def of(
+        cls, manifest: Manifest, status: str = "done", outputs: Mapping[str, str] | None = None, **extra: Any
+    ) -> Outcome:
+        """outputs: beside the run's tables."""
+        return cls(
+            status, manifest.run_key, {**(outputs or {}), **manifest.outputs()}, manifest.metrics, extra, manifest
+        )
 
 
 class Lake:
@@ -144,10 +158,9 @@ class Lake:
                 "needed a place this user may write: mend its permissions or set paths.lake"
             ) from None
 
-    def nights(self, stage: str) -> list[str]:
-        """Every ds that has a finished run of `stage`, ascending."""
-        found = list_names(self.path("runs"))
-        return sorted(ds for ds in found if exists(self.path("runs", ds, stage, CURRENT)))
+    def nights(self) -> list[str]:
+        """Every ds for which a run was begun, ascending."""
+        return [name for name in list_names(self.path("runs")) if re.fullmatch(r"\d{4}-\d\d-\d\d", name)]
 
     @contextlib.contextmanager
     def hold(self, ds: str) -> Iterator[None]:
@@ -184,30 +197,44 @@ class StageRuns:
         return posixpath.join(self.root, run_key)
 
     def find(self, run_key: str) -> Manifest | None:
-        """The finished run of this key, or None. It becomes the current one."""
-        manifest = self._load(run_key)
-        if manifest is not None and self._current_key() != run_key:
-            self._point_to(run_key)
+        """The finished run of this key, or None."""
+        path = self.run_path(run_key)
+        return read_manifest(path) if exists(posixpath.join(path, MANIFEST)) else None
+
+    def load(self, run_key: str) -> Manifest:
+        """The finished run of this key. Raises ContractError where there is none."""
+        manifest = self.find(run_key)
+        if manifest is None:
+            raise ContractError(
+                f"{self.run_path(run_key)} is no finished run, but a later one was made from it; "
+                f"needed it whole: rerun the job {self.stage}, and what comes after it"
+            )
         return manifest
 
-    def current(self) -> Manifest:
-        """The run that later stages read. Raises ContractError where this stage has not finished for this ds."""
-        key = self._current_key()
-        manifest = self._load(key) if key else None
-        if manifest is None:
+    def finished(self) -> list[Manifest]:
+        """Every finished run, experiments included, the newest first. A damaged manifest is logged and passed over."""
+        found = []
+        for name in list_names(self.root):
+            try:
+                if manifest := self.find(name):
+                    found.append(manifest)
+            except ContractError as error:
+                log.warning("%s", error)
+        return sorted(found, key=lambda run: (run.finished, run.run_key), reverse=True)
+
+    def production(self) -> list[Manifest]:
+        """The finished runs that are no experiment's, whatever their config, the newest first."""
+        return [run for run in self.finished() if run.name is None]
+
+    def newest(self) -> Manifest:
+        """The first of `production`. Raises ContractError where this stage has not finished for this ds."""
+        found = self.production()
+        if not found:
             raise ContractError(
                 f"{self.root} has no finished run; needed the output of {self.stage} for ds {self.ds}: "
                 f"run the job {self.stage} first"
             )
-        return manifest
-
-    def finished(self, run_key: str) -> Manifest | None:
-        """The finished run of this key, or None; nothing is changed."""
-        return self._load(run_key)
-
-    def exists(self) -> bool:
-        """Whether this stage has ever finished for this ds."""
-        return self._current_key() is not None
+        return found[0]
 
     def begin(self, run_key: str, keep: Sequence[str] = ()) -> str:
         """A folder for this run; what an attempt that died left there is removed, but for the names in `keep`."""
@@ -219,25 +246,11 @@ class StageRuns:
         return path
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Make the run exist: its manifest, then the pointer."""
+        """Make the run exist, finished now. Returns it as it is stored."""
+        manifest = dataclasses.replace(manifest, finished=dt.datetime.now(dt.timezone.utc).isoformat())
         body = {k: v for k, v in dataclasses.asdict(manifest).items() if k != "root"}
         write_atomic(posixpath.join(manifest.root, MANIFEST), json.dumps(body, indent=1, sort_keys=True).encode())
-        self._point_to(manifest.run_key)
         return manifest
-
-    def _point_to(self, run_key: str) -> None:
-        write_atomic(posixpath.join(self.root, CURRENT), json.dumps({"run_key": run_key}).encode())
-
-    def _current_key(self) -> str | None:
-        path = posixpath.join(self.root, CURRENT)
-        try:
-            return read_json(dict[str, str], path)["run_key"] if exists(path) else None
-        except (ValueError, KeyError):
-            return None  # Damaged: as if it were not there, so that the next `find` writes it anew.
-
-    def _load(self, run_key: str) -> Manifest | None:
-        path = self.run_path(run_key)
-        return read_manifest(path) if exists(posixpath.join(path, MANIFEST)) else None
 
 
 def read_manifest(run: str) -> Manifest:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ncf_dist import config as settings
-from ncf_dist.artifacts import Lake, Manifest, is_local, make_dirs, read_bytes, read_json, write_atomic
+from ncf_dist.artifacts import is_local, make_dirs, read_bytes, read_json, write_atomic
 from ncf_dist.errors import ContractError, TrainingFailed
 from ncf_dist.stored import map_tensors, misfit, not_finite, parse_tensors
 
@@ -86,17 +86,6 @@ def read_bundle(path: str) -> Bundle:
         raise ContractError(
             f"bundle {path} cannot be read ({error}); needed {WEIGHTS} and {CARD}: rerun the job train"
         ) from None
-
-
-def current_runs(lake: Lake, ds: str) -> tuple[Manifest, Manifest]:
-    """The current prepare and train runs of `ds`. Raises ContractError unless the one was trained on the other."""
-    prepare, train = lake.stage(ds, "prepare").current(), lake.stage(ds, "train").current()
-    if train.inputs["prepare"] != prepare.run_key:
-        raise ContractError(
-            f"the current model was trained on prepare run {train.inputs['prepare']}, "
-            f"the current one is {prepare.run_key}: rerun the job train"
-        )
-    return prepare, train
 
 
 def verify_weights(bundle: Bundle) -> None:

@@ -26,6 +26,10 @@ UNLOCKED = ("fetch", "doctor")
 
 VERIFYING = ("publish", "nightly")
 """Jobs that check what is published already."""
+
+NAMED = ("prepare", "train", "evaluate", "score", "nightly")
+"""Jobs whose runs can be an experiment's."""
+
 DRY_RUN = {"score": "forecast"}
 """Jobs that can say what they would take, and the function that does."""
 
@@ -59,11 +63,19 @@ def parser(job: str) -> argparse.ArgumentParser:
             dest="overrides",
             help="how the files of a published night are checked; short for --set publish.verify=…",
         )
+    if job in NAMED:
+        parser.add_argument("--run", metavar="NAME", help="an experiment: production never builds on its runs")
     if job in DRY_RUN:
         parser.add_argument(
             "--dry-run", action="store_true", help="write nothing; say what the job would take, from a sample"
         )
     return parser
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """What the command line changes of the config, as `section.key=value`."""
+    name = vars(args).get("run")
+    return [*args.overrides, f"run={json.dumps(name)}"] if name is not None else list(args.overrides)
 
 
 def run_job(
@@ -94,7 +106,7 @@ def run_job(
     try:
         args = parser(job).parse_args(argv)
         report["ds"] = ds = parse_ds(args.ds)
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config, overrides(args))
         if config.paths.umask is not None:
             os.umask(int(config.paths.umask, 8))  # Ranks inherit it, and `spark_io.map_in_arrow` hands it on.
         if dry := bool(vars(args).get("dry_run")):
@@ -158,7 +170,7 @@ def _launcher(args: list[str]) -> int:
     try:
         parsed = parser(job).parse_args(args[1:])
         parse_ds(parsed.ds)
-        print("\n".join(spark_options(load_config(parsed.config, parsed.overrides))))
+        print("\n".join(spark_options(load_config(parsed.config, overrides(parsed)))))
     except NcfError:
         return run_job(job, _unreachable, args[1:])
     return 0

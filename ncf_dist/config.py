@@ -587,6 +587,8 @@ class Config(Section):
     spark: Spark = Spark()
     seed: Annotated[int, Field(ge=1)] = 1
     """The one seed; every stream is derived from it by name, epoch and rank."""
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    """Names an experiment (`--run NAME`): its runs are kept apart, and production never builds on them."""
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:

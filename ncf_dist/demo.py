@@ -33,6 +33,7 @@ class Latest:
     ds: str
     version: int
     model_version: str
+    run_key: str
     rows: int
     files: list[str]
 
@@ -42,7 +43,8 @@ def show(config: Config) -> str:
     lake = Lake(config.paths.lake)
     root = lake.path(config.publish.table)
     latest = read_latest(root)
-    prepare = lake.stage(latest.ds, "prepare").current()
+    score = lake.stage(latest.ds, "score").load(latest.run_key)
+    prepare = lake.stage(latest.ds, "prepare").load(str(score.inputs["prepare"]))
     table = _some_users([posixpath.join(root, file) for file in latest.files])
     users = pc.unique(table["user_id"])
     titles = _titles(prepare)

@@ -44,4 +44,4 @@ class Night:
 
 def run(config: Config, ds: str = "2026-01-01") -> Night:
     outcome = prepare(config, ds)
-    return Night(config, outcome, Lake(config.paths.lake).stage(ds, "prepare").current())
+    return Night(config, outcome, Lake(config.paths.lake).stage(ds, "prepare").newest())

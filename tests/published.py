@@ -16,6 +16,7 @@ from ncf_dist import contracts
 from ncf_dist.artifacts import Lake, Manifest, TableInfo, write_parquet
 from ncf_dist.config import Config
 from ncf_dist.publish.pipeline import publish
+from ncf_dist.stage import stored
 
 ITEMS = ["apple", "bread", "cheese", "dates", "eggs", "figs"]
 SEEN = {"ann": [0, 1], "bob": [2], "cat": [0, 5], "dan": [3, 4]}
@@ -48,6 +49,7 @@ class Night:
         self.root, self.ds, self.numbers = root, ds, numbers
         self.id_type = pa.int64() if numbers else pa.string()
         self.lake = Lake(str(root / "lake"))
+        self.sections: dict[str, Any] = {}
         self.config = self.configured()
 
     def configured(self, **publish: Any) -> Config:
@@ -57,7 +59,12 @@ class Night:
             "input": {"path": "unused"},
             "publish": {"require": REQUIRED, **publish},
         }
-        return Config.model_validate(tree)
+        return Config.model_validate({**tree, **self.sections})
+
+    def _made_with(self, **sections: Any) -> None:
+        """What the runs were made with, the night's config says from now on."""
+        self.sections |= sections
+        self.config = Config.model_validate({**self.config.model_dump(), **self.sections})
 
     def prepare(self, unseen: tuple[str, ...] = (), strategy: str = "leave-one-out") -> Manifest:
         """`unseen`: users of the side table without an index. The last interaction of user number n is n days before
@@ -76,8 +83,11 @@ class Night:
             contracts.INTERACTIONS: self._interactions(),
             contracts.unseen_users(self.id_type): {"user_id": [self.id(user) for user in unseen]},
         }
-        config = {"split": {"strategy": strategy}}
-        return self._run("prepare", "p1", {c: [pa.table(t, schema=c.schema)] for c, t in tables.items()}, {}, config)
+        self._made_with(split={"strategy": strategy})
+        filled = {c: [pa.table(t, schema=c.schema)] for c, t in tables.items()}
+        prepare = self._run("prepare", "p1", filled, {}, {})
+        self._run("train", "t1", {}, {}, {"prepare": "p1"})
+        return prepare
 
     def _interactions(self) -> dict[str, list[Any]]:
         night, day = np.datetime64(self.ds, "us").astype(int), 86_400 * 10**6
@@ -116,8 +126,9 @@ class Night:
             "seen": "all",
             "prepare_run": "p1",
         }
-        config = facts.pop("config", {})
-        return self._run("score", key, {contract: tables}, known | facts, config, {"train": "t1"})
+        self._made_with(**facts.pop("config", {}))
+        inputs = {"train": "t1", "prepare": "p1"}
+        return self._run("score", key, {contract: tables}, known | facts, inputs)
 
     def evaluate(
         self,
@@ -128,7 +139,7 @@ class Night:
     ) -> Manifest:
         """A run of evaluate; `interval` of its headline metric against popularity. report: another metrics.json."""
         inputs = {"train": train, "prepare": "p1"}
-        run = self._run("evaluate", key, {contracts.RANKS: []}, {}, {}, inputs)
+        run = self._run("evaluate", key, {contracts.RANKS: []}, {}, inputs)
         row = {"with": "popularity", "protocol": "full", "metric": "ndcg@10", "difference": 0.0, "interval": interval}
         Path(run.root, "metrics.json").write_text(json.dumps(report or {"ks": [5, 10], "comparisons": [row]}))
         return run
@@ -161,8 +172,7 @@ class Night:
         key: str,
         tables: dict[Any, list[pa.Table]],
         facts: dict[str, Any],
-        config: dict[str, Any] | None = None,
-        inputs: dict[str, Any] | None = None,
+        inputs: dict[str, Any],
     ) -> Manifest:
         runs = self.lake.stage(self.ds, stage)
         run = runs.begin(key)
@@ -173,7 +183,18 @@ class Night:
                 for i, part in enumerate(parts)
             ]
             written[contract.name] = TableInfo(contract.name, contract.fingerprint, tuple(files))
-        return runs.finish(Manifest(stage, self.ds, key, run, config or {}, inputs or {}, written, facts))
+        return runs.finish(
+            Manifest(
+                stage=stage,
+                ds=self.ds,
+                run_key=key,
+                root=run,
+                config=stored(stage, self.config),
+                inputs=inputs,
+                tables=written,
+                facts=facts,
+            )
+        )
 
 
 def as_lists(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

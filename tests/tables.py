@@ -69,9 +69,20 @@ def prepare_run(
         "train": table_of(folder, contract, columns),
         "validation": table_of(folder, contracts.VALIDATION, validation_files(held or [[]])),
     }
-    config = {"negatives": Negatives(per_positive=N, draws=DRAWS).model_dump()}
-    inputs = {"index": {"ds": base, "run_key": "p1"} if base else None}
-    return Manifest("prepare", ds, "p1", str(folder), config, inputs, tables, {"users": USERS, "items": ITEMS})
+    config = {
+        "input": {"path": "unused", "feedback": "explicit" if explicit else "implicit"},
+        "negatives": Negatives(per_positive=N, draws=DRAWS).model_dump(mode="json"),
+    }
+    return Manifest(
+        stage="prepare",
+        ds=ds,
+        run_key="p1",
+        root=str(folder),
+        config=config,
+        inputs={"index": {"ds": base, "run_key": "p1"} if base else None},
+        tables=tables,
+        facts={"users": USERS, "items": ITEMS},
+    )
 
 
 def small_config(folder: Path, model: Model, feedback: str = "implicit", **train: Any) -> Config:

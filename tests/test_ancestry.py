@@ -68,14 +68,25 @@ class Nights:
             )
             tables[contract.name] = TableInfo(contract.name, contract.fingerprint, files)
             digests[name] = joined(partial_digest(part) for part in parts)
-        return runs.finish(Manifest("prepare", ds, key, run, {}, inputs, tables, {**sizes, DIGESTS: digests}))
+        return runs.finish(
+            Manifest(
+                stage="prepare",
+                ds=ds,
+                run_key=key,
+                root=run,
+                config={},
+                inputs=inputs,
+                tables=tables,
+                facts={**sizes, DIGESTS: digests},
+            )
+        )
 
     def id(self, name: str, user: int) -> Any:
         return f"user {user}" if name == "users" else user % 5
 
     def train(self, ds: str, start: str = "previous") -> str | None:
         """Train on the night's current run; every row is its user's own afterwards. Returns the bundle started from."""
-        prepare = self.lake.stage(ds, "prepare").current()
+        prepare = self.lake.stage(ds, "prepare").newest()
         line = Line(self.lake, prepare)
         first = start_bundle(Train(warm_start=start), line)
         if first is not None:
@@ -91,7 +102,9 @@ class Nights:
         if runs.find(key) is None:
             run = runs.begin(key)
             self.write_bundle(f"{run}/{BUNDLE}", prepare)
-            runs.finish(Manifest("train", ds, key, run, {}, {"prepare": prepare.run_key}))
+            runs.finish(
+                Manifest(stage="train", ds=ds, run_key=key, root=run, config={}, inputs={"prepare": prepare.run_key})
+            )
             self.owners[f"{run}/{BUNDLE}"] = [index.get(number, owners[number]) for number in range(len(owners))]
         return first
 
@@ -108,7 +121,7 @@ class Nights:
         write_bytes(f"{path}/{CARD}", json.dumps(card).encode())
 
     def bundle(self, ds: str) -> str:
-        return f"{self.lake.stage(ds, 'train').current().root}/{BUNDLE}"
+        return f"{self.lake.stage(ds, 'train').newest().root}/{BUNDLE}"
 
     def clean(self, ds: str) -> None:
         remove(self.lake.path("runs", ds, "prepare"))
@@ -162,7 +175,7 @@ def test_the_newest_model_of_the_line_is_started_from(nights: Nights) -> None:
     assert nights.train(DAYS[3]) == nights.bundle(DAYS[1]), "06-03 was not trained"
     # The same index by a run of another config: proved by its digest.
     again = nights.prepare(DAYS[1], B, variant=1)
-    assert nights.lake.stage(DAYS[1], "train").current().inputs["prepare"] != again.run_key
+    assert nights.lake.stage(DAYS[1], "train").newest().inputs["prepare"] != again.run_key
     nights.prepare(DAYS[4], C)
     assert nights.train(DAYS[4]) == nights.bundle(DAYS[3])
 
@@ -260,7 +273,7 @@ def history_holds(history: list[tuple[Any, ...]]) -> None:
         found = refusal(nights.prepare, ds, users, forget, variant)
         assert found in ("", "cannot be read")
         if not found:
-            named = other is not None and nights.lake.stage(other, "train").exists()
+            named = other is not None and nights.lake.stage(other, "train").finished()
             found = refusal(nights.train, ds, nights.bundle(other) if named else "previous")
             assert found in ("", "may belong to other users" if named else "")
         if clean and number % 4 == 3:

@@ -276,7 +276,7 @@ def test_killed_tasks_and_executors_change_no_byte(base: Night, tmp_path: Path, 
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "killed").exists() == (mode == "executor")
-    manifest = Lake(settings.paths.lake).stage("2026-01-01", "prepare").current()
+    manifest = Lake(settings.paths.lake).stage("2026-01-01", "prepare").newest()
     for name, table in base.manifest.tables.items():
         if name != "quarantine":
             assert table == manifest.tables[name], name

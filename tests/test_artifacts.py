@@ -46,10 +46,21 @@ def runs(request: pytest.FixtureRequest, tmp_path: Path) -> StageRuns:
     return Lake(root).stage(DS, "prepare")
 
 
-def finish(runs: StageRuns, key: str) -> Manifest:
+def finish(runs: StageRuns, key: str, name: str | None = None) -> Manifest:
     path = runs.begin(key)
     table = TableInfo("item_stats", ITEM_STATS.fingerprint, (write_parquet(STATS, f"{path}/item_stats", "a.parquet"),))
-    return runs.finish(Manifest("prepare", DS, key, path, {"seed": 1}, {"index": None}, {"item_stats": table}))
+    return runs.finish(
+        Manifest(
+            stage="prepare",
+            ds=DS,
+            run_key=key,
+            root=path,
+            config={"seed": 1},
+            inputs={"index": None},
+            tables={"item_stats": table},
+            name=name,
+        )
+    )
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -57,7 +68,7 @@ def finish(runs: StageRuns, key: str) -> Manifest:
 
 def test_a_finished_run_is_found_as_it_was_written(runs: StageRuns) -> None:
     written = finish(runs, "k1")
-    assert runs.find("k1") == runs.current() == read_manifest(runs.run_path("k1")) == written
+    assert runs.find("k1") == runs.newest() == read_manifest(runs.run_path("k1")) == written
     assert written.outputs() == {"item_stats": f"{runs.root}/k1/item_stats"}
     assert written.table(ITEM_STATS).rows == 3
     assert artifacts.read_table(written.files("item_stats")[0]).equals(STATS)
@@ -68,7 +79,7 @@ def test_without_its_manifest_a_run_does_not_exist_and_the_next_attempt_starts_e
     write_parquet(STATS, f"{path}/item_stats", "half.parquet")
     assert runs.find("k1") is None
     with pytest.raises(ContractError, match=f"no finished run; needed the output of prepare for ds {DS}: run the job"):
-        runs.current()
+        runs.newest()
     assert artifacts.list_names(f"{path}/item_stats") == ["half.parquet"]
     assert runs.begin("k1", keep=("item_stats",)) == path
     assert artifacts.list_names(path) == ["item_stats"]
@@ -88,39 +99,31 @@ def test_the_manifest_is_the_last_file_of_a_run(runs: StageRuns, monkeypatch: py
         monkeypatch.setattr(artifacts, name, noted)
     finish(runs, "k1")
     order = [path.removeprefix(f"{runs.root}/") for path in dict.fromkeys(written)]
-    assert order == ["k1/item_stats/a.parquet", "k1/manifest.json", "current.json"]
+    assert order == ["k1/item_stats/a.parquet", "k1/manifest.json"]
 
 
-def test_a_run_that_died_between_manifest_and_pointer_is_found_and_becomes_current(
-    runs: StageRuns, monkeypatch: pytest.MonkeyPatch
+def test_the_newest_run_is_the_one_that_finished_last_whatever_is_looked_up(runs: StageRuns) -> None:
+    for key in ("k2", "k1", "k3"):
+        finish(runs, key)
+    finish(runs, "k4", name="a-trial")
+    assert [run.run_key for run in runs.finished()] == ["k4", "k3", "k1", "k2"]
+    before = artifacts.list_names(runs.root)
+    assert runs.find("k2") is not None
+    assert runs.newest().run_key == "k3", "an experiment is never the newest, and a look-up moves nothing"
+    assert artifacts.list_names(runs.root) == before
+    assert finish(runs, "k2") == runs.newest(), "finished once more, now"
+
+
+def test_a_damaged_manifest_beside_a_sound_one_is_passed_over_and_logged(
+    runs: StageRuns, caplog: pytest.LogCaptureFixture
 ) -> None:
     finish(runs, "k1")
-    with monkeypatch.context() as patch:
-        patch.setattr(StageRuns, "_point_to", lambda self, key: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            finish(runs, "k2")
-    assert runs.current().run_key == "k1"
-    assert runs.find("k2") is not None
-    assert runs.current().run_key == "k2"
-
-
-def test_finding_an_older_run_makes_it_current_again(runs: StageRuns) -> None:
-    finish(runs, "k1")
     finish(runs, "k2")
-    assert runs.current().run_key == "k2"
-    assert runs.find("k3") is None
-    assert runs.current().run_key == "k2"
-    assert runs.find("k1") is not None
-    assert runs.current().run_key == "k1"
-
-
-def test_a_damaged_pointer_is_mended_by_the_run_it_should_name(runs: StageRuns) -> None:
-    finish(runs, "k1")
-    for damage in (b"", b"{", b"[]", b"{}", b"null"):
-        artifacts.write_bytes(f"{runs.root}/current.json", damage)
-        with pytest.raises(ContractError, match="no finished run"):
-            runs.current()
-        assert runs.find("k1") == runs.current()
+    artifacts.write_bytes(f"{runs.root}/k2/manifest.json", b"{")
+    assert runs.newest().run_key == "k1"
+    assert "k2/manifest.json cannot be read" in caplog.text
+    with pytest.raises(ContractError, match="k3 is no finished run, but a later one was made from it"):
+        runs.load("k3")
 
 
 @pytest.mark.parametrize("damage", ["cut", "", "null", "[]", '"text"', '{"tables": []}', '{"tables": {}}', "more"])
@@ -139,21 +142,22 @@ def test_a_table_that_is_missing_or_of_another_schema_is_refused(tmp_path: Path)
     other = STATS.set_column(1, "train_count", STATS["train_count"].cast(pa.int32()))
     file = write_parquet(other, f"{path}/item_stats", "a.parquet")
     table = TableInfo("item_stats", "another fingerprint", (file,))
-    manifest = Manifest("prepare", DS, "k1", path, {}, {}, {"item_stats": table})
+    manifest = Manifest(
+        stage="prepare", ds=DS, run_key="k1", root=path, config={}, inputs={}, tables={"item_stats": table}
+    )
     with pytest.raises(ContractError, match="item_stats: column train_count is int32, needed int64; rerun"):
         manifest.table(ITEM_STATS)
     with pytest.raises(ContractError, match=r"prepare run k1 has no table train \(it has item_stats\); rerun prepare"):
         manifest.files("train")
 
 
-def test_nights_are_those_with_a_finished_run(tmp_path: Path) -> None:
+def test_nights_are_the_folders_named_by_a_date(tmp_path: Path) -> None:
     lake = Lake(str(tmp_path))
-    assert lake.nights("prepare") == []
+    assert lake.nights() == []
     for ds in ("2026-02-01", "2026-01-31"):
         finish(lake.stage(ds, "prepare"), "k1")
-    lake.stage("2026-02-02", "prepare").begin("k1")
-    assert lake.nights("prepare") == ["2026-01-31", "2026-02-01"]
-    assert lake.nights("train") == []
+    (tmp_path / "runs" / "lost+found").mkdir()
+    assert lake.nights() == ["2026-01-31", "2026-02-01"]
 
 
 def test_a_run_key_follows_what_decides_the_bytes_and_not_the_order_of_keys() -> None:

@@ -29,6 +29,7 @@ from ncf_dist.evaluate.pipeline import check_gram, evaluate
 from ncf_dist.models import GMF
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.scoring import Lists
+from ncf_dist.stage import stored
 from tests.conftest import SPARK
 
 DS = "2026-01-31"
@@ -134,7 +135,7 @@ class Judged:
         return Config.model_validate({**self.config.model_dump(), "evaluate": values})
 
     def run(self, stage: str) -> Manifest:
-        return Lake(self.config.paths.lake).stage(DS, stage).current()
+        return Lake(self.config.paths.lake).stage(DS, stage).newest()
 
     def rows(self, stage: str, table: str) -> list[dict[str, Any]]:
         return [row for path in self.run(stage).files(table) for row in read_table(path).to_pylist()]
@@ -144,15 +145,20 @@ class Judged:
         return json.loads(Path(self.outcome.outputs["metrics"]).read_text())
 
 
-def install(lake: str, key: str, n_users: int, n_items: int, seed: int) -> GMF:
+def install(config: Config, key: str, n_users: int, n_items: int, seed: int) -> GMF:
     """An untrained GMF as the night's model."""
-    runs = Lake(lake).stage(DS, "train")
+    lake = Lake(config.paths.lake)
+    runs = lake.stage(DS, "train")
     torch.manual_seed(seed)
     model = GMF(n_users, n_items, 4, 1.0)
     run = runs.begin(key)
     save_bundle(f"{run}/bundle", model, Model(name="gmf", factors=4), n_users, n_items, {})
-    prepared = Lake(lake).stage(DS, "prepare").current().run_key
-    runs.finish(Manifest("train", DS, key, run, {}, {"prepare": prepared}))
+    prepared = lake.stage(DS, "prepare").newest().run_key
+    runs.finish(
+        Manifest(
+            stage="train", ds=DS, run_key=key, root=run, config=stored("train", config), inputs={"prepare": prepared}
+        )
+    )
     return model
 
 
@@ -180,7 +186,7 @@ def judged(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Jud
         }
     )  # fmt: skip
     prepare(config, DS)
-    install(config.paths.lake, "t1", 90, 40, 1)
+    install(config, "t1", 90, 40, 1)
     return Judged(config, evaluate(config, DS))
 
 
@@ -286,7 +292,7 @@ def test_partitions_change_no_figure(judged: Judged, tmp_path: Path) -> None:
         runs = shutil.copytree(judged.config.paths.lake, config.paths.lake, ignore=shutil.ignore_patterns("evaluate"))
         assert runs
         outcome = evaluate(config, DS)
-        ranks = Lake(config.paths.lake).stage(DS, "evaluate").current().tables["ranks"]
+        ranks = Lake(config.paths.lake).stage(DS, "evaluate").newest().tables["ranks"]
         found.append((Path(outcome.outputs["metrics"]).read_text(), [info.sha256 for info in ranks.files]))
     assert found[0] == found[1]
     full = json.loads(found[0][0])["full"]
@@ -300,10 +306,10 @@ def test_partitions_change_no_figure(judged: Judged, tmp_path: Path) -> None:
 def another_model(judged: Judged) -> Any:
     """Another model is the night's; afterwards the first one is again."""
     trained, evaluated = judged.run("train"), judged.run("evaluate")
-    install(judged.config.paths.lake, "t2", 90, 40, 2)
+    install(judged.config, "t2", 90, 40, 2)
     yield evaluated
     for stage, run in (("train", trained), ("evaluate", evaluated)):
-        assert Lake(judged.config.paths.lake).stage(DS, stage).find(run.run_key)
+        Lake(judged.config.paths.lake).stage(DS, stage).finish(run)  # The newest again.
 
 
 def test_two_models_on_the_same_rows(judged: Judged, another_model: Manifest) -> None:
@@ -390,7 +396,7 @@ def test_published_figures_on_the_papers_files(spark: SparkSession, data_dir: Pa
     test = pa.concat_tables([read_table(str(path)) for path in sorted(Path(prepared.outputs["test"]).iterdir())])
     sizes = test.column("candidates").combine_chunks().value_lengths().to_numpy()
     assert (len(sizes), int((sizes == 98).sum())) == (6_040, 156)
-    install(config.paths.lake, "t1", 6_040, 3_706, 1)
+    install(config, "t1", 6_040, 3_706, 1)
     metrics = evaluate(config, DS).metrics
     popularity = {
         "candidates.hr@10": 0.4538,

@@ -224,10 +224,11 @@ class DeliverySite(Site):
         assert found is None or isinstance(found.outcome(str(self.home), "done").metrics["lines"], dict)
 
 
-class PointerSite(Site):
+class ListedSite(Site):
     def check(self) -> None:
-        lake = Lake(str(self.home.parents[3]))
-        assert lake.stage("2026-01-31", "prepare").exists() in (True, False)
+        """A look-up over all runs passes a damaged one over."""
+        lake = Lake(str(self.home.parents[4]))
+        assert len(lake.stage("2026-01-31", "prepare").finished()) <= 1
 
 
 class LatestSite(Site):
@@ -239,7 +240,9 @@ class LatestSite(Site):
 
 class HistorySite(Site):
     def check(self) -> None:
-        found = training(Manifest("train", "2026-01-31", "k", str(self.home), {}, {}))
+        found = training(
+            Manifest(stage="train", ds="2026-01-31", run_key="k", root=str(self.home), config={}, inputs={})
+        )
         assert figures._training(found, 10)
 
 
@@ -280,8 +283,16 @@ def json_sites(folder: Path) -> list[Site]:
     files = tuple(FileInfo(f"part-{n}.parquet", 10, 1, 100, "0" * 64) for n in range(3))
     runs = Lake(str(folder / "lake")).stage("2026-01-31", "prepare")
     manifest = Manifest(
-        *("prepare", "2026-01-31", "k", runs.begin("k"), {"seed": 1}, {"log": "x"}),
-        *({"train": TableInfo("train", "f", files)}, {"users": 5}, {"a": 0.5}, 1.5),
+        stage="prepare",
+        ds="2026-01-31",
+        run_key="k",
+        root=runs.begin("k"),
+        config={"seed": 1},
+        inputs={"log": "x"},
+        tables={"train": TableInfo("train", "f", files)},
+        facts={"users": 5},
+        metrics={"a": 0.5},
+        seconds=1.5,
     )
     runs.finish(manifest)
     parts = (delivery.Part("ratings.dat", 1, 4, "0" * 64),)
@@ -290,8 +301,8 @@ def json_sites(folder: Path) -> list[Site]:
     body = asdict(delivery.Delivery("k", "ml", "movielens", {"ratings": "ratings.dat"}, parts))
     (folder / "raw" / "manifest.json").write_text(json.dumps(body))
     (folder / "table").mkdir()
-    latest = asdict(Latest("2026-01-31", 3, "neumf-0", 30, ["ds=2026-01-31/a.parquet"]))
-    (folder / "table" / "latest.json").write_text(json.dumps({**latest, "run_key": "k", "k": 10}))
+    latest = asdict(Latest("2026-01-31", 3, "neumf-0", "k", 30, ["ds=2026-01-31/a.parquet"]))
+    (folder / "table" / "latest.json").write_text(json.dumps({**latest, "k": 10}))
     (folder / "train").mkdir()
     history = {"epoch": 0, "epochs": [{"epoch": 0, "loss": 0.5}], "curve": [[0, 0, 0.5, 0.1], [0, 1, 0.4, 0.1]]}
     (folder / "train" / "history.json").write_text(json.dumps({**history, "seed": 1}))
@@ -303,7 +314,7 @@ def json_sites(folder: Path) -> list[Site]:
         ReportSite(folder / "ranks", "error-0.json", damaged_json),
         WeightsSite(folder / "gram", "ease.safetensors", damaged_tensors),
         ManifestSite(Path(manifest.root), "manifest.json", damaged_json),
-        PointerSite(Path(runs.root), "current.json", damaged_json),
+        ListedSite(Path(manifest.root), "manifest.json", damaged_json),
         DeliverySite(folder / "raw", "manifest.json", damaged_json),
         LatestSite(folder / "table", "latest.json", damaged_json),
         HistorySite(folder / "train", "history.json", damaged_json),

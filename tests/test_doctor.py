@@ -153,7 +153,18 @@ def prepared(root: Path, users: int, items: int) -> None:
         name: TableInfo(name, "", (FileInfo("part-00000-000.parquet", rows, 1, 1, ""),))
         for name, rows in (("user_index", users), ("item_index", items))
     }
-    runs.finish(Manifest("prepare", "2026-01-31", "p1", runs.begin("p1"), {}, {}, tables, {}))
+    runs.finish(
+        Manifest(
+            stage="prepare",
+            ds="2026-01-31",
+            run_key="p1",
+            root=runs.begin("p1"),
+            config={},
+            inputs={},
+            tables=tables,
+            facts={},
+        )
+    )
 
 
 def test_memory_counts_the_driver_and_the_model_of_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

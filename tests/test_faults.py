@@ -198,7 +198,7 @@ def test_sigterm_saves_and_exits_75_and_the_next_run_goes_on(tmp_path: Path) -> 
     saved = checkpoints.latest(str(run / "checkpoints"))
     assert saved is not None
     assert f"update {saved.progress['updates']}, " in str(caught.value), "no step was lost"
-    assert not Lake(config.paths.lake).stage(DS, "train").exists()
+    assert not Lake(config.paths.lake).stage(DS, "train").finished()
 
     # `epochs` is part of what names a run, so the next one is asked to end too: it starts where the first one was.
     acting = When(config.paths.lake, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -304,7 +304,7 @@ def test_poison_ends_the_job_and_nothing_is_published(tmp_path: Path) -> None:
     prepared(config, 100)
     with pytest.raises(TrainingFailed, match=r"^rank 0: epoch \d+, step \d+, rank 0: .*not? .*finite|the loss is"):
         train(config, DS)
-    assert not Lake(config.paths.lake).stage(DS, "train").exists()
+    assert not Lake(config.paths.lake).stage(DS, "train").finished()
     assert not list(Path(config.paths.lake).glob("runs/*/train/*/bundle"))
 
 

@@ -292,7 +292,7 @@ def test_a_log_that_stopped_leaves_the_old_night(spark: SparkSession, tmp_path: 
     latest = (tmp_path / "lake/recommendations/latest.json").read_bytes()
     for job in (prepare, train, score):
         job(config, "2024-06-10")
-    assert Lake(config.paths.lake).stage("2024-06-10", "score").current().facts["users"] == 0
+    assert Lake(config.paths.lake).stage("2024-06-10", "score").newest().facts["users"] == 0
     with pytest.raises(
         GateRefused, match="ds 2024-06-10 is not published and what is published stays: rows: .* 0 rows"
     ):

@@ -260,7 +260,16 @@ def test_numbers_without_a_user_are_found_in_the_index(tmp_path: Path) -> None:
     contract = contracts.user_index(pa.int64())
     files = [{"user_id": [70, 71], "user_idx": [0, 3]}, {"user_id": [72], "user_idx": [4]}]
     tables = {contract.name: table_of(tmp_path, contract, files)}
-    night = Manifest("prepare", DS, "p1", str(tmp_path), {}, {}, tables, {"users": 6, "items": 1})
+    night = Manifest(
+        stage="prepare",
+        ds=DS,
+        run_key="p1",
+        root=str(tmp_path),
+        config={},
+        inputs={},
+        tables=tables,
+        facts={"users": 6, "items": 1},
+    )
     found = users_there(night)
     assert found is not None
     assert found.tolist() == [True, False, False, True, True, False]
@@ -314,7 +323,7 @@ def test_nights_start_from_each_other_and_neumf_from_its_parts(tmp_path: Path) -
     prepared(config, 40, base="2026-01-30")
     first, second = train(config, "2026-01-30"), train(config, DS)
     stage = Lake(config.paths.lake).stage(DS, "train")
-    assert stage.current().inputs == {"prepare": "p1", "warm_start": first.extra["model_version"]}
+    assert stage.newest().inputs == {"prepare": "p1", "warm_start": first.extra["model_version"]}
     assert train(config, DS).status == "already-done"
     other = config.train.model_copy(update={"ranks": 7, "checkpoint_steps": 9})
     assert train(config.model_copy(update={"train": other}), DS).run_key == second.run_key
@@ -323,7 +332,7 @@ def test_nights_start_from_each_other_and_neumf_from_its_parts(tmp_path: Path) -
     start = {"gmf": second.outputs["bundle"], "mlp": mlp.outputs["bundle"]}
     neumf = Model(name="neumf", factors=3, layers=(6, 4))
     assert train(job(tmp_path, neumf, pretrained=start), DS).status == "done"
-    assert stage.current().inputs["pretrained.mlp"] == mlp.extra["model_version"]
+    assert stage.newest().inputs["pretrained.mlp"] == mlp.extra["model_version"]
     with pytest.raises(ContractError, match=r"train.pretrained.gmf is .*, the bundle of a mlp; needed that of a gmf"):
         train(job(tmp_path, neumf, pretrained={**start, "gmf": mlp.outputs["bundle"]}), DS)
 
@@ -354,7 +363,7 @@ def test_lr_find_suggests_a_rate_and_makes_no_model(tmp_path: Path) -> None:
     found = train(config, DS)
     assert 1e-6 < found.metrics["train.lr_suggested"] < 10
     assert Path(found.outputs["lr_find"]).read_bytes().startswith(b"<?xml")
-    assert not Lake(config.paths.lake).stage(DS, "train").exists()
+    assert not Lake(config.paths.lake).stage(DS, "train").finished()
     assert not list(Path(config.paths.lake).glob("runs/*/train/*/bundle"))
 
 

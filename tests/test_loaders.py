@@ -51,7 +51,9 @@ def train_run(folder: Path, file_rows: Sequence[int]) -> Manifest:
         infos.append(write_parquet(table, str(folder / "train"), f"part-{number:05d}.parquet"))
         first += rows
     tables = {"train": TableInfo("train", CONTRACT.fingerprint, tuple(infos))}
-    return Manifest("prepare", "2026-01-31", "p1", str(folder), {}, {}, tables)
+    return Manifest(
+        stage="prepare", ds="2026-01-31", run_key="p1", root=str(folder), config={}, inputs={}, tables=tables
+    )
 
 
 def task_of(**settings: Any) -> Task:
@@ -313,7 +315,9 @@ def positives_run(folder: Path, contract: contracts.Contract, columns: dict[str,
         write_parquet(table.slice(start, 9), str(folder / "train"), f"{start}.parquet") for start in range(0, 36, 9)
     ]
     tables = {"train": TableInfo("train", contract.fingerprint, tuple(infos))}
-    return Manifest("prepare", "2026-01-31", "p1", str(folder), {}, {}, tables)
+    return Manifest(
+        stage="prepare", ds="2026-01-31", run_key="p1", root=str(folder), config={}, inputs={}, tables=tables
+    )
 
 
 def test_negatives_are_the_same_drawn_before_or_while_training(tmp_path: Path) -> None:

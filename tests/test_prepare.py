@@ -467,7 +467,7 @@ def refused(config: Config) -> str:
     with pytest.raises(InputError) as error:
         prepare(config, FIRST)
     with pytest.raises(ContractError, match="run the job prepare first"):
-        Lake(config.paths.lake).stage(FIRST, "prepare").current()
+        Lake(config.paths.lake).stage(FIRST, "prepare").newest()
     return str(error.value)
 
 

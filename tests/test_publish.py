@@ -325,7 +325,16 @@ def test_rows_must_be_those_of_the_manifest(night: Night) -> None:
     lying = tuple(FileInfo(f.path, f.rows + 1, f.row_groups, f.bytes, f.sha256) for f in info.files)
     tables = {"recommendations": TableInfo(info.path, info.schema, lying)}
     night.lake.stage(night.ds, "score").finish(
-        Manifest("score", night.ds, "s1", score.root, {}, {}, tables, score.facts)
+        Manifest(
+            stage="score",
+            ds=night.ds,
+            run_key=score.run_key,
+            root=score.root,
+            config=score.config,
+            inputs=score.inputs,
+            tables=tables,
+            facts=score.facts,
+        )
     )
     with pytest.raises(ContractError, match="4 rows; needed 5 as the manifest says"):
         night.publish()
@@ -485,6 +494,7 @@ import os, signal, sys
 from ncf_dist.config import Config
 from ncf_dist.publish import table
 from ncf_dist.publish.pipeline import publish
+from ncf_dist.stage import stored
 from ncf_dist.errors import NcfError
 
 def die(*args, **kwargs):

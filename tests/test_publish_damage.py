@@ -102,7 +102,7 @@ def test_a_quick_look_sees_what_is_gone_and_what_has_another_size(night: Night) 
 
 
 def test_what_cannot_be_repaired_is_named_and_the_rest_is(night: Night) -> None:
-    run = night.lake.stage(night.ds, "score").current()
+    run = night.lake.stage(night.ds, "score").newest()
     first, second = (night.table / path for path in night.latest()["files"])
     whole = second.read_bytes()
     sources = {path.rsplit("-000", 1)[0].rsplit("/", 1)[1]: Path(path) for path in run.files("recommendations")}

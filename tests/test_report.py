@@ -489,12 +489,24 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]
         "seed": 3,
     }
     prepare = Manifest(
-        "prepare", "2026-01-31", "p1", str(root), config, {"interactions": "f1", "items": "f2", "index": None}, stored,
-        {"rows": found, "active_users": USERS, "users": USERS, "items": ITEMS}, {}, 50.0,
+        stage="prepare", ds="2026-01-31", run_key="p1", root=str(root), config=config,
+        inputs={"interactions": "f1", "items": "f2", "index": None}, tables=stored,
+        facts={"rows": found, "active_users": USERS, "users": USERS, "items": ITEMS}, metrics={}, seconds=50.0,
     )  # fmt: skip
     history = {"epochs": [{"epoch": 0, "loss": 0.5, "ndcg@10": 0.1}], "curve": [[0, 0, 0.6, 0.1]], "epoch": 0}
     (root / "history.json").write_text(json.dumps(history))
-    train = Manifest("train", "2026-01-31", "t1", str(root), {}, {"prepare": "p1"}, {}, {"sha256": "abc"}, {}, 9.0)
+    train = Manifest(
+        stage="train",
+        ds="2026-01-31",
+        run_key="t1",
+        root=str(root),
+        config={},
+        inputs={"prepare": "p1"},
+        tables={},
+        facts={"sha256": "abc"},
+        metrics={},
+        seconds=9.0,
+    )
     return prepare, train
 
 

@@ -78,6 +78,9 @@ FACTORS = 64
 """bfloat16 products are made of wide factors only."""
 
 
+UNUSED = {"input": {"path": "unused"}}
+
+
 class Line:
     """A lake with a finished prepare run and a trained model, made without either job."""
 
@@ -110,7 +113,7 @@ class Line:
             arrays = [pa.array(list(c), f.type) for c, f in zip(columns, contract.schema, strict=True)]
             file = write_parquet(pa.table(arrays, schema=contract.schema), f"{run}/{contract.name}", "part-0.parquet")
             infos[contract.name] = TableInfo(contract.name, contract.fingerprint, (file,))
-        runs.finish(Manifest("prepare", DS, key, run, {}, {}, infos))
+        runs.finish(Manifest(stage="prepare", ds=DS, run_key=key, root=run, config=UNUSED, inputs={}, tables=infos))
 
     def train(self, key: str) -> GMF:
         model = GMF(INDEXED, ITEMS, FACTORS)
@@ -119,7 +122,7 @@ class Line:
         runs = self.lake.stage(DS, "train")
         run = runs.begin(key)
         save_bundle(f"{run}/bundle", model, Model(name="gmf", factors=FACTORS), INDEXED, ITEMS, {})
-        runs.finish(Manifest("train", DS, key, run, {}, {"prepare": "p1"}))
+        runs.finish(Manifest(stage="train", ds=DS, run_key=key, root=run, config={}, inputs={"prepare": "p1"}))
         self.model = model
         return model
 
@@ -128,7 +131,7 @@ class Line:
         return Config.model_validate(
             {
                 "paths": {"lake": self.lake.root, "work": str(self.folder / "work")},
-                "input": {"path": "unused"},
+                **UNUSED,
                 "score": {"k": K, "tasks": 2, **section},
                 "publish": {"table": table, "require": ["users", "beats_popularity"]},
                 "spark": {"master": "local[2]", "shuffle_partitions": 2},
@@ -137,8 +140,7 @@ class Line:
 
     def scored(self, **section: Any) -> dict[str, list[dict[str, Any]]]:
         """Score; each user's rows in the order of the table."""
-        score(self.config(**section), DS)
-        run = self.lake.stage(DS, "score").current()
+        run = self.last = self.lake.stage(DS, "score").load(str(score(self.config(**section), DS).run_key))
         tables = [contracts.in_long_form(read_table(path)) for path in run.files("recommendations")]
         found: dict[str, list[dict[str, Any]]] = {}
         for row in pa.concat_tables(tables).to_pylist():
@@ -147,7 +149,7 @@ class Line:
 
     @property
     def facts(self) -> Any:
-        return self.lake.stage(DS, "score").current().facts
+        return self.last.facts
 
     def best(self, user: int, may: set[int]) -> list[tuple[int, float]]:
         """(item id, score) by the model's own forward, best first."""
@@ -275,10 +277,10 @@ def test_item_lists(line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert (items["eligible"], items["allow_items"]["unknown"], items["deny_items"]["unknown"]) == (18, 2, 0)
     assert "score.allow_items: 2 of 22 ids are of no item in the catalogue" in caplog.text
     assert publish(line.config(table="listed", **lists), DS).status == "done"
-    before = line.lake.stage(DS, "score").current().run_key
+    before = line.last.run_key
     path.write_text("1001\n")
     line.scored(**lists)
-    assert line.lake.stage(DS, "score").current().run_key != before, "another list is another run"
+    assert line.last.run_key != before, "another list is another run"
 
 
 @pytest.mark.parametrize(
@@ -346,8 +348,7 @@ def test_the_same_bytes_for_any_number_of_tasks_and_any_block(line: Line, form: 
     wanted = None
     for tasks, block in ((2, 512), (1, 1), (8, 3), (200, 7)) if form == "long" else ((1, 512), (8, 3)):
         run = line.lake.stage(DS, "score")
-        score(line.config(form=form, tasks=tasks, users_per_block=block), DS)
-        done = run.current()
+        done = run.load(str(score(line.config(form=form, tasks=tasks, users_per_block=block), DS).run_key))
         found = [(info.path, info.sha256) for info in done.tables["recommendations"].files]
         (Path(done.root) / "manifest.json").unlink()  # Else the next one finds it done.
         wanted = wanted or found
@@ -555,8 +556,8 @@ def some_rows(n_users: int, files: int) -> pa.RecordBatch:
 
 def test_a_task_holds_one_files_rows(line: Line, tmp_path: Path) -> None:
     """A file is on disk before the rows of the one after the next are asked for, and its rows are let go."""
-    bundle = read_bundle(line.lake.stage(DS, "train").current().root + "/bundle")
-    items = tuple(line.lake.stage(DS, "prepare").current().files("item_index"))
+    bundle = read_bundle(line.lake.stage(DS, "train").newest().root + "/bundle")
+    items = tuple(line.lake.stage(DS, "prepare").newest().files("item_index"))
     contract = contracts.recommendations(pa.string(), pa.int64())
     spec = ScorePass(bundle, items, contract, str(tmp_path), Score(k=K), ItemLists())
     rows, files = some_rows(30, 5), 5

@@ -212,7 +212,9 @@ def test_a_table_reads_back_as_it_was_written_and_not_as_another(spark: SparkSes
     frame = seen_rows(spark).where("user_idx < 7")
     table = write_table(frame, str(tmp_path), SEEN, F.col("user_idx") % 2)
     (tmp_path / "seen" / "stray.parquet").write_bytes(b"not of the manifest")
-    manifest = Manifest("prepare", "2026-01-31", "k1", str(tmp_path), {}, {}, {"seen": table})
+    manifest = Manifest(
+        stage="prepare", ds="2026-01-31", run_key="k1", root=str(tmp_path), config={}, inputs={}, tables={"seen": table}
+    )
     found = {row["user_idx"]: list(row["item_idx"]) for row in read_table(spark, manifest, SEEN).collect()}
     assert found == {user: list(range(user % 5 + 1)) for user in range(7)}
     other = Contract("seen", ITEM_STATS.schema, ("item_idx",), "", "prepare")
@@ -226,7 +228,9 @@ def test_a_local_lake_of_any_name_is_read_where_it_is(partitions: SparkSession, 
     """Also on a cluster whose default file system is another one."""
     run = str(tmp_path / "a lake {of} [any] na*me, 100%20")
     table = write_table(seen_rows(partitions), run, SEEN, F.lit(0))
-    manifest = Manifest("prepare", "2026-01-31", "k1", run, {}, {}, {"seen": table})
+    manifest = Manifest(
+        stage="prepare", ds="2026-01-31", run_key="k1", root=run, config={}, inputs={}, tables={"seen": table}
+    )
     partitions.conf.set("fs.defaultFS", "hdfs://elsewhere:8020")
     try:
         assert read_table(partitions, manifest, SEEN).count() == ROWS

@@ -234,7 +234,9 @@ HELD_OUT: list[list[tuple[int, int, list[int]]]] = [
 
 def validation_run(folder: Path, lists: list[list[tuple[int, int, list[int]]]]) -> Manifest:
     info = table_of(folder, contracts.VALIDATION, validation_files(lists))
-    return Manifest("prepare", DS, "p1", str(folder), {}, {}, {"validation": info})
+    return Manifest(
+        stage="prepare", ds=DS, run_key="p1", root=str(folder), config={}, inputs={}, tables={"validation": info}
+    )
 
 
 def test_validation_metrics_by_hand(tmp_path: Path) -> None:
@@ -454,7 +456,7 @@ class Line:
 
     @property
     def prepared(self) -> Manifest:
-        return Lake(str(self.folder / "lake")).stage(DS, "prepare").current()
+        return Lake(str(self.folder / "lake")).stage(DS, "prepare").newest()
 
 
 @pytest.fixture(scope="module")

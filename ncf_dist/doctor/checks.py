@@ -19,6 +19,7 @@ from ncf_dist.config import Spark as SparkSection
 from ncf_dist.doctor import programs
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import NcfError
+from ncf_dist.stage import production_nights
 
 JAVA = (17, 21)
 COMPILED = Path(__file__).parent.parent / "train"
@@ -122,8 +123,8 @@ def master(spark: SparkSection) -> Iterator[Check]:
 def _sizes(found: Lake) -> tuple[int, int] | None:
     """Users and items of the newest prepared night."""
     try:
-        nights = found.nights("prepare")
-        return index_sizes(found.stage(nights[-1], "prepare").current()) if nights else None
+        newest = next(production_nights(found, "prepare"), None)
+        return index_sizes(newest) if newest else None
     except (NcfError, KeyError, ImportError, ValueError, OSError):
         return None
 

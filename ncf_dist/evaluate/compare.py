@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import posixpath
 import re
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Lake, Manifest, exists, list_names, read_manifest, resolve
+from ncf_dist.artifacts import Lake, Manifest, read_manifest, resolve
 from ncf_dist.errors import ConfigError, ContractError
 
 STAGE = "evaluate"
@@ -24,26 +23,24 @@ def judged_on(prepare: Manifest) -> dict[str, str]:
     return digests
 
 
-def find_run(lake: Lake, ds: str, wanted: str) -> Manifest:
-    """The finished run that `evaluate.compare` names: a folder, a ds or a model_version.
+def find_run(lake: Lake, ds: str, wanted: str, name: str | None = None) -> Manifest:
+    """The finished run that `evaluate.compare` names: a folder, a ds or a model_version. Of experiments only those
+    called `name` are looked at, or the folder that is named.
     Raises ConfigError or ContractError where there is none."""
     if wanted == ds:
         raise ConfigError(
             f"evaluate.compare is {wanted}, this very night; needed the folder or the model_version of a run"
         )
     if re.fullmatch(r"\d{4}-\d\d-\d\d", wanted):
-        return _checked(lake.stage(wanted, STAGE).current())
+        return _checked(lake.stage(wanted, STAGE).newest())
     if "/" in wanted:
         return _checked(read_manifest(resolve(wanted)))
-    nights = sorted(lake.nights(STAGE), reverse=True)
+    nights = sorted(lake.nights(), reverse=True)
     for night in sorted(nights, key=lambda night: night != ds):
-        root = lake.path("runs", night, STAGE)
-        for name in list_names(root):
-            path = posixpath.join(root, name)
-            if exists(posixpath.join(path, "manifest.json")):
-                run = read_manifest(path)
-                if run.facts.get("model_version") == wanted and contracts.RANKS.name in run.tables:
-                    return _checked(run)
+        for run in lake.stage(night, STAGE).finished():
+            ours = run.name is None or run.name == name
+            if ours and run.facts.get("model_version") == wanted and contracts.RANKS.name in run.tables:
+                return _checked(run)
     raise ContractError(
         f"evaluate.compare is {wanted!r}, and no run of evaluate in {lake.root} judged a model of that version; "
         "needed the folder of a run, its model_version or its ds: run evaluate for that model first"

@@ -9,7 +9,6 @@ import json
 import logging
 import posixpath
 import resource
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,8 +18,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts, metrics
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, remove, run_key, write_atomic
-from ncf_dist.bundle import Bundle, current_runs, read_bundle, verify_weights
+from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, remove, write_atomic
+from ncf_dist.bundle import Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config, Evaluate
 from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.evaluate import summary
@@ -44,6 +43,7 @@ from ncf_dist.spark_io import (
     spark_session,
     table_info,
 )
+from ncf_dist.stage import StageRun, Upstream, find_upstream
 
 log = logging.getLogger(__name__)
 
@@ -58,24 +58,23 @@ GRAM_COPIES = 3
 SCORE_BINS = 64
 
 
-def evaluate(config: Config, ds: str) -> Outcome:
+def evaluate(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     """Judge the current model of night `ds`.
     Raises ContractError where train or prepare have not finished or do not fit together, or the run to compare with
     judged other rows; ConfigError where a baseline would not fit in memory."""
-    start = time.monotonic()
     lake = Lake(config.paths.lake)
-    prepare, train = current_runs(lake, ds)
-    other = find_run(lake, ds, config.evaluate.compare) if config.evaluate.compare else None
-    used = config.model_dump(mode="json", include={"evaluate", "seed"})
+    upstream = find_upstream(lake, config, ds, STAGE, given)
+    prepare, train = upstream["prepare"], upstream["train"]
+    other = find_run(lake, ds, config.evaluate.compare, config.run) if config.evaluate.compare else None
     inputs = {"prepare": prepare.run_key, "train": train.run_key, **({"compare": other.run_key} if other else {})}
-    runs = lake.stage(ds, STAGE)
-    key = run_key(STAGE, ds, used, inputs)
-    if done := runs.find(key):
+    stage = StageRun(STAGE, config, ds, inputs)
+    if done := stage.find():
         log.info("already evaluated: %s", done.root)
         return outcome(done, "already-done")
     if prepare.config["split"]["strategy"] == "none":
         log.warning("nothing is held out (split.strategy none): there is nothing to judge the model by")
-        return outcome(runs.finish(Manifest(STAGE, ds, key, runs.begin(key), used, inputs)))
+        stage.begin()
+        return outcome(stage.finish())
     if not prepare.table(contracts.TEST).rows:
         raise ContractError(
             "the test table is empty: no user has enough items to hold one out; "
@@ -88,7 +87,7 @@ def evaluate(config: Config, ds: str) -> Outcome:
     if other:
         check_same_rows(other, judged, prepare)
 
-    run = runs.begin(key)
+    run = stage.begin()
     with spark_session("ncf-evaluate", config.spark, LIST_BATCH_ROWS) as spark:
         products = Products.agreed(on_one_executor(spark, partial(choose, bundle, "fp32")))
         night = Night(spark, config, prepare, bundle, run, products)
@@ -104,9 +103,9 @@ def evaluate(config: Config, ds: str) -> Outcome:
             prepare,
             train,
             report,
-            run_key=key,
-            config=used,
-            seconds=time.monotonic() - start,
+            run_key=stage.key,
+            config=stage.config,
+            seconds=stage.seconds,
             examples=examples(spark, prepare, seen, config.seed, headline_k(report)),
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
@@ -122,15 +121,14 @@ def evaluate(config: Config, ds: str) -> Outcome:
         "products": asdict(products),
         **{name: report[name] for name in ("beats_popularity",) if name in report},
     }
-    seconds = round(time.monotonic() - start, 3)
-    return outcome(runs.finish(Manifest(STAGE, ds, key, run, used, inputs, {ranks.path: ranks}, facts, flat, seconds)))
+    return outcome(stage.finish(tables={ranks.path: ranks}, facts=facts, metrics=flat))
 
 
 def outcome(run: Manifest, status: str = "done") -> Outcome:
     """What a run says, finished now or before. A night without held-out rows has no report."""
     names = {"metrics": METRICS, "report": REPORT} if run.tables else {}
     files = {name: posixpath.join(run.root, file) for name, file in names.items()}
-    return Outcome(status, run.run_key, {**files, **run.outputs()}, run.metrics)
+    return Outcome.of(run, status, files)
 
 
 def check_gram(config: Evaluate, n_items: int) -> None:

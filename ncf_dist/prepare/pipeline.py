@@ -10,7 +10,6 @@ import datetime as dt
 import json
 import logging
 import posixpath
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,17 +23,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import contracts
 from ncf_dist.ancestry import DIGESTS, INDEXES, index_sizes
-from ncf_dist.artifacts import (
-    FileInfo,
-    Lake,
-    Manifest,
-    Outcome,
-    TableInfo,
-    read_manifest,
-    read_schema,
-    remove,
-    run_key,
-)
+from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, read_schema, remove
 from ncf_dist.config import Config
 from ncf_dist.errors import InputError
 from ncf_dist.prepare import clean
@@ -59,12 +48,11 @@ from ncf_dist.spark_io import (
     table_info,
     write_table,
 )
+from ncf_dist.stage import StageRun, Upstream, production_nights
 
 log = logging.getLogger(__name__)
 
 STAGE = "prepare"
-SECTIONS = ("input", "split", "negatives", "layout", "seed")
-"""What of the config decides the bytes of this stage's tables."""
 ROWS_PER_USER_FILE = 500_000
 MIN_USER_FILES = 8
 MAX_TASKS = 10_000
@@ -72,34 +60,24 @@ WEIGHT_TOTAL = 2**36
 """About what all items weigh together as negatives: fine enough for a tail, small enough for users x weight."""
 
 
-def prepare(config: Config, ds: str) -> Outcome:
+def prepare(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     """Make the tables of night `ds`, or find them made. Raises ConfigError, InputError, ContractError."""
-    start = time.monotonic()
-    lake = Lake(config.paths.lake)
     files = _Files.find(config)
-    before = _base(lake, ds)
-    used = config.model_dump(mode="json", include=set(SECTIONS))
-    inputs = {
-        **files.fingerprints(),
-        "index": {"ds": before.ds, "run_key": before.run_key} if before else None,
-    }
-    key = run_key(STAGE, ds, used, inputs)
-    runs = lake.stage(ds, STAGE)
-    if done := runs.find(key):
+    before = _base(Lake(config.paths.lake), ds)
+    index = {"ds": before.ds, "run_key": before.run_key} if before else None
+    stage = StageRun(STAGE, config, ds, {**files.fingerprints(), "index": index})
+    if done := stage.find():
         log.info("already prepared: %s", done.root)
         return Outcome.of(done, "already-done", rows=done.facts["rows"])
 
-    run = runs.begin(key)
+    run = stage.begin()
     try:
         with spark_session("ncf-prepare", config.spark) as spark:
             tables, facts = _Night(spark, config, ds, files, before, run).make()
     finally:
         remove(posixpath.join(run, "_staging"))
-    seconds = round(time.monotonic() - start, 3)
-    manifest = runs.finish(
-        Manifest(STAGE, ds, key, run, used, {**inputs, "files": files.counts()}, tables, facts, {}, seconds)
-    )
-    log.info("prepared %s in %.1f s: %s", run, seconds, json.dumps(facts["rows"]))
+    manifest = stage.finish(tables=tables, facts=facts, noted={"files": files.counts()})
+    log.info("prepared %s in %.1f s: %s", run, manifest.seconds, json.dumps(facts["rows"]))
     return Outcome.of(manifest, rows=facts["rows"])
 
 
@@ -484,12 +462,10 @@ def _base(lake: Lake, ds: str) -> Manifest | None:
 
     A night keeps its base for ever: an earlier night that is made up for later must not renumber it.
     """
-    runs = lake.stage(ds, STAGE)
-    if runs.exists():
-        recorded = runs.current().inputs["index"]
-        return read_manifest(lake.stage(recorded["ds"], STAGE).run_path(recorded["run_key"])) if recorded else None
-    earlier = [night for night in lake.nights(STAGE) if night < ds]
-    return lake.stage(earlier[-1], STAGE).current() if earlier else None
+    if tonight := lake.stage(ds, STAGE).production():
+        recorded = tonight[0].inputs["index"]
+        return lake.stage(recorded["ds"], STAGE).load(recorded["run_key"]) if recorded else None
+    return next(production_nights(lake, STAGE, before=ds), None)
 
 
 def _index_types(before: Manifest | None) -> tuple[pa.DataType | None, pa.DataType | None]:

@@ -23,7 +23,6 @@ from ncf_dist.artifacts import (
     Manifest,
     Outcome,
     is_local,
-    list_names,
     make_dirs,
     read_json,
     resolve,
@@ -35,8 +34,11 @@ from ncf_dist.publish import gates, leftovers
 from ncf_dist.publish.audit import Audit, Promise, audit, contract_of
 from ncf_dist.publish.files import restore
 from ncf_dist.publish.table import Night, PublishedTable
+from ncf_dist.stage import Upstream, find_upstream
 
 log = logging.getLogger(__name__)
+
+STAGE = "publish"
 
 ID_TYPES = {"int": (pa.int64(),), "string": (pa.string(),), None: (pa.int64(), pa.string())}
 """By input.user_type and input.item_type; left out, the log decides."""
@@ -51,25 +53,27 @@ class Runs:
     evaluate: Manifest | None
 
 
-def find_runs(lake: Lake, ds: str) -> Runs:
-    """Raises ContractError where prepare or score have not finished."""
-    score, prepare = lake.stage(ds, "score").current(), lake.stage(ds, "prepare").current()
-    evaluations = lake.stage(ds, "evaluate")
-    found = (evaluations.finished(key) for key in list_names(evaluations.root))
-    mine = [run for run in found if run is not None and run.inputs.get("train") == score.inputs.get("train")]
-    # One that compares says more than one that does not.
-    return Runs(prepare, score, max(mine, key=lambda run: bool(run.tables), default=None))
+def find_runs(lake: Lake, config: Config, ds: str, given: Upstream | None) -> Runs:
+    """Raises ContractError where no finished run of score fits this config."""
+    upstream = find_upstream(lake, config, ds, STAGE, given)
+    if given is not None and "evaluate" in given:
+        judged = [given["evaluate"]]
+    else:
+        judged = lake.stage(ds, "evaluate").production()
+    mine = [run for run in judged if run.inputs.get("train") == upstream["train"].run_key]
+    # The newest; but one that compares says more than one that does not.
+    return Runs(upstream["prepare"], upstream["score"], max(mine, key=lambda run: bool(run.tables), default=None))
 
 
-def publish(config: Config, ds: str) -> Outcome:
-    """Make the current score run of `ds` what readers see.
+def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
+    """Make the score run of `ds` that fits this config what readers see.
 
     Raises ContractError: a rule of the audit is broken, or the table is damaged. GateRefused: the night is not good
     enough. StaleRun: a later ds is published. BusyRun: another publication came first. InputError: the lake or the work
     folder cannot be written. What readers see changes in none of these, but for InputError, which says so.
     """
     lake = Lake(config.paths.lake)
-    runs = find_runs(lake, ds)
+    runs = find_runs(lake, config, ds, given)
     score, promise = runs.score, Promise.of(runs.score)
     contract = contract_of(runs.prepare, promise.form)
     night = Night(ds, score.run_key, promise.model_version, promise.k)

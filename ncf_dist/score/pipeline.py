@@ -22,8 +22,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, read_schema, read_table, run_key
-from ncf_dist.bundle import Bundle, current_runs, read_bundle, verify_weights
+from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, read_schema, read_table
+from ncf_dist.bundle import Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config
 from ncf_dist.errors import ContractError
 from ncf_dist.products import Products, choose
@@ -41,6 +41,7 @@ from ncf_dist.spark_io import (
     table_info,
     write_table,
 )
+from ncf_dist.stage import StageRun, Upstream, find_upstream
 
 log = logging.getLogger(__name__)
 
@@ -50,26 +51,21 @@ PAIRS_PER_FILE = 10**9
 """A file is a task's smallest share: about a minute of work, so that a large job can use many slots."""
 CHECKED_FILES, CHECKED_USERS = 4, 4
 """How many files, and users of each, are compared with the model at the end."""
-DECIDES = {"k", "form", "seen", "allow_items", "deny_items", "active_since", "fallback_days", "precision"}
-"""What of the section decides the bytes of the table."""
 
 
-def score(config: Config, ds: str) -> Outcome:
+def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     """Rank for every user of night `ds`.
     Raises ContractError where train or prepare have not finished or do not fit together, or where what was written is
     not what the model says; InputError where the item lists cannot be read or leave nothing."""
-    start = time.monotonic()
-    night = _Night.of(config, ds)
-    used = {STAGE: config.score.model_dump(mode="json", include=DECIDES)}
+    night = _Night.of(config, ds, given)
     inputs = {"prepare": night.prepare.run_key, "train": night.train.run_key, **night.lists.fingerprint}
-    runs = Lake(config.paths.lake).stage(ds, STAGE)
-    key = run_key(STAGE, ds, used, inputs)
-    if done := runs.find(key):
+    stage = StageRun(STAGE, config, ds, inputs)
+    if done := stage.find():
         log.info("already scored: %s", done.root)
         return Outcome.of(done, "already-done")
 
     items = night.lists.count(night.prepare.files("item_index"))
-    run = runs.begin(key)
+    run = stage.begin()
     tables: dict[str, TableInfo] = {}
     spec = night.spec(f"{run}/{night.contract.name}")
     with spark_session("ncf-score", config.spark, LIST_BATCH_ROWS) as spark:
@@ -105,12 +101,11 @@ def score(config: Config, ds: str) -> Outcome:
         "score.pairs_per_s": round(counts["pairs"] / max(spent["score"], 1e-9)),
     }
     tables[night.contract.name] = table
-    seconds = round(time.monotonic() - start, 3)
-    manifest = runs.finish(Manifest(STAGE, ds, key, run, used, inputs, tables, facts, metrics, seconds))
+    manifest = stage.finish(tables=tables, facts=facts, metrics=metrics)
     log.info(
         "scored %s users (%s by popularity, %s with fewer than %d items) in %.1f s: %s",
         *(f"{counts[name]:,}" for name in ("users", "popular_users", "short_users")),
-        config.score.k, seconds, manifest.table_path(night.contract.name),
+        config.score.k, manifest.seconds, manifest.table_path(night.contract.name),
     )  # fmt: skip
     return Outcome.of(manifest)
 
@@ -164,8 +159,9 @@ class _Night:
     lists: ItemLists
 
     @classmethod
-    def of(cls, config: Config, ds: str) -> _Night:
-        prepare, train = current_runs(Lake(config.paths.lake), ds)
+    def of(cls, config: Config, ds: str, given: Upstream | None = None) -> _Night:
+        upstream = find_upstream(Lake(config.paths.lake), config, ds, STAGE, given)
+        prepare, train = upstream["prepare"], upstream["train"]
         bundle = read_bundle(posixpath.join(train.root, "bundle"))
         verify_weights(bundle)  # Once; the workers then trust them.
         user_id, item_id = (

@@ -27,12 +27,12 @@ from ncf_dist.artifacts import (
     make_dirs,
     read_bytes,
     read_json,
-    run_key,
     write_atomic,
 )
 from ncf_dist.bundle import BUNDLE, read_bundle
 from ncf_dist.config import Config
-from ncf_dist.errors import ConfigError, ContractError, NcfError, Preempted, TrainingFailed
+from ncf_dist.errors import ConfigError, NcfError, Preempted, TrainingFailed
+from ncf_dist.stage import StageRun, Upstream, find_upstream
 from ncf_dist.train.launchers import LAUNCHERS, others, rank_environment, threads
 from ncf_dist.train.lr_find import smoothed, suggest
 from ncf_dist.train.memory import check_memory
@@ -46,15 +46,6 @@ from ncf_dist.train.worker import CHECKPOINTS, HISTORY, RATES, SPEC, STOP, Spec,
 log = logging.getLogger(__name__)
 
 STAGE = "train"
-SECTIONS = ("model", "negatives", "train", "loader", "seed")
-NOT_THE_RESULT = {
-    "train": {
-        *("launcher", "ranks", "nodes", "rendezvous", "device", "checkpoint_steps", "checkpoint_minutes"),
-        *("timeout_s", "lr_find", "max_model_bytes"),
-    },
-    "loader": {"backend", "cache", "cache_bytes", "workers"},
-}
-"""Settings that do not name a run: they change its speed or, as the number of ranks, may change when it goes on."""
 RANKS, PLOT = "ranks", "history.svg"
 STOP_S = 20.0
 """What the ranks have, once asked, to save and end."""
@@ -62,19 +53,16 @@ FAILED_S = 8.0
 """What the others have to end by themselves once one has reported a failure."""
 
 
-def train(config: Config, ds: str) -> Outcome:
+def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     """Fit the model on this night's train table. Raises ConfigError, ContractError, TrainingFailed, Preempted."""
-    start = time.monotonic()
+    _check_negatives(config)
     lake = Lake(config.paths.lake)
-    prepare = lake.stage(ds, "prepare").current()
-    _check_prepared_for(config, prepare)
+    prepare = find_upstream(lake, config, ds, STAGE, given)["prepare"]
     line = Line(lake, prepare)
     first = start_bundle(config.train, line)
     inputs = {"prepare": prepare.run_key, **check_starts(config, line, first)}
-    used = config.model_dump(mode="json", include=set(SECTIONS)) | {"loss": config.loss}
-    key = run_key(STAGE, ds, _decisive(config), inputs)
-    runs = lake.stage(ds, STAGE)
-    if not config.train.lr_find and (done := runs.find(key)):
+    stage = StageRun(STAGE, config, ds, inputs)
+    if not config.train.lr_find and (done := stage.find()):
         log.info("already trained: %s", done.root)
         return Outcome.of(done, "already-done")
     table = prepare.table(train_contract(prepare, config.loss == "mse"))
@@ -82,18 +70,17 @@ def train(config: Config, ds: str) -> Outcome:
     check_memory(config, *index_sizes(prepare), table.rows, max(file.rows for file in table.files))
 
     if config.train.lr_find:
-        return _find_rate(config, prepare, runs.begin(f"{key}-lr-find"), first)
-    run = runs.begin(key, keep=(CHECKPOINTS,))
+        return _find_rate(config, prepare, stage.runs.begin(f"{stage.key}-lr-find"), first)
+    run = stage.begin(CHECKPOINTS)
     _run_ranks(config, Spec(config.model_dump_json(by_alias=True), prepare.root, run, first), HISTORY)
     bundle, history = read_bundle(posixpath.join(run, BUNDLE)), json.loads(read_bytes(posixpath.join(run, HISTORY)))
     write_atomic(posixpath.join(run, PLOT), history_figure(history))
     facts = {"model_version": bundle.model_version, "sha256": bundle.sha256, "prepare_run": prepare.run_key}
     facts["products"] = history["products"]
-    seconds = round(time.monotonic() - start, 3)
-    manifest = runs.finish(Manifest(STAGE, ds, key, run, used, inputs, {}, facts, _metrics(history), seconds))
-    log.info("trained %s in %.1f s: %s", bundle.model_version, seconds, dict(manifest.metrics))
+    manifest = stage.finish(facts=facts, metrics=_metrics(history))
+    log.info("trained %s in %.1f s: %s", bundle.model_version, manifest.seconds, dict(manifest.metrics))
     outputs = {"bundle": bundle.path, "history": posixpath.join(run, HISTORY), "plot": posixpath.join(run, PLOT)}
-    return Outcome("done", key, outputs, manifest.metrics, {"model_version": bundle.model_version})
+    return Outcome.of(manifest, outputs=outputs, model_version=bundle.model_version)
 
 
 def _metrics(history: dict[str, Any]) -> dict[str, Any]:
@@ -119,31 +106,19 @@ def _find_rate(config: Config, prepare: Manifest, run: str, first: str | None) -
     return Outcome("done", None, {"lr_find": path}, {"train.lr_suggested": float(f"{rate:.3g}")})
 
 
-def _decisive(config: Config) -> dict[str, Any]:
-    """What decides the weights, up to the number of ranks."""
-    used = config.model_dump(mode="json", include=set(SECTIONS), exclude=NOT_THE_RESULT)
-    return used | {"loss": config.loss}
-
-
 def _world_size(config: Config) -> int:
     train = config.train
     return 1 if train.launcher == "none" else train.ranks * train.nodes
 
 
-def _check_prepared_for(config: Config, prepare: Manifest) -> None:
+def _check_negatives(config: Config) -> None:
     """The train table must hold what this config reads."""
-    wanted, found = config.negatives.model_dump(mode="json"), prepare.config["negatives"]
     if config.loss in ("bce", "bpr"):
         n, draws = config.negatives.per_positive, config.negatives.draws
         if not n or (config.train.negatives == "table" and not draws):
             raise ConfigError(
                 f"negatives.per_positive is {n} and negatives.draws is {draws} with train.loss={config.loss} and "
                 f"train.negatives={config.train.negatives}; needed at least 1 of both, or train.negatives=online"
-            )
-        if config.train.negatives == "table" and wanted != found:
-            raise ContractError(
-                f"prepare run {prepare.run_key} was made with negatives {found}, this config says {wanted}: "
-                "rerun the job prepare"
             )
 
 

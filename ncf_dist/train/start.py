@@ -20,6 +20,7 @@ from ncf_dist.artifacts import Manifest, read_table
 from ncf_dist.bundle import BUNDLE, Bundle, load_model, read_bundle, verify_weights
 from ncf_dist.errors import ContractError
 from ncf_dist.models import GMF, MLP, NeuMF, Recommender, Table, build_model
+from ncf_dist.stage import production_nights
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +34,16 @@ def start_bundle(train: settings.Train, line: Line) -> str | None:
     index tonight's begins with; None for a fresh start."""
     if train.warm_start != PREVIOUS:
         return train.warm_start
-    nights = [night for night in line.lake.nights("train") if night < line.prepare.ds]
-    for night in reversed(nights):
+    for run in production_nights(line.lake, "train", before=line.prepare.ds):
         try:
-            bundle = read_bundle(posixpath.join(line.lake.stage(night, "train").current().root, BUNDLE))
+            bundle = read_bundle(posixpath.join(run.root, BUNDLE))
             objection = line.objection(Index.of_bundle(bundle))
         except ContractError as error:
             objection = str(error)
         if objection is None:
-            log.info("warm start: from the model of %s, %s", night, bundle.model_version)
+            log.info("warm start: from the model of %s, %s", run.ds, bundle.model_version)
             return bundle.path
-        log.warning("warm start: not from the model of %s: %s", night, objection)
+        log.warning("warm start: not from the model of %s: %s", run.ds, objection)
     log.info("warm start: no earlier night has a model whose index tonight's begins with: a fresh start")
     return None
 
