@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from ncf_dist.train.network import LISTENING, STORE, bound_to, interface_facing
 
+MEET = dt.timedelta(minutes=5)
+"""What the ranks of one machine have at least to start in."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -92,6 +95,9 @@ def meeting(world: World, timeout: dt.timedelta) -> Any:
     and MASTER_PORT, as torchrun sets them. Raises ConfigError."""
     if path := os.environ.get(STORE):
         store = dist.FileStore(path, world.size)  # type: ignore[attr-defined]
+        # Imports take a rank longer than another on a busy machine; the supervisor ends us where one never comes.
+        store.set(f"here/{world.rank}", "")
+        store.wait([f"here/{rank}" for rank in range(world.size)], max(timeout, MEET))
         store.set_timeout(timeout)
         return store
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
