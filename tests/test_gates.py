@@ -212,6 +212,16 @@ def test_a_model_below_popularity_is_refused(night: Night) -> None:
     assert night.publish() == ("done", 1)
 
 
+def test_a_model_of_ratings_is_not_held_to_popularitys_ranking() -> None:
+    """It learns to predict ratings, and its lists may well be worse: the night is told so, and published."""
+    worse = dataclasses.replace(report([-0.2, -0.1]), feedback="explicit")
+    night = dataclasses.replace(GOOD, evaluated=Evaluated("e2", worse))
+    assert found(night) == {"beats_popularity": False}
+    assert found(dataclasses.replace(night, evaluated=Evaluated("e2", report([-0.2, -0.1])))) == {
+        "beats_popularity": True
+    }
+
+
 @pytest.mark.parametrize("interval", [None, (math.nan, math.nan)])
 def test_nothing_to_compare_is_a_warning(night: Night, interval: Any) -> None:
     night.evaluate(interval)
