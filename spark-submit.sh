@@ -1,16 +1,8 @@
 #!/usr/bin/env bash
-# Runs one job on a stock spark-submit; `./spark-submit.sh --help` says how.
+# Runs one job; `./spark-submit.sh --help` says how. This process becomes the job's Python, which starts a stock spark-submit
+# as its child when it needs Spark: so signals reach the job, and a terminal is one.
 # stdout belongs to the job, whose last line is one JSON object. What is said here goes to stderr.
 set -euo pipefail
-
-# Spark runs the driver's Python with stderr merged into stdout. So it is given this script as the driver's Python (see the end),
-# which starts the real one with the launcher's own stderr.
-if [[ -n ${NCF_DRIVER_PYTHON:-} ]]; then
-  export PYSPARK_DRIVER_PYTHON=$NCF_DRIVER_PYTHON
-  unset NCF_DRIVER_PYTHON
-  if [[ -w $NCF_STDERR ]]; then exec 2>"$NCF_STDERR"; fi
-  exec "$PYSPARK_DRIVER_PYTHON" "$@"
-fi
 
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 jobs="fetch prepare train evaluate score publish nightly doctor"
@@ -22,8 +14,12 @@ usage: ./spark-submit.sh JOB --config conf/FILE.yaml [--ds YYYY-MM-DD] [--set se
   JOB                     one of: $jobs
   --config FILE.yaml      the configuration of this line
   --ds YYYY-MM-DD         the night; default today (UTC)
+  --allow-future          take a --ds after tomorrow, for a backtest
   --set section.key=value overrides one value of the config; may be repeated
   -- OPTIONS              handed to spark-submit last, so they win: -- --driver-memory 8g --conf spark.ui.enabled=true
+
+  SIGTERM or SIGINT end it with exit code 75; in training after a checkpoint. With --deploy-mode cluster the job runs elsewhere,
+  under a spark-submit that is waited for, and that holds for it alone.
 
   SPARK_HOME, if set, names the Spark whose bin/spark-submit is used; else the one in .venv, else the one on PATH.
   PYSPARK_PYTHON and PYSPARK_DRIVER_PYTHON default to .venv's Python.
@@ -36,6 +32,13 @@ END
 stop() {
   echo "ncf-dist: $*" >&2
   exit 2
+}
+
+# Asked to stop before there is a job: nothing was begun.
+stopped() {
+  printf '{"job": "%s", "ds": null, "run_key": null, "status": "failed", "outputs": {}, "metrics": {}, ' "$job"
+  printf '"error": "stopped before the job had begun: run the same command again", "seconds": 0}\n'
+  exit 75
 }
 
 # Sets JAVA_HOME to the first Java that Spark runs on: the caller's JAVA_HOME, `java` on PATH, then where Debian puts JDK 17.
@@ -60,8 +63,8 @@ find_java() {
 
 # Sets SPARK_HOME, and `submit` to the spark-submit to use.
 find_spark() {
+  local bundled=("$here"/.venv/lib/python3.*/site-packages/pyspark)
   if [[ -z ${SPARK_HOME:-} ]]; then
-    local bundled=("$here"/.venv/lib/python3.*/site-packages/pyspark)
     if [[ ! -x ${bundled[0]}/bin/spark-submit ]]; then
       submit=$(command -v spark-submit) || stop "no spark-submit in .venv or on PATH; run make -C '$here' install, or set SPARK_HOME"
       return
@@ -70,6 +73,13 @@ find_spark() {
   fi
   submit=$SPARK_HOME/bin/spark-submit
   [[ -x $submit ]] || stop "SPARK_HOME is $SPARK_HOME, which has no bin/spark-submit; unset it, or set it to the folder that has one"
+  # Python's half of Spark must be of the same version as the JVM's.
+  if [[ $SPARK_HOME -ef ${bundled[0]} ]]; then return; fi
+  local part
+  for part in "$SPARK_HOME"/python/lib/py4j-*-src.zip "$SPARK_HOME"/python/lib/pyspark.zip; do
+    if [[ -e $part ]]; then PYTHONPATH=$part${PYTHONPATH:+:$PYTHONPATH}; fi
+  done
+  if [[ -n ${PYTHONPATH:-} ]]; then export PYTHONPATH; fi
 }
 
 case ${1:-} in
@@ -84,6 +94,7 @@ fi
 
 job=$1
 shift
+trap stopped TERM INT
 job_args=()
 while (($#)); do
   case $1 in
@@ -101,16 +112,7 @@ export PYSPARK_PYTHON=${PYSPARK_PYTHON:-$python} PYSPARK_DRIVER_PYTHON=${PYSPARK
 export LOG4J_CONFIGURATION_FILE=${LOG4J_CONFIGURATION_FILE:-$here/conf/log4j2.properties}
 find_spark
 
-# What must be known before the driver's JVM starts. On a bad config this prints what the job itself would have printed.
-code=0
-printed=$("$python" -m ncf_dist.cli spark-options "$job" "${job_args[@]}") || code=$?
-if ((code)); then
-  echo "$printed"
-  exit "$code"
-fi
-mapfile -t options <<<"$printed"
-
-options+=(--properties-file "$here/conf/spark-defaults.conf")
+options=(--properties-file "$here/conf/spark-defaults.conf")
 # A cluster's own defaults (where its storage is, for example) stay in force; Spark 3.5 reads one file only.
 cluster_defaults=${SPARK_CONF_DIR:-${SPARK_HOME:-}/conf}/spark-defaults.conf
 if [[ -e $cluster_defaults ]]; then
@@ -123,9 +125,9 @@ fi
 # The progress bar is for people; in a log file it is noise.
 if [[ -t 2 ]]; then options+=(--conf spark.ui.showConsoleProgress=true); else options+=(--conf spark.ui.showConsoleProgress=false); fi
 
-# A pipe to our stderr which stays open in the JVM that this process becomes, so that the driver's Python can open it by name.
-# (Opening stderr itself would not do: two independent writers of one log file overwrite each other.)
-exec {stderr}> >(exec cat >&2)
-export NCF_STDERR=/proc/$$/fd/$stderr NCF_DRIVER_PYTHON=$PYSPARK_DRIVER_PYTHON PYSPARK_DRIVER_PYTHON=$here/spark-submit.sh
+# An outer Spark's JVM is not this job's.
+unset PYSPARK_GATEWAY_PORT PYSPARK_GATEWAY_SECRET NCF_SPARK_OPTIONS
 
-exec "$submit" "${options[@]}" "${user_options[@]}" "$here/jobs/$job.py" "${job_args[@]}"
+# Nothing that a job starts takes a module from the working folder. Hashes of text are as spark-submit sets them.
+export NCF_SPARK_SUBMIT=$submit PYTHONSAFEPATH=1 PYTHONHASHSEED=${PYTHONHASHSEED:-0}
+exec "$PYSPARK_DRIVER_PYTHON" "$here/jobs/$job.py" "${job_args[@]}" -- "${options[@]}" "${user_options[@]}"

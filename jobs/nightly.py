@@ -2,8 +2,10 @@
 
 import sys
 
-from ncf_dist.cli import run_job
-from ncf_dist.nightly.pipeline import nightly
+from ncf_dist.stopping import listen
 
 if __name__ == "__main__":
-    sys.exit(run_job("nightly", nightly))
+    listen()  # Before the large imports: a request to stop counts from the first moment.
+    from ncf_dist.cli import main
+
+    sys.exit(main(["nightly", *sys.argv[1:]]))

@@ -2,8 +2,10 @@
 
 import sys
 
-from ncf_dist.cli import run_job
-from ncf_dist.score.pipeline import forecast, score
+from ncf_dist.stopping import listen
 
 if __name__ == "__main__":
-    sys.exit(run_job("score", score, dry_run=forecast))
+    listen()  # Before the large imports: a request to stop counts from the first moment.
+    from ncf_dist.cli import main
+
+    sys.exit(main(["score", *sys.argv[1:]]))

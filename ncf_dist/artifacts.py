@@ -31,6 +31,7 @@ from ncf_dist.contracts import Contract
 from ncf_dist.errors import BusyRun, ContractError, InputError
 from ncf_dist.scratch import replace_file
 from ncf_dist.stored import MAX_JSON_BYTES, parse_json
+from ncf_dist.urls import hide, real_url
 
 MANIFEST = "manifest.json"
 
@@ -273,10 +274,11 @@ def run_key(stage: str, ds: str, config: Mapping[str, Any], inputs: Mapping[str,
 
 
 def resolve(path: str) -> str:
-    """An absolute path for a local `path` (relative ones start at the working directory), any other URL as it is."""
+    """An absolute path for a local `path` (relative ones start at the working directory), any other URL in its public
+    form."""
     if "://" not in path:
         return os.path.abspath(os.path.expanduser(path))
-    return path[len("file://") :] if path.startswith("file://") else path.rstrip("/")
+    return path[len("file://") :] if path.startswith("file://") else hide(path).rstrip("/")
 
 
 def is_local(path: str) -> bool:
@@ -290,7 +292,7 @@ def file_url(path: str) -> str:
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of `path`, and `path` in that file system's own form."""
-    fs, inner = fsspec.core.url_to_fs(path)
+    fs, inner = fsspec.core.url_to_fs(real_url(path))
     return fs, inner
 
 

@@ -14,11 +14,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+from ncf_dist import gateway
 from ncf_dist.artifacts import Lake, Outcome
 from ncf_dist.config import Config, load_config, parse_ds
-from ncf_dist.errors import ConfigError, ExitCode, NcfError
+from ncf_dist.errors import ConfigError, ExitCode, NcfError, Preempted
+from ncf_dist.stopping import Stopped, asked, interruptible, listening
+from ncf_dist.urls import log_to_stderr, scrub_all
 
 JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "doctor")
 UNLOCKED = ("fetch", "doctor")
@@ -65,6 +69,7 @@ def parser(job: str) -> argparse.ArgumentParser:
         )
     if job in NAMED:
         parser.add_argument("--run", metavar="NAME", help="an experiment: production never builds on its runs")
+    parser.add_argument("--allow-future", action="store_true", help="take a --ds after tomorrow, for a backtest")
     if job in DRY_RUN:
         parser.add_argument(
             "--dry-run", action="store_true", help="write nothing; say what the job would take, from a sample"
@@ -83,16 +88,16 @@ def run_job(
 ) -> int:
     """Run one job to its end and return its exit code; everything a person or a scheduler needs has been printed.
 
+    SIGTERM and SIGINT end it with exit code 75. What was finished stays, and nothing unfinished is visible: outputs are
+    immutable and complete or not there, so the same command goes on.
+
+    argv: the job's arguments; after `--` options for spark-submit.
     dry_run: what runs in place of `function` under --dry-run; it writes nothing, so it holds no night.
     """
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    log_to_stderr("%(name)s")
     # Says good-bye after the last line, which under plain spark-submit shares stdout with the log.
     logging.getLogger("py4j").setLevel(logging.WARNING)
+    args = list(sys.argv[1:] if argv is None else argv)
     start = time.monotonic()
     report: dict[str, Any] = {
         "job": job,
@@ -102,18 +107,21 @@ def run_job(
         "outputs": {},
         "metrics": {},
     }
-    exit_code = ExitCode.DONE
+    with listening():
+        exit_code = _run(job, function, args, dry_run, report)
+        report["seconds"] = round(time.monotonic() - start, 3)
+        sys.stderr.flush()
+        print(json.dumps(scrub_all(report)), flush=True)
+    return int(exit_code)
+
+
+def _run(
+    job: str, function: JobFunction, argv: list[str], dry_run: JobFunction | None, report: dict[str, Any]
+) -> ExitCode:
+    """The job itself; what is known of it is put into `report`."""
     try:
-        args = parser(job).parse_args(argv)
-        report["ds"] = ds = parse_ds(args.ds)
-        config = load_config(args.config, overrides(args))
-        if config.paths.umask is not None:
-            os.umask(int(config.paths.umask, 8))  # Ranks inherit it, and `spark_io.map_in_arrow` hands it on.
-        if dry := bool(vars(args).get("dry_run")):
-            assert dry_run is not None
-            function = dry_run
-        with contextlib.nullcontext() if dry or job in UNLOCKED else Lake(config.paths.lake).hold(ds):
-            outcome = function(config, ds)
+        with interruptible():
+            outcome = _outcome(job, function, argv, dry_run, report)
         report.update(
             run_key=outcome.run_key,
             status=outcome.status,
@@ -121,36 +129,53 @@ def run_job(
             metrics=dict(outcome.metrics),
         )
         report.update(outcome.extra)
-    except NcfError as error:
-        exit_code = error.exit_code
-        report.update(error.extra, status=error.status, error=str(error))
-        log.error("%s", error)
-    except Exception as error:
-        exit_code = ExitCode.UNEXPECTED
+        return ExitCode.DONE
+    except (Exception, Stopped, KeyboardInterrupt) as error:
+        if not isinstance(error, NcfError) and (not isinstance(error, Exception) or asked()):
+            # Whatever a library made of the interruption, this is what happened.
+            error = Preempted(
+                f"the job {job} was stopped by {asked() or 'SIGINT'}; what it had finished is kept and nothing "
+                f"unfinished is visible: run the same command again"
+            )
+        if isinstance(error, NcfError):
+            report.update(error.extra, status=error.status, error=str(error))
+            log.error("%s", error)
+            return error.exit_code
         report.update(error=f"{type(error).__name__}: {error}"[:2000])
         log.exception("%s failed unexpectedly", job)
-    report["seconds"] = round(time.monotonic() - start, 3)
-    sys.stderr.flush()
-    print(json.dumps(report), flush=True)
-    return int(exit_code)
+        return ExitCode.UNEXPECTED
 
 
-def spark_options(config: Config) -> list[str]:
-    """What only the launcher can tell Spark: it must be known before the driver's JVM starts."""
-    options = [
-        "--driver-memory",
-        config.spark.driver_memory,
-        "--executor-memory",
-        config.spark.executor_memory,
-    ]
-    return ["--master", config.spark.master, *options] if config.spark.master else options
+def _outcome(
+    job: str, function: JobFunction, argv: list[str], dry_run: JobFunction | None, report: dict[str, Any]
+) -> Outcome:
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser(job).parse_args(argv[:cut])
+    report["ds"] = ds = parse_ds(args.ds, args.allow_future)
+    config = load_config(args.config, overrides(args))
+    if config.paths.umask is not None:
+        os.umask(int(config.paths.umask, 8))  # Ranks inherit it, and `spark_io.map_in_arrow` hands it on.
+    if cut < len(argv):
+        options = [*gateway.spark_options(config.spark), *argv[cut + 1 :]]
+        if gateway.option(options, "spark.submit.deployMode", "deploy-mode") == "cluster":
+            _submit(job, options, argv[:cut])
+        gateway.hand_over(options)
+    if dry := bool(vars(args).get("dry_run")):
+        assert dry_run is not None
+        function = dry_run
+    with contextlib.nullcontext() if dry or job in UNLOCKED else Lake(config.paths.lake).hold(ds):
+        return function(config, ds)
+
+
+def _submit(job: str, options: list[str], args: list[str]) -> NoReturn:
+    """Become spark-submit: in deploy mode cluster the job runs somewhere else."""
+    program = gateway.submit_program()
+    os.execv(program, [program, *options, str(Path(__file__).parent.parent / "jobs" / f"{job}.py"), *args])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`ncf-dist JOB …` runs a job in this process; `spark-options JOB …` prints the launcher's options, one a line."""
+    """`ncf-dist JOB …` runs a job in this process, as jobs/JOB.py does."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if args[:1] == ["spark-options"]:
-        return _launcher(args[1:])
     if not args or args[0] not in JOBS:
         print(
             f"usage: ncf-dist {{{'|'.join(JOBS)}}} --config FILE.yaml [--ds YYYY-MM-DD] [--set section.key=value]…",
@@ -161,23 +186,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"ncf_dist.{job}.pipeline")
     function: JobFunction = getattr(module, job)
     return run_job(job, function, args[1:], getattr(module, DRY_RUN[job]) if job in DRY_RUN else None)
-
-
-def _launcher(args: list[str]) -> int:
-    """Options on success; on a bad config exactly what the job itself would have printed,
-    so that it need not be started."""
-    job = args[0] if args else "spark-options"
-    try:
-        parsed = parser(job).parse_args(args[1:])
-        parse_ds(parsed.ds)
-        print("\n".join(spark_options(load_config(parsed.config, overrides(parsed)))))
-    except NcfError:
-        return run_job(job, _unreachable, args[1:])
-    return 0
-
-
-def _unreachable(config: Config, ds: str) -> Outcome:
-    raise AssertionError("the config was refused a moment ago")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,17 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
+from ncf_dist import urls
 from ncf_dist.errors import ConfigError
 
 InputFormat = Literal["movielens-dat", "movielens-tsv", "movielens-csv", "csv", "tsv", "jsonl", "parquet"]
@@ -558,8 +567,18 @@ class Publish(Section):
         return self
 
 
+def _master(text: str) -> str:
+    """`text`, if a command line takes it as one word and nothing else. Raises ValueError."""
+    if not text.isprintable() or " " in text or text.startswith("-") or not text:
+        raise ValueError(
+            f"spark.master is {text!r}; needed one word without white space, control characters or a leading -, "
+            "such as local[*], yarn, spark://host:7077 or k8s://https://host:443"
+        )
+    return text
+
+
 class Spark(Section):
-    master: str | None = None
+    master: Annotated[str, AfterValidator(_master)] | None = None
     """Given to spark-submit as --master; None leaves the cluster's default."""
     driver_memory: Annotated[str, Field(pattern=MEMORY_PATTERN)] = "1g"
     """Heap of the driver; in local mode it is also the executors'."""
@@ -567,6 +586,10 @@ class Spark(Section):
     """Heap of each executor on a cluster."""
     shuffle_partitions: PositiveInt = 8
     """Partitions of a shuffle. Changes the speed, never a byte of the tables."""
+    authenticate: bool | None = None
+    """On a cluster: None turns Spark's authentication and encryption on where that needs nothing else (YARN,
+    Kubernetes; a standalone cluster with SPARK_AUTHENTICATE_SECRET in the environment), and warns elsewhere. False: it
+    is wanted off."""
 
 
 class Config(Section):
@@ -589,6 +612,14 @@ class Config(Section):
     """The one seed; every stream is derived from it by name, epoch and rank."""
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
     """Names an experiment (`--run NAME`): its runs are kept apart, and production never builds on them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, tree: Any) -> Any:
+        """What is stored, hashed and printed of a config holds no password and no token of a URL."""
+        if not isinstance(tree, dict):
+            return tree
+        return {name: value if name == "spark" else urls.hide_all(value) for name, value in tree.items()}
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Config:
@@ -654,13 +685,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {_mistakes(error)}") from None
 
 
-def parse_ds(text: str | None) -> str:
-    """`--ds` as an ISO date; default: today in UTC. Raises ConfigError."""
+def parse_ds(text: str | None, allow_future: bool = False) -> str:
+    """`--ds` as an ISO date; default: today in UTC. Raises ConfigError: no date, or one after tomorrow without
+    `allow_future`."""
+    today = dt.datetime.now(dt.timezone.utc).date()
     if text is None:
-        return dt.datetime.now(dt.timezone.utc).date().isoformat()
+        return today.isoformat()
     try:
-        if dt.date.fromisoformat(text).isoformat() == text:
-            return text
+        if (day := dt.date.fromisoformat(text)).isoformat() == text:
+            # What is published of a night in the future is newer than every night until then.
+            if allow_future or day <= today + dt.timedelta(days=1):
+                return text
+            raise ConfigError(
+                f"--ds is {text}, and today is {today} (UTC); needed tomorrow at the latest, as the nights until then "
+                "could not be published any more: correct it, or add --allow-future for a backtest"
+            )
     except ValueError:
         pass
     raise ConfigError(f"--ds is {text!r}; needed a date that exists, written YYYY-MM-DD, for example 2026-01-31")

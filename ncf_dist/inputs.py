@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from ncf_dist.artifacts import filesystem, is_local, resolve
 from ncf_dist.errors import InputError
+from ncf_dist.urls import public_url
 
 WILDCARDS = re.compile(r"[*?\[]")
 _HIDDEN = re.compile(r"(^|/)(\.|_(?![^/]*=))")
@@ -76,8 +77,10 @@ def listing(path: str) -> Listing:
             f"input {root} {what}; needed a file, a folder or a glob with the interaction log: "
             "set input.path (or run the job fetch)"
         )
-    named = files if is_local(root) else [str(fs.unstrip_protocol(p)) for p in files]
-    hidden = found.hidden if is_local(root) else [str(fs.unstrip_protocol(p)) for p in found.hidden]
+    if kind == "file" and not is_local(root):
+        return Listing(root, kind, (root,))
+    named = files if is_local(root) else [public_url(str(fs.unstrip_protocol(p))) for p in files]
+    hidden = found.hidden if is_local(root) else [public_url(str(fs.unstrip_protocol(p))) for p in found.hidden]
     return Listing(root, kind, tuple(sorted(named)), tuple(sorted(hidden)))
 
 

@@ -11,11 +11,12 @@ import contextlib
 import functools
 import gc
 import json
+import logging
 import os
 import re
 import sys
 import zipimport
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,13 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 from ncf_dist import config as settings
-from ncf_dist import errors
+from ncf_dist import errors, gateway, urls
 from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, file_url, write_parquet
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import NcfError, WorkerKilled
+from ncf_dist.stopping import asked, handlers_kept
+
+log = logging.getLogger(__name__)
 
 ROWS_PER_FILE = 1_000_000
 """Upper bound of what a writer holds in memory."""
@@ -61,11 +65,11 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
 
     `batch_rows`: rows of an Arrow batch; small where rows hold long lists.
 
-    Under spark-submit the master and the memory are the launcher's. Started from plain Python, they are the config's.
+    Under the launcher and spark-submit the master and the memory are theirs. Started from plain Python, they are the
+    config's.
 
     What fails on executors is raised here as our own error where it is one: see `from_executors`.
     """
-    builder = SparkSession.builder.appName(app)
     options = {
         "spark.sql.shuffle.partitions": config.shuffle_partitions,
         "spark.sql.execution.arrow.maxRecordsPerBatch": batch_rows,
@@ -73,21 +77,17 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
         "spark.sql.session.timeZone": "UTC",
         "spark.sql.ansi.enabled": "true",
     }
-    if "PYSPARK_GATEWAY_PORT" not in os.environ and "SPARK_REMOTE" not in os.environ:
-        master = config.master or "local[*]"
-        options |= {
-            "spark.master": master,
-            "spark.driver.memory": config.driver_memory,
-            "spark.ui.enabled": "false",
-        }
-        if master.startswith("local"):
-            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-            options |= {"spark.driver.host": "localhost", "spark.driver.bindAddress": "127.0.0.1"}
-    for key, value in options.items():
-        builder = builder.config(key, str(value))
     # Which session is active is known to a thread of the JVM, which py4j may replace: so we remember our own.
     ours = not _open and SparkSession.getActiveSession() is None
+    if ours and "SPARK_REMOTE" not in os.environ:
+        _start_context(app, options, config)
+    builder = SparkSession.builder.appName(app)
+    for key, value in options.items():
+        builder = builder.config(key, str(value))
     spark = builder.getOrCreate()
+    if urls.SECRETS in os.environ and "SPARK_REMOTE" not in os.environ:
+        # Workers on this and on other machines open the same URLs.
+        spark.sparkContext.environment[urls.SECRETS] = os.environ[urls.SECRETS]
     _open.append(spark)
     try:
         yield spark
@@ -97,8 +97,58 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
         raise known from error
     finally:
         _open.pop()
-        if ours:
+        # A JVM that was ended because this process is, or that owes an answer, is asked nothing any more.
+        if ours and not asked():
             spark.stop()
+
+
+def _start_context(app: str, options: Mapping[str, Any], config: settings.Spark) -> None:
+    """The JVM, where there is none yet, and Spark's context in it."""
+    from pyspark import SparkConf, SparkContext
+
+    if SparkContext._active_spark_context is not None:
+        return
+    given = gateway.handed_over()
+    where: dict[str, str] = {}
+    if SparkContext._gateway is None and "PYSPARK_GATEWAY_PORT" not in os.environ:
+        if given is None:
+            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        where = gateway.start(given if given is not None else gateway.plain_options(config))
+    with handlers_kept():
+        with gateway.told(where):
+            SparkContext._ensure_initialized()
+        conf = SparkConf(_jvm=SparkContext._jvm).setAppName(app).setAll([(k, str(v)) for k, v in options.items()])
+        for key, value in guarded(dict(conf.getAll()), given or [], config.authenticate).items():
+            conf.set(key, value)
+        context = SparkContext(conf=conf)
+    # As spark-submit does for the Python that it starts.
+    context.pythonExec = conf.get("spark.pyspark.python", None) or context.pythonExec
+
+
+def guarded(found: Mapping[str, str], given: Sequence[str], authenticate: bool | None) -> dict[str, str]:
+    """The settings that keep other people out of Spark: loopback for a local master, authentication and encryption on
+    clusters where Spark can make, or was given, a secret.
+
+    found: what is set for Spark; given: the options that a person gave, which win; authenticate: the config's word.
+    """
+    master = found.get("spark.master", "local[*]")
+    if master.startswith("local"):
+        local = {"spark.driver.bindAddress": gateway.LOOPBACK, "spark.driver.host": gateway.LOOPBACK}
+        return {key: value for key, value in local.items() if gateway.option(given, key) is None}
+    if authenticate is False or found.get("spark.authenticate") == "true":
+        return {}
+    makes_its_own = master.startswith(("yarn", "k8s")) and found.get("spark.shuffle.service.enabled") != "true"
+    if found.get("spark.authenticate") is None and (makes_its_own or gateway.SECRET in os.environ):
+        keys = ("spark.authenticate", "spark.network.crypto.enabled", "spark.io.encryption.enabled")
+        return {key: "true" for key in keys if key not in found}
+    log.warning(
+        "Spark on %s is neither authenticated nor encrypted: whoever reaches its ports can run code as this user. "
+        "Needed spark.authenticate=true and a secret that the cluster knows (a standalone one: export %s), or "
+        "spark.authenticate: false in the config where the network is closed",
+        master,
+        gateway.SECRET,
+    )
+    return {}
 
 
 _OURS = re.compile(r"^ncf_dist\.errors\.(\w+): (.+)$", re.MULTILINE)

@@ -570,7 +570,7 @@ def test_given_files_and_candidates(spark: SparkSession, tmp_path: Path) -> None
     assert night.outcome.extra["rows"] == {"input": 10, "accepted": 9, "duplicates": 1, "quarantined": {}}
     assert_sound(night)
     (tmp_path / "negatives").write_text("1,40\t50\n")
-    with pytest.raises(InputError, match=r"has the line '1,40\\t50'; needed `\(user,item\)`"):
+    with pytest.raises(InputError, match=r"the line at byte 0 of .* is no candidate list; needed `\(user,item\)`"):
         prepare(night.config, "2026-01-02")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from ncf_dist import cli, errors
+from ncf_dist import cli, errors, gateway, stopping
+from ncf_dist import config as settings
 from ncf_dist.artifacts import Lake, Outcome
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config
@@ -91,6 +98,7 @@ CODES = {
     "BusyRun": (5, "failed"),
     "Preempted": (75, "failed"),
     "TrainingFailed": (1, "failed"),
+    "WorkerKilled": (1, "failed"),
 }
 
 
@@ -216,20 +224,205 @@ def test_an_unknown_job_exits_2_and_lists_the_known_ones(
     ("overrides", "master"),
     [([], []), (["--set", "spark.master=local[2]"], ["--master", "local[2]"])],
 )
-def test_spark_options_are_what_must_be_known_before_the_jvm_starts(
-    shell: Shell, capsys: pytest.CaptureFixture[str], overrides: list[str], master: list[str]
+def test_what_must_be_known_before_the_jvm_starts_is_handed_over(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, overrides: list[str], master: list[str]
 ) -> None:
-    arguments = ["prepare", "--config", str(shell.conf), "--set", "spark.driver_memory=3g", *overrides]
-    assert cli.main(["spark-options", *arguments]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed == [*master, "--driver-memory", "3g", "--executor-memory", "2g"]
+    """The config's options first, so that a person's win."""
+    monkeypatch.setenv(gateway.OPTIONS, "[]")  # Restored at the end.
+    mine = ["--driver-memory", "8g", "--conf", "spark.x=a b\n'c'"]
+    code, _ = shell.run(done, "--set", "spark.driver_memory=3g", *overrides, "--", *mine)
+    assert code == 0
+    assert gateway.handed_over() == [*master, "--driver-memory", "3g", "--executor-memory", "2g", *mine]
 
 
-@pytest.mark.parametrize("more", [["--set", "sede=1"], ["--ds", "today"], ["--what"]])
-def test_spark_options_of_a_bad_config_report_as_the_job_would(shell: Shell, more: list[str]) -> None:
-    arguments = ["--config", str(shell.conf), *more]
-    asked = shell.call(lambda: cli.main(["spark-options", "train", *arguments]))
-    ran = shell.call(lambda: cli.main(["train", *arguments]))
-    for code, report in (asked, ran):
-        assert (code, report["job"], report["status"]) == (2, "train", "failed")
-    assert asked[1]["error"] == ran[1]["error"]
+def test_without_options_nothing_is_handed_over(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(gateway.OPTIONS, raising=False)
+    assert shell.run(done)[0] == 0
+    assert gateway.handed_over() is None
+
+
+@pytest.mark.parametrize(
+    "option", [["--deploy-mode", "cluster"], ["--deploy-mode=cluster"], ["--conf", "spark.submit.deployMode=cluster"]]
+)
+def test_deploy_mode_cluster_becomes_spark_submit(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    (tmp_path / "submit").write_text('#!/bin/bash\nprintf "%s\\n" "$@"; exit 7\n')
+    (tmp_path / "submit").chmod(0o755)
+    job = ["--config", str(shell.conf), "--ds", DS]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jobs/train.py"), *job, "--", *option, "--name", "n"],
+        env={**os.environ, "NCF_SPARK_SUBMIT": str(tmp_path / "submit")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 7
+    options = ["--driver-memory", "1g", "--executor-memory", "2g", *option, "--name", "n"]
+    assert done.stdout.splitlines() == [*options, str(ROOT / "jobs/train.py"), *job]
+    assert not shell.lake.exists(), "the night is held where the job runs"
+
+
+# ---- hostile words on a command line -----------------------------------------------------------------------
+
+REACH_THE_COMMAND_LINE = ("master", "driver_memory", "executor_memory", "shuffle_partitions", "authenticate")
+WHITE_OR_CONTROL = st.characters(categories=("Cc", "Cf", "Zs", "Zl", "Zp"))
+
+
+def test_every_key_that_reaches_the_command_line_is_named_here() -> None:
+    assert set(settings.Spark.model_fields) == set(REACH_THE_COMMAND_LINE)
+
+
+@pytest.mark.parametrize("key", REACH_THE_COMMAND_LINE)
+@given(before=st.sampled_from(["", "local[2]", "1g", "8", "true"]), odd=WHITE_OR_CONTROL, after=st.text(max_size=20))
+@example(before="local[2]", odd="\n", after="--conf")
+@example(before="1g", odd="\n", after="")
+def test_no_white_space_or_control_character_gets_there(key: str, before: str, odd: str, after: str) -> None:
+    words: dict[str, Any] = {key: before + odd + after}
+    if key not in ("shuffle_partitions", "authenticate"):
+        with pytest.raises(ValidationError, match=f"spark.{key}|{key}"):
+            settings.Spark(**words)
+        return
+    # A number or a flag with white space around it is that number or flag.
+    with contextlib.suppress(ValidationError):
+        options = gateway.plain_options(settings.Spark(**words))
+        assert all(word.isprintable() and " " not in word for word in options)
+
+
+@pytest.mark.parametrize("text", ["local[2]\n--conf\nspark.x=y", "a b", "-x", "", "local\x00", "\u2028", "a\tb"])
+def test_a_master_that_is_no_single_word_is_refused_by_name(shell: Shell, text: str) -> None:
+    code, report = shell.run(raises(AssertionError()), "--set", f"spark.master={json.dumps(text)}")
+    assert code == 2
+    assert f"spark.master is {text!r}; needed one word" in report["error"]
+
+
+@given(st.lists(st.text(), max_size=5))
+def test_options_go_over_as_they_are(options: list[str]) -> None:
+    """No splitting, no quoting: what a person writes after `--` may hold anything."""
+    before = dict(os.environ)
+    try:
+        gateway.hand_over(options)
+        assert gateway.handed_over() == options
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_a_program_gets_the_options_word_by_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in for spark-submit writes down what it got and ends, which is one message."""
+    program = tmp_path / "submit"
+    program.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" >{tmp_path}/got; exit 3\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("NCF_SPARK_SUBMIT", str(program))
+    options = ["--conf", "spark.x=two words\nand 'a' \"line\" $(touch evil) \\", "--name", ""]
+    with pytest.raises(NcfError, match="Spark ended with code 3 before it was ready"):
+        gateway.start(options)
+    assert (tmp_path / "got").read_bytes().split(b"\0")[:-1] == [o.encode() for o in [*options, "pyspark-shell"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "master"),
+    [
+        ([], "local[*]"),
+        (["--master", "yarn"], "yarn"),
+        (["--master=yarn", "--master", "local[2]"], "local[2]"),
+        (["--conf", "spark.master=yarn"], "yarn"),
+        (["--conf", "spark.master=yarn", "--master", "local[3]"], "local[3]"),
+        (["--properties-file", "FILE"], "spark://host:7077"),
+        (["--properties-file", "FILE", "--master", "k8s://https://host"], "k8s://https://host"),
+    ],
+)
+def test_the_master_is_known_before_spark_starts(tmp_path: Path, options: list[str], master: str) -> None:
+    (tmp_path / "spark.conf").write_text(
+        "# spark.master yarn\nspark.master   spark://host:7077\nspark.ui.enabled false\n"
+    )
+    options = [str(tmp_path / "spark.conf") if word == "FILE" else word for word in options]
+    assert gateway.master(options) == master
+
+
+def test_an_option_is_not_taken_from_another_ones_value() -> None:
+    assert gateway.option(["--name", "x", "--conf", "spark.a=1", "--conf", "spark.ab=2"], "spark.a") == "1"
+    assert gateway.option(["--conf", "spark.a=b=c"], "spark.a") == "b=c"
+    assert gateway.option(["--name"], "spark.a", "name") == ""
+    assert gateway.option([], "spark.a") is None
+
+
+# ---- a night in the future ---------------------------------------------------------------------------------
+
+
+def in_days(days: int) -> str:
+    return (dt.datetime.now(dt.timezone.utc).date() + dt.timedelta(days=days)).isoformat()
+
+
+def test_a_ds_after_tomorrow_is_refused(shell: Shell) -> None:
+    for job in cli.JOBS:
+        code, report = shell.run(raises(AssertionError()), "--ds", in_days(2), job=job)
+        assert code == 2
+        for words in (f"--ds is {in_days(2)}, and today is", "needed tomorrow at the latest", "--allow-future"):
+            assert words in report["error"]
+    assert not shell.lake.exists()
+    for more in (
+        ["--ds", in_days(1)],
+        ["--ds", in_days(2), "--allow-future"],
+        ["--ds", "2999-12-31", "--allow-future"],
+    ):
+        assert shell.run(done, *more)[0] == 0
+
+
+# ---- asked to stop -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _spark_of_the_other_tests_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "before_raising", [])
+
+
+@pytest.mark.usefixtures("_spark_of_the_other_tests_stays")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_asked_to_stop_says_so_and_exits_75(shell: Shell, number: signal.Signals) -> None:
+    before = [signal.getsignal(n) for n in stopping.SIGNALS]
+
+    def job(config: Config, ds: str) -> Outcome:
+        os.kill(os.getpid(), number)
+        raise AssertionError("went on")
+
+    code, report = shell.run(job)
+    assert (code, report["status"]) == (75, "failed")
+    assert f"was stopped by {number.name}" in report["error"]
+    assert [signal.getsignal(n) for n in stopping.SIGNALS] == before
+    assert shell.run(done)[0] == 0, "the night is free"
+
+
+@pytest.mark.usefixtures("_spark_of_the_other_tests_stays")
+def test_a_library_that_makes_something_else_of_the_interruption_hides_nothing(shell: Shell) -> None:
+    def job(config: Config, ds: str) -> Outcome:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            raise OSError("connection lost") from None
+        raise AssertionError("went on")
+
+    assert shell.run(job)[0] == 75
+
+
+@pytest.mark.usefixtures("_spark_of_the_other_tests_stays")
+def test_a_second_signal_does_not_cut_cleaning_up_short(shell: Shell) -> None:
+    cleaned = []
+
+    def job(config: Config, ds: str) -> Outcome:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            cleaned.append("all")
+        raise AssertionError("went on")
+
+    assert shell.run(job)[0] == 75
+    assert cleaned == ["all"]
+
+
+def test_log_lines_carry_the_date(shell: Shell, capsys: pytest.CaptureFixture[str]) -> None:
+    program = "from ncf_dist.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+    arguments = ["prepare", "--config", "nowhere.yaml", "--ds", DS]
+    log = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True).stderr
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ERROR ncf_dist.cli: ", log)

@@ -5,11 +5,14 @@ Every guard is tested from outside: what it prints, and its exit code.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from importlib import metadata
@@ -78,16 +81,19 @@ def launcher_copy(tmp_path: Path) -> Path:
     return checkout
 
 
+BUNDLED = Path(".venv/lib/python3.11/site-packages/pyspark")
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A launcher whose Python prints options and whose spark-submit prints its Python and arguments."""
+    """A launcher whose Python prints what it was given."""
     checkout = launcher_copy(tmp_path)
-    script(checkout / ".venv/bin/python", 'printf "%s\\n" --master "local[3]"; echo "asked: $*" >&2')
-    (checkout / ".venv/.installed").touch()
     script(
-        checkout / ".venv/lib/python3.11/site-packages/pyspark/bin/spark-submit",
-        'printf "%s\\n" "$PYSPARK_PYTHON" "$NCF_DRIVER_PYTHON" "$@"; exit 4',
+        checkout / ".venv/bin/python",
+        r'printf "%s\n" "$PYSPARK_PYTHON" "$NCF_SPARK_SUBMIT" "$PYTHONPATH" "$@"; echo "a log" >&2; exit 4',
     )
+    (checkout / ".venv/.installed").touch()
+    script(checkout / BUNDLED / "bin/spark-submit", "exit 1")
     return checkout
 
 
@@ -167,44 +173,47 @@ def test_without_the_environment_it_names_make_install(tmp_path: Path) -> None:
     assert f"{checkout}/.venv is missing or half made; run make -C '{checkout}' install" in line
 
 
-def test_the_command_line_of_spark(checkout: Path, tmp_path: Path) -> None:
-    job = ["--config", "my conf.yaml", "--ds", "2026-01-31", "--set", "train.epochs=2"]
+def test_the_command_line_of_a_job(checkout: Path, tmp_path: Path) -> None:
+    job = ["--config", "my conf.yaml", "--ds", "2026-01-31", "--set", "train.epochs=2\n3"]
     mine = ["--driver-memory", "8g", "--conf", "spark.ui.enabled=true"]
     result = run(checkout / "spark-submit.sh", "train", *job, "--", *mine, cwd=tmp_path)
-    python = f"{checkout}/.venv/bin/python"
-    assert result.stderr == f"asked: -m ncf_dist.cli spark-options train {' '.join(job)}\n"
-    assert result.stdout.splitlines() == [
-        *(
-            python,
-            python,
-            "--master",
-            "local[3]",
-            "--properties-file",
-            f"{checkout}/conf/spark-defaults.conf",
-        ),
+    assert result.stderr == "a log\n"
+    assert result.stdout.split("\n")[:-1] == [
+        *(f"{checkout}/.venv/bin/python", f"{checkout}/{BUNDLED}/bin/spark-submit", ""),
+        *(f"{checkout}/jobs/train.py", *"\n".join(job).split("\n")),
+        *("--", "--properties-file", f"{checkout}/conf/spark-defaults.conf"),
         *("--conf", "spark.ui.showConsoleProgress=false"),
-        *(*mine, f"{checkout}/jobs/train.py", *job),  # mine come after ours, so they win
+        *mine,  # mine come after ours, so they win
     ]
     assert result.returncode == 4, "the job's exit code is the launcher's"
 
 
-def test_the_drivers_stderr_stays_out_of_stdout(checkout: Path, tmp_path: Path) -> None:
-    script(
-        checkout / ".venv/bin/python",
-        '[[ $* == *spark-options* ]] && exit; echo "a log" >&2; echo "$PYSPARK_DRIVER_PYTHON $*"; exit 3',
+def test_the_launcher_becomes_the_job(checkout: Path) -> None:
+    """One process: what is sent to it reaches the job, and its stderr is the launcher's own."""
+    script(checkout / ".venv/bin/python", 'echo "$$"; test -p /dev/stderr; echo "$?"')
+    process = subprocess.Popen(
+        [str(checkout / "spark-submit.sh"), "train"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    # As Spark's PythonRunner does it.
-    script(tmp_path / "spark/bin/spark-submit", '"$PYSPARK_DRIVER_PYTHON" "${@: -3}" 2>&1')
-    result = run(
-        checkout / "spark-submit.sh",
-        "train",
-        "--config",
-        "x.yaml",
-        env={"SPARK_HOME": str(tmp_path / "spark")},
+    assert process.communicate(timeout=60)[0].split() == [str(process.pid), "1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_is_stopped_before_the_job_says_so(checkout: Path, tmp_path: Path, number: int) -> None:
+    (tmp_path / "bin").mkdir()
+    os.mkfifo(tmp_path / "asked")
+    script(tmp_path / "bin/java", f"echo >{tmp_path}/asked; sleep 0.2; echo 'openjdk version \"17.0.1\"' >&2")
+    process = subprocess.Popen(
+        [str(checkout / "spark-submit.sh"), "train"],
+        env={**os.environ, "JAVA_HOME": "", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    assert result.stderr == "a log\n"
-    assert result.stdout == f"{checkout}/.venv/bin/python {checkout}/jobs/train.py --config x.yaml\n"
-    assert result.returncode == 3
+    (tmp_path / "asked").read_text()
+    process.send_signal(number)
+    report = json.loads(process.communicate(timeout=60)[0])
+    assert process.returncode == 75
+    assert (report["job"], report["status"]) == ("train", "failed")
+    assert set(report) == {"job", "ds", "run_key", "status", "outputs", "metrics", "error", "seconds"}
 
 
 def test_a_refused_config_ends_it_with_the_jobs_own_words(checkout: Path) -> None:
@@ -215,10 +224,10 @@ def test_a_refused_config_ends_it_with_the_jobs_own_words(checkout: Path) -> Non
 
 
 def test_spark_home_names_the_spark_and_keeps_its_defaults(checkout: Path, tmp_path: Path) -> None:
-    script(tmp_path / "spark/bin/spark-submit", 'echo cluster; printf "%s\\n" "$@"')
+    submit = script(tmp_path / "spark/bin/spark-submit", "exit 1")
     env = {"SPARK_HOME": str(tmp_path / "spark")}
     plain = run(checkout / "spark-submit.sh", "train", "--config", "x.yaml", env=env).stdout.splitlines()
-    assert plain[0] == "cluster"
+    assert plain[1:3] == [str(submit), ""]
     assert "--load-spark-defaults" not in plain
 
     (tmp_path / "spark/conf").mkdir()
@@ -229,7 +238,20 @@ def test_spark_home_names_the_spark_and_keeps_its_defaults(checkout: Path, tmp_p
     (tmp_path / "spark/jars/spark-core_2.12-3.5.6.jar").touch()  # Spark 3.5 does not know the option
     older = run(checkout / "spark-submit.sh", "train", env=env)
     assert "--load-spark-defaults" not in older.stdout.splitlines()
-    assert "Spark 3 does not read" in older.stderr.splitlines()[-1]
+    assert "Spark 3 does not read" in older.stderr.splitlines()[0]
+
+
+def test_python_talks_to_another_spark_in_its_own_version(checkout: Path, tmp_path: Path) -> None:
+    script(tmp_path / "spark/bin/spark-submit", "exit 1")
+    parts = [tmp_path / "spark/python/lib" / name for name in ("pyspark.zip", "py4j-0.10.9.7-src.zip")]
+    parts[0].parent.mkdir(parents=True)
+    for part in parts:
+        part.touch()
+    env = {"SPARK_HOME": str(tmp_path / "spark"), "PYTHONPATH": "/mine"}
+    found = run(checkout / "spark-submit.sh", "train", env=env).stdout.splitlines()[2]
+    assert found == ":".join([*map(str, parts), "/mine"])
+    env["SPARK_HOME"] = str(checkout / BUNDLED)
+    assert run(checkout / "spark-submit.sh", "train", env=env).stdout.splitlines()[2] == "/mine"
 
 
 def test_a_wrong_spark_home_is_one_line(checkout: Path) -> None:
@@ -440,3 +462,50 @@ def test_an_audit_without_advisories_is_not_green(
     assert said in result.stdout + result.stderr
     assert ("NOTHING WAS AUDITED" in result.stderr) == ("NOTHING" in said)
     assert list(tmp_path.glob("tmp*")) == [], "the tools are gone"
+
+
+# --- where a job runs ---
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/.installed").exists(), reason="this checkout has no .venv from make install")
+def test_a_night_in_an_odd_place(tmp_path: Path) -> None:
+    """A host name that does not resolve, a POSIX locale with a lake beyond ASCII, and a working folder with modules of
+    Python's and ours, which driver, Spark's workers and ranks must not take. On a terminal the bar is drawn."""
+    here = tmp_path / "döt"
+    for module in ("random.py", "psutil.py", "ncf_dist/__init__.py"):
+        (here / module).parent.mkdir(parents=True, exist_ok=True)
+        (here / module).write_text("raise SystemExit('taken from the working folder')\n")
+    (here / "ratings.dat").write_text(
+        "".join(f"{u}::{i}::5::{u * i}\n" for u in range(1, 30) for i in range(u % 3, 20))
+    )
+    tree = {
+        "paths": {"lake": "läke", "work": "work"},
+        "input": {"path": "ratings.dat"},
+        "negatives": {"draws": 2, "candidates": 5},
+        "model": {"name": "gmf", "factors": 4},
+        "loader": {"backend": "arrow"},
+        "train": {"ranks": 2, "batch_size": 64, "epochs": 1},
+        "spark": {"master": "local[1]", "driver_memory": "1g", "shuffle_partitions": 1},
+    }
+    (here / "line.yaml").write_text(json.dumps(tree))
+    odd = {"SPARK_LOCAL_HOSTNAME": "no-such-host.invalid", "SPARK_LOCAL_IP": "no-such-host.invalid", "LC_ALL": "POSIX"}
+    terminal, ours = os.openpty()
+    shown: list[bytes] = []
+    reader = threading.Thread(target=lambda: shown.extend(iter(lambda: _read(terminal), b"")))
+    reader.start()
+    for job, stderr in (("prepare", subprocess.PIPE), ("train", ours)):
+        command = [str(ROOT / "spark-submit.sh"), job, "--config", "line.yaml", "--ds", "2026-01-02"]
+        done = subprocess.run(command, cwd=here, env={**os.environ, **odd}, stdout=subprocess.PIPE, stderr=stderr)
+        assert done.returncode == 0, (done.stderr, done.stdout)
+    os.close(ours)
+    assert list(here.glob("läke/runs/*/train/*/manifest.json"))
+    reader.join()
+    assert b"epoch 0:" in b"".join(shown)
+    assert b"step" in b"".join(shown)
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65_536)
+    except OSError:  # The other end is closed and nothing is left.
+        return b""

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +28,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist import config
+from ncf_dist import config, gateway
 from ncf_dist.artifacts import FileInfo, Manifest, Outcome, TableInfo
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config
@@ -37,6 +38,7 @@ from ncf_dist.spark_io import (
     FileSink,
     Pass,
     from_executors,
+    guarded,
     map_in_arrow,
     part_name,
     read_table,
@@ -383,3 +385,69 @@ def test_a_job_whose_worker_dies_says_so_in_its_last_line(
 def test_what_clusters_say_of_a_process_that_died(text: str, kind: type[NcfError] | None) -> None:
     found = from_executors(PySparkException(text))
     assert type(found) is (kind or type(None))
+
+
+# ---- who else may reach Spark --------------------------------------------------------------------------------
+
+LOCAL = {"spark.driver.bindAddress": "127.0.0.1", "spark.driver.host": "127.0.0.1"}
+GUARDED = dict.fromkeys(("spark.authenticate", "spark.network.crypto.enabled", "spark.io.encryption.enabled"), "true")
+
+
+@pytest.mark.parametrize(
+    ("found", "authenticate", "wanted", "warned"),
+    [
+        ({}, None, LOCAL, False),
+        ({"spark.master": "local[2]", "spark.driver.bindAddress": "0.0.0.0"}, None, LOCAL, False),
+        ({"spark.master": "yarn"}, None, GUARDED, False),
+        ({"spark.master": "k8s://https://host"}, True, GUARDED, False),
+        ({"spark.master": "yarn", "spark.authenticate": "true"}, None, {}, False),
+        ({"spark.master": "yarn", "spark.authenticate": "false"}, None, {}, True),
+        ({"spark.master": "yarn", "spark.shuffle.service.enabled": "true"}, None, {}, True),
+        ({"spark.master": "spark://host:7077"}, None, {}, True),
+        ({"spark.master": "spark://host:7077"}, False, {}, False),
+        ({"spark.master": "yarn"}, False, {}, False),
+    ],
+)
+def test_nobody_else_gets_into_spark(
+    found: dict[str, str],
+    authenticate: bool | None,
+    wanted: dict[str, str],
+    warned: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(gateway.SECRET, raising=False)
+    assert guarded(found, [], authenticate) == wanted
+    assert ("neither authenticated nor encrypted" in caplog.text) == warned
+
+
+def test_a_standalone_cluster_gets_its_secret_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(gateway.SECRET, "s3cret")
+    assert guarded({"spark.master": "spark://host:7077"}, [], None) == GUARDED
+    started = gateway.environment(["--master", "spark://host:7077"], {gateway.SECRET: "s3cret"})
+    assert started["_SPARK_AUTH_SECRET"] == "s3cret"
+    assert "SPARK_LOCAL_IP" not in started
+
+
+def test_a_person_may_bind_spark_to_another_address() -> None:
+    given = ["--conf", "spark.driver.bindAddress=0.0.0.0"]
+    assert guarded({}, given, None) == {"spark.driver.host": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "locale"),
+    [({}, "C.UTF-8"), ({"LANG": "POSIX"}, "C.UTF-8"), ({"LC_ALL": "C", "LANG": "de_DE.UTF-8"}, "C.UTF-8"),
+     ({"LANG": "de_DE.UTF-8"}, None), ({"LC_ALL": "en_US.UTF-8", "LC_CTYPE": "C"}, "en_US.UTF-8")],
+)  # fmt: skip
+def test_the_jvm_gets_a_locale_in_which_it_can_name_files(ours: dict[str, str], locale: str | None) -> None:
+    assert gateway.environment(["--master", "local[1]"], ours).get("LC_ALL") == locale
+
+
+def test_a_session_of_ours_listens_on_loopback_alone(spark: SparkSession) -> None:
+    conf = spark.sparkContext.getConf()
+    assert {key: conf.get(key) for key in LOCAL} == LOCAL
+    assert conf.get("spark.ui.enabled") == "false"
+    tree = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    found = [c.laddr.ip for process in tree for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert found
+    assert not [ip for ip in found if not ip.endswith(("127.0.0.1", "::1"))]

@@ -33,7 +33,7 @@ def candidate_rows(
     rows = spark.read.schema(frame.schema).parquet(spark_path(path))
     if wrong := rows.where(F.col("bad").isNotNull()).select(F.min("bad")).collect()[0][0]:
         raise InputError(
-            f"split.candidates {source.files[0]} has the line {wrong[:80]!r}; needed `(user,item)` and then items, "
+            f"split.candidates: the line at byte {wrong} is no candidate list; needed `(user,item)` and then items, "
             "tab-separated"
         )
     return rows.drop("bad")
@@ -46,13 +46,16 @@ def _pass(source: Source, schema: pa.Schema) -> Pass:
                 for chunk in read_unit(source, source.units[unit]):
                     lines = chunk.raw.lines
                     assert lines is not None
-                    read = zip(lines.to_pylist(), chunk.reason, strict=True)
-                    yield batch_of([row for line, reason in read for row in _line(line, reason, schema)], schema)
+                    name = source.files[chunk.file]
+                    read = zip(
+                        lines.to_pylist(), chunk.reason, (f"{at:,} of {name}" for at in chunk.place), strict=True
+                    )
+                    yield batch_of([row for line, bad, at in read for row in _line(line, bad, at, schema)], schema)
 
     return run
 
 
-def _line(line: str, reason: str | None, schema: pa.Schema) -> list[dict[str, object]]:
+def _line(line: str, reason: str | None, place: str, schema: pa.Schema) -> list[dict[str, object]]:
     pair, *items = line.split("\t")
     match = _PAIR.match(pair)
     try:
@@ -64,7 +67,7 @@ def _line(line: str, reason: str | None, schema: pa.Schema) -> list[dict[str, ob
         )
         found = [_id(text, schema.field("candidate").type) for text in items if text]
     except ValueError:
-        return [{"user_id": None, "item_id": None, "candidate": None, "bad": line}]
+        return [{"user_id": None, "item_id": None, "candidate": None, "bad": place}]
     return [{"user_id": user, "item_id": item, "candidate": value, "bad": None} for value in found]
 
 

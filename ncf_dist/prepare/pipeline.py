@@ -36,7 +36,7 @@ from ncf_dist.prepare.layout import write_train
 from ncf_dist.prepare.records import settle, uncut
 from ncf_dist.prepare.rows import LATE, RowSpec, day_start, read_pass, staged_schema
 from ncf_dist.prepare.sides import SideSpec, side_columns, side_contract, write_side
-from ncf_dist.prepare.source import Source, id_types, interactions_source, plan, side_files, side_source
+from ncf_dist.prepare.source import Source, id_types, interactions_source, place_of, plan, side_files, side_source
 from ncf_dist.prepare.splits import SplitRule, day_of, temporal_rule
 from ncf_dist.prepare.users import UserPass, count_pass, staging_schema, train_contract, user_pass
 from ncf_dist.spark_io import (
@@ -297,10 +297,11 @@ class _Night:
             wanted = FORMATS[config.format].example or f"{config.format} with {config.columns.model_dump()}"
             raise InputError(
                 f"{bad:,} of {judged:,} rows ({bad / judged:.1%}) of {config.path} do not fit "
-                f"format {config.format}: {dict(sorted(reasons.items()))}, for example {example['raw'][:80]!r} "
-                f"({example['reason']}); needed lines like {wanted!r} and at most {config.max_bad_fraction:.1%} bad: "
-                f"{hint(config, reasons, example['raw'])}, or fix the file; every rejected row and its reason is in "
-                f"{self.run}/quarantine"
+                f"format {config.format}: {dict(sorted(reasons.items()))}, for example "
+                f"{place_of(config.format, example['place'])} of {example['file']} ({example['reason']}); needed lines "
+                f"like {wanted!r} and at most {config.max_bad_fraction:.1%} bad: "
+                f"{hint(config, reasons, example['raw'])}, or fix the file; every rejected row, what it holds and its "
+                f"reason are in {self.run}/quarantine"
             )
         if not judged:
             raise InputError(

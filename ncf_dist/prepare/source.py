@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -243,11 +244,23 @@ def _positions(path: str, header: list[str] | None, wanted: Wanted) -> dict[str,
             )
         if isinstance(place, str) and place not in header:
             raise InputError(
-                f"{path} has no column {place} for {name} (its first line names {', '.join(header[:20]) or 'none'}); "
+                f"{path} has no column {place} for {name} ({_told(header)}); "
                 f"needed a header with it: set {key}, or {wanted.key}.header=false and positions"
             )
         found[name] = header.index(place) if isinstance(place, str) else place
     return found
+
+
+def _told(header: Sequence[str]) -> str:
+    """A first line for a message; one that is a row of data is about a person."""
+    if any(re.fullmatch(r"(?=.*\d)[-+.:\d\sTZ]+|.*@.*", name) for name in header):
+        return f"its first line has {len(header)} fields, and looks like a row and not like names"
+    return f"its first line names {', '.join(header[:20]) or 'none'}"
+
+
+def place_of(name: str, place: int) -> str:
+    """Where a row of format `name` begins. A message says this instead of what is there, which is about a person."""
+    return f"{'row' if FORMATS[name].kind == 'parquet' else 'the line at byte'} {place:,}"
 
 
 def plan(

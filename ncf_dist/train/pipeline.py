@@ -33,12 +33,13 @@ from ncf_dist.bundle import BUNDLE, read_bundle
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, NcfError, Preempted, TrainingFailed
 from ncf_dist.stage import StageRun, Upstream, find_upstream
+from ncf_dist.stopping import SIGNALS
 from ncf_dist.train.launchers import LAUNCHERS, others, rank_environment, threads
 from ncf_dist.train.lr_find import smoothed, suggest
 from ncf_dist.train.memory import check_memory
 from ncf_dist.train.order import steps_per_epoch
 from ncf_dist.train.plots import history_figure, rate_figure
-from ncf_dist.train.processes import die_with_parent, end_tree
+from ncf_dist.train.processes import dying_with_us, end_tree
 from ncf_dist.train.reports import UNEXPECTED
 from ncf_dist.train.start import check_starts, start_bundle
 from ncf_dist.train.worker import CHECKPOINTS, HISTORY, RATES, SPEC, STOP, Spec, train_contract
@@ -127,7 +128,7 @@ def _check_negatives(config: Config) -> None:
 
 def _run_ranks(config: Config, spec: Spec, wanted: str) -> None:
     """Start the ranks and wait until all have ended, leaving `wanted` in the run's folder. Raises what a rank reported,
-    or TrainingFailed. SIGTERM asks them to save and end."""
+    or TrainingFailed. SIGTERM and SIGINT ask them to save and end."""
     folder = posixpath.join(spec.run, RANKS)
     path = posixpath.join(folder, SPEC)
     make_dirs(folder)
@@ -137,16 +138,19 @@ def _run_ranks(config: Config, spec: Spec, wanted: str) -> None:
     if config.train.nodes > 1:
         log.info("%s", others(config))
     environment = {**rank_environment(threads(config)), **os.environ}
-    # A rank's stdout must not get between us and the scheduler: ours ends with the report.
-    process = subprocess.Popen(
-        command, stdout=sys.stderr, env=environment, preexec_fn=lambda: die_with_parent(signal.SIGTERM)
-    )
-    try:
-        with _asked_to_stop() as asked:
+    # The ranks run this checkout's code, whatever lies in the folder that the job was started in.
+    environment["PYTHONSAFEPATH"] = "1"
+    with _asked_to_stop() as asked:
+        # A rank's stdout must not get between us and the scheduler: ours ends with the report. A session of their own:
+        # a signal to our group is for us, who ask them to save; it must not end them before they have.
+        process = subprocess.Popen(
+            dying_with_us(command, signal.SIGTERM), stdout=sys.stderr, env=environment, start_new_session=True
+        )
+        try:
             _wait(process, folder, asked)
-    finally:
-        end_tree(process, grace_s=5)
-    _raise_reported(folder)
+        finally:
+            end_tree(process, grace_s=5)
+        _raise_reported(folder)
     if process.returncode != 0 or not exists(posixpath.join(spec.run, wanted)):
         raise TrainingFailed(
             f"training ended with code {process.returncode} and "
@@ -171,16 +175,22 @@ def _wait(process: subprocess.Popen[bytes], folder: str, asked: threading.Event)
 
 @contextlib.contextmanager
 def _asked_to_stop() -> Iterator[threading.Event]:
-    """Set by SIGTERM while inside. Only a main thread can listen; elsewhere nobody sets it."""
+    """Set by SIGTERM and SIGINT while inside; raises Preempted at the end where nothing else was raised.
+    Only a main thread can listen; elsewhere nobody sets it."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in SIGNALS}
     try:
         yield asked
+        if asked.is_set():
+            raise Preempted(
+                "training was asked to stop and goes on from its latest checkpoint: run the job train again"
+            )
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reports(folder: str) -> list[str]:

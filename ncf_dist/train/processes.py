@@ -24,6 +24,23 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
         os.kill(os.getpid(), number)
 
 
+_EXEC = (
+    f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, int(sys.argv[1])); "
+    "os.getppid() == int(sys.argv[2]) or sys.exit(1); os.execv(sys.argv[3], sys.argv[3:])"
+)
+
+
+def dying_with_us(command: list[str], number: int) -> list[str]:
+    """`command` (a path and its arguments) so that the kernel sends it a signal when the thread that starts it ends.
+
+    No preexec_fn: Python code that runs between fork and exec also tidies up after the threads that it does not have,
+    and among these are py4j's, whose connections to Spark it shuts.
+    """
+    if sys.platform != "linux":
+        return command
+    return [sys.executable, "-I", "-S", "-c", _EXEC, str(int(number)), str(os.getpid()), *command]
+
+
 def end_tree(process: subprocess.Popen[bytes], grace_s: float) -> None:
     """End a process and all that it started: SIGTERM, and after `grace_s` seconds SIGKILL."""
     tree: list[psutil.Process] = []

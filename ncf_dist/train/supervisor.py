@@ -29,6 +29,7 @@ from ncf_dist.train.launchers import rank_environment
 from ncf_dist.train.network import LISTENING, STORE, bound_to, interface_facing, interface_of, listen, split
 from ncf_dist.train.processes import die_with_parent
 from ncf_dist.train.reports import report
+from ncf_dist.urls import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _ended_by(number: signal.Signals) -> str:
 
 def main() -> int:
     args = arguments()
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s ranks: %(message)s")
+    log_to_stderr("ranks")
     asked: list[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: asked.append(number))

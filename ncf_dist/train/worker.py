@@ -39,6 +39,7 @@ from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
 from ncf_dist.train.waiting import Waiting
 from ncf_dist.train.world import World
+from ncf_dist.urls import log_to_stderr
 
 log = logging.getLogger(__name__)
 
@@ -200,12 +201,7 @@ def main() -> NoReturn:
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True)
     path: str = parser.parse_args().spec
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO,
-        format=f"%(asctime)s %(levelname)s rank {os.environ.get('RANK', '0')}: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    log_to_stderr(f"rank {os.environ.get('RANK', '0')}")
     logging.getLogger("petastorm").setLevel(logging.WARNING)
     run(path)
 
