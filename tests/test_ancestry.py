@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from ncf_dist import contracts
 from ncf_dist.ancestry import DIGESTS, INDEXES, Index, Line, digest_of, index_sizes, joined, partial_digest
 from ncf_dist.artifacts import Lake, Manifest, TableInfo, make_dirs, read_table, remove, write_bytes, write_parquet
-from ncf_dist.bundle import BUNDLE, CARD, read_bundle
+from ncf_dist.bundle import BUNDLE, CARD, read_bundle, version_of
 from ncf_dist.config import Model, Train
 from ncf_dist.errors import ContractError
 from ncf_dist.prepare.pipeline import _base
@@ -111,10 +111,11 @@ class Nights:
     def write_bundle(self, path: str, prepare: Manifest, **facts: Any) -> None:
         sizes = index_sizes(prepare)
         made_from = {"prepare_run": prepare.run_key, "ds": prepare.ds, DIGESTS: prepare.facts.get(DIGESTS), **facts}
+        weights = hashlib.sha256(path.encode()).hexdigest()
         card: dict[str, Any] = {
             "model": Model().model_dump(mode="json"),
-            "model_version": f"neumf-{prepare.ds}",
-            "sha256": "",
+            "model_version": version_of(Model(), weights),
+            "sha256": weights,
         }
         card |= {"n_users": sizes.users, "n_items": sizes.items, "facts": made_from}
         make_dirs(path)

@@ -21,7 +21,7 @@ WINDOW = {
     "petastorm": ("0.13.1", "0.13.2"),
     "psutil": ("5.9", None),
     "pyarrow": ("14.0.1", "15"),
-    "pydantic": ("2.7", "3"),
+    "pydantic": ("2.12", "3"),
     "pyspark": ("3.5", "4.1"),
     "pyyaml": ("6", None),
     "safetensors": ("0.4", None),

@@ -112,9 +112,19 @@ def resources(prepare: Manifest, train: Manifest, metrics: Mapping[str, Any], se
     ]
 
 
+INPUTS = {
+    "interactions": ("input", "path"),
+    "items": ("input", "items"),
+    "users": ("input", "users"),
+    "test": ("split", "test"),
+    "candidates": ("split", "candidates"),
+}
+"""The files that a night is made from, by the section and the key that name them."""
+
+
 def lineage(prepare: Manifest, train: Manifest, run_key: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What this night was made from and with: enough to make it again, or to see that something else was used."""
-    given = {name: prepare.inputs[name] for name in prepare.inputs if name != "index" and prepare.inputs[name]}
+    given = {name: prepare.inputs[name] for name in INPUTS if prepare.inputs.get(name)}
     return {
         "inputs": [{"name": name, "path": _path(prepare, name), "fingerprint": mark} for name, mark in given.items()],
         "index": prepare.inputs.get("index"),
@@ -137,13 +147,7 @@ def _installed() -> dict[str, str]:
 
 def _path(prepare: Manifest, name: str) -> str:
     """Where the config says input `name` is."""
-    section, key = {
-        "interactions": ("input", "path"),
-        "items": ("input", "items"),
-        "users": ("input", "users"),
-        "test": ("split", "test"),
-        "candidates": ("split", "candidates"),
-    }[name]
+    section, key = INPUTS[name]
     found = prepare.config.get(section, {}).get(key)
     found = found["path"] if isinstance(found, dict) else found
     return found if isinstance(found, str) else ", ".join(found or ())
