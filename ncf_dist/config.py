@@ -23,6 +23,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -183,6 +184,9 @@ class Input(Section):
     """Optional user side table; as a path alone likewise: users.dat or u.user."""
     feedback: Literal["implicit", "explicit"] = "implicit"
     """`implicit`: a row is a positive, contrasted with negatives · `explicit`: the rating itself is learned."""
+    forget: str | None = None
+    """A text file of user ids, one a line: these users' rows are left out and counted as `forgotten`, and the users
+    leave the index and what is published. Not the ids themselves: they would stay in every run's manifest."""
     min_rating: float | None = None
     """Implicit only: rows with a lower rating are not positives. None keeps every row."""
     since: dt.date | None = None
@@ -207,6 +211,17 @@ class Input(Section):
         """Whether any rule leaves sound rows out."""
         wanted = (self.since, self.min_rating, self.allow_items, self.max_user_interactions)
         return any(rule is not None for rule in wanted) or bool(self.deny_items) or self.k_core > 1
+
+    @field_validator("forget", mode="before")
+    @classmethod
+    def _no_ids(cls, given: Any) -> Any:
+        if given is None or isinstance(given, str):
+            return given
+        # What was given is not shown.
+        raise ValueError(
+            "input.forget holds ids; needed the path of a text file with one id a line: ids in the config would stay "
+            "in every run's manifest"
+        )
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Input:

@@ -1,8 +1,10 @@
 """Every table that one stage hands to another: columns, types, key and meaning.
 The only home of table and column names.
 
-`user_id`/`item_id` are the customer's, kept as they came (int64 or string); `user_idx`/`item_idx` are dense 0..n-1
-int32. No column is nullable. Lists hold indexes in ascending order unless said otherwise.
+`user_id`/`item_id` are the customer's, kept as they came (int64 or string); `user_idx`/`item_idx` are int32 below the
+sizes that prepare states as its facts `users` and `items`: every item has one of 0..items-1; of 0..users-1 some have no
+user any more, where users were forgotten (input.forget). No number is given twice. No column is nullable. Lists hold
+indexes in ascending order unless said otherwise.
 """
 
 from __future__ import annotations
@@ -75,10 +77,9 @@ def _contract(name: str, columns: dict[str, pa.DataType], key: tuple[str, ...], 
 
 
 def user_index(id_type: pa.DataType) -> Contract:
-    """Customer's user id to dense index; append-only from night to night."""
-    return _contract(
-        "user_index", {"user_id": id_type, "user_idx": INDEX}, ("user_id",), "prepare", "every user ever seen"
-    )
+    """Customer's user id to index; append-only from night to night, but for users to be forgotten."""
+    meaning = "every user ever seen, but those to be forgotten"
+    return _contract("user_index", {"user_id": id_type, "user_idx": INDEX}, ("user_id",), "prepare", meaning)
 
 
 def item_index(id_type: pa.DataType) -> Contract:
@@ -185,7 +186,8 @@ QUARANTINE = _contract(
     ("file", "place"),
     "prepare",
     "every rejected row: its file, the byte it starts at in the (decompressed) text or its row number in a Parquet "
-    "file, why, and the line itself (cut at 1,000 characters)",
+    "file, why, and the line itself (cut at 1,000 characters; none where input.forget is set and whose it is cannot be "
+    "read)",
 )
 
 

@@ -66,10 +66,13 @@ class Night:
         self.sections |= sections
         self.config = Config.model_validate({**self.config.model_dump(), **self.sections})
 
-    def prepare(self, unseen: tuple[str, ...] = (), strategy: str = "leave-one-out") -> Manifest:
-        """`unseen`: users of the side table without an index. The last interaction of user number n is n days before
-        ds."""
-        users = {"user_id": [self.id(user) for user in SEEN], "user_idx": list(range(len(SEEN)))}
+    def prepare(
+        self, unseen: tuple[str, ...] = (), strategy: str = "leave-one-out", spread: int = 1, last: int = 0
+    ) -> Manifest:
+        """`unseen`: users of the side table without an index. The last interaction of the n-th user is n days before
+        ds. Of the users' numbers every `spread`-th has one, and the `last` ones have none: the others are forgotten."""
+        numbers = [number * spread for number in range(len(SEEN))]
+        users = {"user_id": [self.id(user) for user in SEEN], "user_idx": numbers}
         items = {"item_id": [self.id(item) for item in ITEMS], "item_idx": list(range(len(ITEMS)))}
         history = {
             "user_idx": users["user_idx"],
@@ -80,16 +83,17 @@ class Night:
             contracts.user_index(self.id_type): users,
             contracts.item_index(self.id_type): items,
             contracts.HISTORY: history,
-            contracts.INTERACTIONS: self._interactions(),
+            contracts.INTERACTIONS: self._interactions(spread),
             contracts.unseen_users(self.id_type): {"user_id": [self.id(user) for user in unseen]},
         }
         self._made_with(split={"strategy": strategy})
+        facts = {"users": len(SEEN) * spread + last, "items": len(ITEMS)}
         filled = {c: [pa.table(t, schema=c.schema)] for c, t in tables.items()}
-        prepare = self._run("prepare", "p1", filled, {}, {})
+        prepare = self._run("prepare", "p1", filled, facts, {})
         self._run("train", "t1", {}, {}, {"prepare": "p1"})
         return prepare
 
-    def _interactions(self) -> dict[str, list[Any]]:
+    def _interactions(self, spread: int) -> dict[str, list[Any]]:
         night, day = np.datetime64(self.ds, "us").astype(int), 86_400 * 10**6
         pairs = [
             (number, item, split)
@@ -99,6 +103,7 @@ class Night:
         ]
         user, item, split = (list(column) for column in zip(*pairs, strict=True))
         times = [int(night) - number * day for number in user]
+        user = [number * spread for number in user]
         return {"user_idx": user, "item_idx": item, "rating": [1.0] * len(user), "timestamp": times, "split": split}
 
     def score(

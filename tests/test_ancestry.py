@@ -261,7 +261,7 @@ def refusal(work: Callable[..., object], *what: Any) -> str:
         work(*what)
     except ContractError as error:
         return next(
-            (part for part in ("may belong to other users", "cannot be read") if part in str(error)), str(error)
+            (part for part in ("may belong to other users", "is no finished run") if part in str(error)), str(error)
         )
     return ""
 
@@ -272,7 +272,7 @@ def history_holds(history: list[tuple[Any, ...]]) -> None:
     for number, (ds, users, forget, variant, other, clean) in enumerate(history):
         # A night whose base was cleaned away is refused.
         found = refusal(nights.prepare, ds, users, forget, variant)
-        assert found in ("", "cannot be read")
+        assert found in ("", "is no finished run")
         if not found:
             named = other is not None and nights.lake.stage(other, "train").finished()
             found = refusal(nights.train, ds, nights.bundle(other) if named else "previous")

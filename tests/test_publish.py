@@ -211,6 +211,23 @@ def test_only_active_users_where_that_is_promised(
     assert night.publish() == ("done", 0)
 
 
+@pytest.mark.parametrize("rows_per_bucket", [1, 100])
+@pytest.mark.parametrize(("spread", "last"), [(1, 0), (1, 5), (3, 0), (4, 7)])
+def test_numbers_of_forgotten_users_are_due_nothing(
+    night: Night, spread: int, last: int, rows_per_bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everybody who is known is due something, which the numbers between and after theirs are not."""
+    monkeypatch.setattr(unseen, "ROWS_PER_BUCKET", rows_per_bucket)
+    night.prepare(unseen=("eve",), spread=spread, last=last)
+    eve, fay = popular("eve", "bread", "figs"), popular("fay", "bread", "figs")
+    for rows, message in ((good(), "'eve' has no row"), ([*good(), *eve, *fay], "'fay' is unknown")):
+        night.score(rows, users=5)
+        with pytest.raises(ContractError, match=message):
+            night.publish()
+    night.score([*good(), *eve], users=5)
+    assert night.publish() == ("done", 0)
+
+
 def test_item_lists_hold(night: Night) -> None:
     """Apple is not on the list of what is allowed, figs is denied; then only as many items are due as are left."""
     path = night.root / "allowed.txt"

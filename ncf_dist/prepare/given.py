@@ -13,6 +13,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist.artifacts import file_url
 from ncf_dist.errors import InputError
+from ncf_dist.prepare.forget import NOBODY, Forget
 from ncf_dist.prepare.reading import read_unit
 from ncf_dist.prepare.source import Source
 from ncf_dist.spark_io import Pass, batch_of, map_in_arrow, spark_path
@@ -21,14 +22,16 @@ _PAIR = re.compile(r"^\(\s*([^,]+?)\s*,\s*(.+?)\s*\)$")
 
 
 def candidate_rows(
-    spark: SparkSession, source: Source, user_id: pa.DataType, item_id: pa.DataType, staging: str
+    spark: SparkSession, source: Source, user_id: pa.DataType, item_id: pa.DataType, staging: str, forget: Forget
 ) -> DataFrame:
-    """One row a candidate: user_id, item_id (the held-out one), candidate. Raises InputError for a line that is not
-    of this form: a wrong candidate list makes a wrong metric, so none is left out."""
+    """One row a candidate: user_id, item_id (the held-out one), candidate; none of users to be forgotten. Raises
+    InputError for a line that is not of this form: a wrong candidate list makes a wrong metric, so none is left out."""
     schema = pa.schema([("user_id", user_id), ("item_id", item_id), ("candidate", item_id), ("bad", pa.string())])
     path = posixpath.join(staging, "candidates")
     units = len(source.units)
-    frame = map_in_arrow(spark.range(0, units, 1, max(1, units)), _pass(source, schema), from_arrow_schema(schema))
+    frame = map_in_arrow(
+        spark.range(0, units, 1, max(1, units)), _pass(source, schema, forget), from_arrow_schema(schema)
+    )
     frame.write.parquet(file_url(path))
     rows = spark.read.schema(frame.schema).parquet(spark_path(path))
     if wrong := rows.where(F.col("bad").isNotNull()).select(F.min("bad")).collect()[0][0]:
@@ -39,7 +42,7 @@ def candidate_rows(
     return rows.drop("bad")
 
 
-def _pass(source: Source, schema: pa.Schema) -> Pass:
+def _pass(source: Source, schema: pa.Schema, forget: Forget = NOBODY) -> Pass:
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for unit in batch.column(0).to_pylist():
@@ -50,7 +53,8 @@ def _pass(source: Source, schema: pa.Schema) -> Pass:
                     read = zip(
                         lines.to_pylist(), chunk.reason, (f"{at:,} of {name}" for at in chunk.place), strict=True
                     )
-                    yield batch_of([row for line, bad, at in read for row in _line(line, bad, at, schema)], schema)
+                    rows = batch_of([row for line, bad, at in read for row in _line(line, bad, at, schema)], schema)
+                    yield rows.filter(pa.array(~forget.among(rows.column("user_id"))))
 
     return run
 
@@ -58,16 +62,17 @@ def _pass(source: Source, schema: pa.Schema) -> Pass:
 def _line(line: str, reason: str | None, place: str, schema: pa.Schema) -> list[dict[str, object]]:
     pair, *items = line.split("\t")
     match = _PAIR.match(pair)
+    user = None
     try:
-        if reason or match is None or not items:
+        if reason or match is None:
             raise ValueError
-        user, item = (
-            _id(text, schema.field(name).type)
-            for name, text in zip(("user_id", "item_id"), match.groups(), strict=True)
-        )
+        user = _id(match[1], schema.field("user_id").type)
+        if not items:
+            raise ValueError
+        item = _id(match[2], schema.field("item_id").type)
         found = [_id(text, schema.field("candidate").type) for text in items if text]
     except ValueError:
-        return [{"user_id": None, "item_id": None, "candidate": None, "bad": place}]
+        return [{"user_id": user, "item_id": None, "candidate": None, "bad": place}]
     return [{"user_id": user, "item_id": item, "candidate": value, "bad": None} for value in found]
 
 

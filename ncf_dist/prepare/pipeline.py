@@ -1,7 +1,7 @@
 """The job prepare: read → clean → index → split → negatives → trainer-ready Parquet.
 
-Every input row ends in exactly one place: accepted, a duplicate of an accepted row, or the quarantine. Accepted rows
-that a filter of the config leaves out are counted by rule.
+Every input row ends in exactly one place: accepted, a duplicate of an accepted row, the quarantine, or forgotten, where
+its user is on the list of input.forget. Accepted rows that a filter of the config leaves out are counted by rule.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ncf_dist.config import Config
 from ncf_dist.errors import InputError
 from ncf_dist.prepare import clean
 from ncf_dist.prepare.files import Found, find_files
+from ncf_dist.prepare.forget import NOBODY, Forget
 from ncf_dist.prepare.formats import FORMATS
 from ncf_dist.prepare.given import candidate_rows
 from ncf_dist.prepare.hints import hint, time_warnings
@@ -64,8 +65,11 @@ def prepare(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     """Make the tables of night `ds`, or find them made. Raises ConfigError, InputError, ContractError."""
     files = _Files.find(config)
     before = _base(Lake(config.paths.lake), ds)
-    index = {"ds": before.ds, "run_key": before.run_key} if before else None
-    stage = StageRun(STAGE, config, ds, {**files.fingerprints(), "index": index})
+    forget = Forget.read(config.input.forget, id_types(config.input, files.log, _index_types(before))[0])
+    inputs = {**files.fingerprints(), "index": {"ds": before.ds, "run_key": before.run_key} if before else None}
+    if forget.digest is not None:
+        inputs["forget"] = forget.digest
+    stage = StageRun(STAGE, config, ds, inputs)
     if done := stage.find():
         log.info("already prepared: %s", done.root)
         return Outcome.of(done, "already-done", rows=done.facts["rows"])
@@ -73,7 +77,7 @@ def prepare(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     run = stage.begin()
     try:
         with spark_session("ncf-prepare", config.spark) as spark:
-            tables, facts = _Night(spark, config, ds, files, before, run).make()
+            tables, facts = _Night(spark, config, ds, files, before, run, forget).make()
     finally:
         remove(posixpath.join(run, "_staging"))
     manifest = stage.finish(tables=tables, facts=facts, noted={"files": files.counts()})
@@ -122,6 +126,7 @@ class _Counts:
     input: int
     sound: int
     quarantined: dict[str, int]
+    forgotten: int
     unique: int | None = None
     filtered: dict[str, int] = field(default_factory=dict)
 
@@ -142,10 +147,17 @@ class _Night:
     """One night's tables, step by step."""
 
     def __init__(
-        self, spark: SparkSession, config: Config, ds: str, files: _Files, before: Manifest | None, run: str
+        self,
+        spark: SparkSession,
+        config: Config,
+        ds: str,
+        files: _Files,
+        before: Manifest | None,
+        run: str,
+        forget: Forget,
     ) -> None:
         self.spark, self.config, self.files, self.before, self.run = spark, config, files, before, run
-        self.staging = posixpath.join(run, "_staging")
+        self.forget, self.staging = forget, posixpath.join(run, "_staging")
         self.id_types = id_types(config.input, files.log, _index_types(before))
         self.until = config.input.until or dt.date.fromisoformat(ds)
         self.tables: dict[str, TableInfo] = {}
@@ -204,12 +216,17 @@ class _Night:
         }
         if counts.filtered:
             rows["filtered"] = counts.filtered
+        left: dict[str, int] = {}
+        if self.forget.ids is not None:
+            rows["forgotten"] = counts.forgotten
+            left["forgotten_users"] = self.forgotten_users
         kept = ("tied_users", "train", "validation", "test", "users_without_negatives")
         short = ("validation_short_candidates", "test_short_candidates")
         return {
             **self.sizes,
             DIGESTS: digests(self.spark, {name: self._paths(table) for name, table in INDEXES.items()}),
             "rows": rows,
+            **left,
             "feedback": self.config.input.feedback,
             "active_users": passed["users"],
             **{name: passed[name] for name in (*kept, *short)},
@@ -229,6 +246,7 @@ class _Night:
             until=day_start(self.until),
             rating_range=config.rating_range,
             staging=self.staging,
+            forget=self.forget,
         )
         stats = self._run_read(spec)
         if self.files.test:
@@ -252,15 +270,18 @@ class _Night:
             self.tables["quarantine"] = write_table(rejects, self.run, contracts.QUARANTINE, file)
         else:
             self.tables["quarantine"] = table_info(contracts.QUARANTINE, [], self.run)
-        self._judge(rejects, reasons, total)
-        for warning in time_warnings(config, stats, reasons, total, self.until):
+        forgotten = sum(unit["forgotten"] for unit in stats)
+        if forgotten == total:
+            raise InputError(f"all {total:,} rows of {config.path} are of users of input.forget; needed rows of others")
+        self._judge(rejects, reasons, total - forgotten)
+        for warning in time_warnings(config, stats, reasons, total - forgotten, self.until):
             log.warning("%s", warning)
         schema = staged_schema(*self.id_types)
         rows = self._staged([path for unit in stats for path in unit["files"]["rows"]], schema)
         for name in ("user_id", "item_id"):
             keys = [path for unit in stats for path in unit["files"][name]]
             self.frames[name] = self._staged(keys, pa.schema([schema.field(name)]))
-        return rows, _Counts(total, total - rejected, dict(sorted(reasons.items())))
+        return rows, _Counts(total, total - rejected - forgotten, dict(sorted(reasons.items())), forgotten)
 
     def _run_read(self, spec: RowSpec) -> list[dict[str, Any]]:
         def read(source: Source, units: Sequence[int]) -> list[dict[str, Any]]:
@@ -317,6 +338,8 @@ class _Night:
         for name, contract in ((name, of(id_type)) for name, id_type, of in made):
             id_column, index_column = contract.columns
             old = read_table(self.spark, self.before, contract) if self.before else None
+            if old is not None and name == "users":
+                old = self.forget.leave(old, id_column)
             keys = self.frames[id_column]
             if given is not None and id_column == "item_id":
                 keys = keys.union(given.select(F.col("candidate").alias("item_id")))
@@ -325,6 +348,14 @@ class _Night:
             self.tables[contract.name] = write_table(indexed, self.run, contract, file)
             self.frames[contract.name] = read_files(self.spark, self._paths(contract.name), contract.schema)
         log.info("%s", ", ".join(f"{name}: {self.tables[name].rows:,}" for name in ("user_index", "item_index")))
+
+    @property
+    def forgotten_users(self) -> int:
+        """How many users of the night before's index are in tonight's no more."""
+        if self.before is None:
+            return 0
+        new = self.sizes["users"] - index_sizes(self.before).users
+        return self.before.tables["user_index"].rows + new - self.tables["user_index"].rows
 
     def _indexed(self, rows: DataFrame) -> DataFrame:
         joined = rows.join(self.frames["item_index"], "item_id").join(self.frames["user_index"], "user_id")
@@ -338,7 +369,7 @@ class _Night:
         line: dict[str, str | int] = {"line": 0}
         source = Source(files, "text", (line,) * len(files), plan(files, "text"), "\t", counts=none,
                         headers=(False,) * len(files), max_line_bytes=2**24)  # fmt: skip
-        return candidate_rows(self.spark, source, *self.id_types, self.staging)
+        return candidate_rows(self.spark, source, *self.id_types, self.staging, self.forget)
 
     def _with_candidates(self, indexed: DataFrame, given: DataFrame) -> DataFrame:
         """A column `candidates`: item indexes, ascending; null on rows that have none."""
@@ -436,7 +467,8 @@ class _Night:
                 continue
             files = self.files.items if kind == "items" else self.files.users
             source = uncut(side_source(kind, side, self.config.input.format, files))
-            spec = SideSpec(source, id_type, side_columns(side, kind))
+            forget = self.forget if kind == "users" else NOBODY
+            spec = SideSpec(source, id_type, side_columns(side, kind), forget)
             contract = side_contract(side, kind, id_type)
             index = self.frames[f"{kind[:-1]}_index"]
             tables, found = write_side(self.spark, spec, contract, index, self.run, self.staging)

@@ -168,9 +168,13 @@ def _fields(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Array
     chunk.reject(pc.less(size, least), "too few fields")
     if count is not None:
         chunk.reject(pc.greater(size, count), "too many fields")
-    # A line with fewer fields is rejected, and any field will do for it.
+    # A line with fewer fields is rejected, and any field will do for it; but whose it is must not be made up.
     begin, short = parts.offsets.to_numpy()[:-1], as_mask(pc.less(found, least))
     columns = {name: parts.values.take(pa.array(np.where(short, 0, begin + place))) for name, place in places.items()}
+    if short.any() and "user" in places:
+        there = as_mask(pc.greater(found, places["user"]))
+        values = parts.values.take(pa.array(np.where(there, begin + places["user"], 0)))
+        columns["user"] = pc.if_else(pa.array(there), values, "")
     if by_hand:
         for name, place in places.items():
             values = pa.array([row[place] if len(row) > place else "" for row in by_hand], pa.string())

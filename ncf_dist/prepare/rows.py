@@ -1,4 +1,7 @@
-"""From columns of text to typed interactions: each row is whole, or rejected with a reason.
+"""From columns of text to typed interactions: each row is whole, rejected with a reason, or of a user to be forgotten.
+
+What is wrong with a row does not matter where its user is to be forgotten: it is neither kept nor rejected. While
+anybody is, a rejected row that nobody can say the user of is kept without its text.
 
 A chunk is tried whole first (one cast a column), then in slices; only the odd rows of a slice are looked at one by one.
 """
@@ -18,6 +21,7 @@ import pyarrow.compute as pc
 
 from ncf_dist.contracts import QUARANTINE
 from ncf_dist.prepare.chunks import Chunk, as_mask, row_by_row
+from ncf_dist.prepare.forget import NOBODY, Forget
 from ncf_dist.prepare.reading import read_unit
 from ncf_dist.prepare.records import Seam
 from ncf_dist.prepare.source import Source
@@ -55,6 +59,7 @@ class RowSpec:
     rating_range: tuple[float, float] | None
     staging: str
     part: int = 0
+    forget: Forget = NOBODY
 
     @property
     def schema(self) -> pa.Schema:
@@ -71,7 +76,8 @@ def staged_schema(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
 
 def read_pass(spec: RowSpec) -> Pass:
     """For mapInArrow over unit numbers (column `id`): writes each unit's rows under `staging` and yields `stats`
-    (JSON): counts by reason, files of rows and of rejects, or the error that kept a file from being read."""
+    (JSON): rows read, how many of them are forgotten, counts by reason, files of rows and of rejects, or the error
+    that kept a file from being read."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         found = [read_one(spec, unit) for batch in batches for unit in batch.column(0).to_pylist()]
@@ -83,7 +89,7 @@ def read_pass(spec: RowSpec) -> Pass:
 def read_one(spec: RowSpec, unit: int) -> dict[str, Any]:
     """Read, type and stage one unit, a block and a file's rows at a time."""
     reasons: Counter[str] = Counter()
-    total, early, latest = 0, 0, 0
+    total, whole, early, latest = 0, 0, 0, 0
     keys = [pa.schema([spec.schema.field(name)]) for name in ("user_id", "item_id")]
     schemas = {"rows": spec.schema, "rejects": QUARANTINE.schema, "user_id": keys[0], "item_id": keys[1]}
     sinks = {kind: FileSink(f"{spec.staging}/{kind}-{spec.part}", schema) for kind, schema in schemas.items()}
@@ -93,6 +99,7 @@ def read_one(spec: RowSpec, unit: int) -> dict[str, Any]:
         for chunk in read_unit(spec.source, spec.source.units[unit], seams):
             total += len(chunk.place)
             for rows, rejects in row_by_row(chunk, lambda part: typed(part, spec)):
+                whole += rows.num_rows
                 early += int(pc.sum(pc.less(rows["timestamp"], YEAR_1995)).as_py() or 0)
                 latest = max(latest, pc.max(rows["timestamp"]).as_py() or 0)
                 sinks["rows"].add(unit, rows)
@@ -107,7 +114,8 @@ def read_one(spec: RowSpec, unit: int) -> dict[str, Any]:
     for one in distinct:
         one.flush()
     files = {kind: [f"{sink.folder}/{info.path}" for info in sink.close()] for kind, sink in sinks.items()}
-    facts = {"unit": unit, "rows": total, "reasons": reasons, "early": early, "latest": latest}
+    forgotten = total - whole - reasons.total()
+    facts = {"unit": unit, "rows": total, "forgotten": forgotten, "reasons": reasons, "early": early, "latest": latest}
     return {**facts, "seams": seams, "files": files}
 
 
@@ -133,7 +141,7 @@ class _Distinct:
 
 
 def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
-    """(the whole rows, the rejected ones or None)."""
+    """(the whole rows, the rejected ones or None); those of users to be forgotten are in neither."""
     size = len(chunk.place)
     columns = {
         "user_id": _id(chunk, "user", spec.user_id),
@@ -143,17 +151,22 @@ def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
         "part": pa.array(np.full(size, spec.part, dtype=np.int8)),
     }
     rejected = chunk.rejected()
-    if not rejected.any():
+    forgotten = spec.forget.among(columns["user_id"])
+    if not rejected.any() and not forgotten.any():
         return pa.table(list(columns.values()), schema=spec.schema), None
-    keep = pa.array(~rejected)
+    keep = pa.array(~rejected & ~forgotten)
     rows = pa.table([column.filter(keep) for column in columns.values()], schema=spec.schema)
-    at = np.flatnonzero(rejected)
+    at = np.flatnonzero(rejected & ~forgotten)
+    if not len(at):
+        return rows, None
+    hidden = spec.forget.hides(columns["user_id"].take(pa.array(at)))
+    texts = ["" if hide else text for hide, text in zip(hidden, chunk.raw.take(at), strict=True)]
     rejects = pa.table(
         [
             pa.array([spec.source.files[chunk.file]] * len(at), pa.string()),
             pa.array(chunk.place[at], pa.int64()),
             pa.array(chunk.reason[at], pa.string()),
-            pa.array(chunk.raw.take(at), pa.string()),
+            pa.array(texts, pa.string()),
         ],
         schema=QUARANTINE.schema,
     )
@@ -161,8 +174,8 @@ def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
 
 
 def _id(chunk: Chunk, name: str, kind: pa.DataType) -> pa.Array:
-    """(R,) ids of the wanted type; anything where the row is rejected. Numbers that pandas wrote as floats, because a
-    gap was among them, are the integers that they were."""
+    """(R,) ids of the wanted type; null or "" where there is none to be read. Numbers that pandas wrote as floats,
+    because a gap was among them, are the integers that they were."""
     column = chunk.columns[name]
     if pa.types.is_floating(column.type):
         chunk.reject(pc.is_nan(column), f"{name} id is null")
@@ -186,7 +199,7 @@ def _id(chunk: Chunk, name: str, kind: pa.DataType) -> pa.Array:
             beyond = pc.and_(pc.greater(pc.abs(column), float(EXACT_FLOAT[column.type])), pc.is_finite(column))
             chunk.reject(beyond, f"{name} id is an inexact float")
         chunk.reject(~ok, f"{name} id is not an integer")
-    return pa.array(values)
+    return pa.array(values, mask=None if ok.all() else ~ok)
 
 
 def _text_of(column: pa.Array) -> pa.Array:

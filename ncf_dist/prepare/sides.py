@@ -22,6 +22,7 @@ from ncf_dist.artifacts import TableInfo, file_url
 from ncf_dist.config import SideTable
 from ncf_dist.errors import InputError
 from ncf_dist.prepare.chunks import Chunk, as_mask, row_by_row
+from ncf_dist.prepare.forget import NOBODY, Forget
 from ncf_dist.prepare.reading import read_unit
 from ncf_dist.prepare.source import Source
 from ncf_dist.prepare.values import floats, integers
@@ -38,10 +39,12 @@ class SideSpec:
     source: Source
     id_type: pa.DataType
     columns: dict[str, pa.DataType]
+    forget: Forget = NOBODY
 
     @property
     def schema(self) -> pa.Schema:
-        fields = {"id": self.id_type, **self.columns, "_bad": pa.int32(), "_unusable": pa.bool_()}
+        marks = {"_bad": pa.int32(), "_unusable": pa.bool_(), "_forgotten": pa.bool_()}
+        fields = {"id": self.id_type, **self.columns, **marks}
         return pa.schema(list(fields.items()))
 
 
@@ -68,7 +71,8 @@ def side_pass(spec: SideSpec) -> Pass:
 
 
 def typed(chunk: Chunk, spec: SideSpec) -> pa.RecordBatch:
-    """One row a row of the chunk: id, columns, how many values were not of their type, whether the id is unusable."""
+    """One row a row of the chunk: id, columns, how many values were not of their type, whether the id is unusable, and
+    whether it is to be forgotten: then only that is said."""
     column = chunk.columns["id"]
     if spec.id_type == pa.string():
         ids = column.cast(pa.string())
@@ -88,7 +92,12 @@ def typed(chunk: Chunk, spec: SideSpec) -> pa.RecordBatch:
         values, wrong = _value(chunk.columns[key], kind)
         columns.append(values)
         bad += wrong
-    return pa.RecordBatch.from_arrays([ids, *columns, pa.array(bad), pa.array(~usable)], schema=spec.schema)
+    forgotten = usable & spec.forget.among(ids)
+    if forgotten.any():
+        gone, bad = pa.array(forgotten), np.where(forgotten, np.int32(0), bad)
+        ids, *columns = (pc.if_else(gone, None, values) for values in (ids, *columns))
+    marks = (pa.array(mark) for mark in (bad, ~usable, forgotten))
+    return pa.RecordBatch.from_arrays([ids, *columns, *marks], schema=spec.schema)
 
 
 def _value(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
@@ -124,16 +133,15 @@ def write_side(
     schema = from_arrow_schema(spec.schema)
     map_in_arrow(spark.range(0, units, 1, max(1, units)), side_pass(spec), schema).write.parquet(file_url(path))
     rows = spark.read.schema(schema).parquet(spark_path(path))
-    total, unusable, bad = rows.agg(
-        F.count("*"), F.coalesce(F.sum(F.col("_unusable").cast("int")), F.lit(0)), F.coalesce(F.sum("_bad"), F.lit(0))
-    ).collect()[0]
+    sums = (F.coalesce(F.sum(F.col(mark).cast("int")), F.lit(0)) for mark in ("_unusable", "_bad", "_forgotten"))
+    total, unusable, bad, forgotten = rows.agg(F.count("*"), *sums).collect()[0]
     if total == unusable:
         raise InputError(
             f"input.{kind} {', '.join(spec.source.files[:3])} has no row with a usable id ({total:,} rows read); "
             f"needed a table of {kind}: mend input.{kind}"
         )
     id_column, idx = index.columns
-    known = rows.where(~F.col("_unusable")).groupBy("id")
+    known = rows.where(~F.col("_unusable") & ~F.col("_forgotten")).groupBy("id")
     one = known.agg(F.min(F.struct(*spec.columns)).alias("s"), F.count("*").alias("n")).select("id", "n", "s.*")
     joined = index.join(one.withColumnRenamed("id", id_column), id_column, "full_outer")
     if "title" in spec.columns:
@@ -150,6 +158,8 @@ def write_side(
         "rows": total, "unusable": unusable, "repeated": repeated, "unknown": unknown, "without": without,
         "bad_values": bad,
     }  # fmt: skip
+    if spec.forget.ids is not None:
+        found["forgotten"] = forgotten
     file = F.floor(F.col(idx) / F.lit(ROWS_PER_FILE))
     tables = {kind: write_table(stored.where(F.col(idx).isNotNull()), run, contract, file)}
     if kind == "users":

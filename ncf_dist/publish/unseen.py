@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ncf_dist.ancestry import index_sizes
 from ncf_dist.artifacts import Manifest, filesystem, read_table
 from ncf_dist.contracts import HISTORY, INTERACTIONS
 from ncf_dist.errors import ContractError
@@ -115,7 +116,7 @@ class Offers:
         self.count = min(MAX_BUCKETS, max(1, math.ceil(size)))
         self.names = names
         self._work, self._user_id = work, user_id
-        self._indexed = prepare.tables["user_index"].rows
+        self._indexed = index_sizes(prepare).users
         # Users without an index are served where there is a fallback and where being active is not asked of them.
         serves_unseen = rules.fallback and rules.active_since is None and UNSEEN in prepare.tables
         self._unseen = prepare.files(UNSEEN) if serves_unseen else []
@@ -146,18 +147,21 @@ class Offers:
         """Raise ContractError unless exactly the users that are due have offers, each in one place and as many as are
         due, none of what is masked, with the reason that is due. (users that are due, how many of them have fewer
         than K items left, how many have offers by the model)"""
-        offers, seen, active = self._by_index(), self._seen(), self._active()
+        known, active = self._buckets("known", user_idx=pa.int32()), self._active()
+        offers, seen = self._by_index(known), self._seen()
         users = short = by_model = 0
         for number in range(self.count):
             recent = None if active is None else active.read(number)["user_idx"].to_numpy()
-            due, few, ranked = self._check_bucket(number, offers.read(number), seen.read(number), recent)
+            there = known.read(number)["user_idx"].to_numpy()
+            due, few, ranked = self._check_bucket(number, offers.read(number), seen.read(number), there, recent)
             users, short, by_model = users + due, short + few, by_model + ranked
         return users, short, by_model
 
     def _check_bucket(
-        self, number: int, rows: pa.Table, history: pa.Table, recent: np.ndarray | None
+        self, number: int, rows: pa.Table, history: pa.Table, there: np.ndarray, recent: np.ndarray | None
     ) -> tuple[int, int, int]:
-        """The users whose user_idx is `number` modulo the count of buckets; place p is user_idx number + p · count."""
+        """The users whose user_idx is `number` modulo the count of buckets; place p is user_idx number + p · count.
+        there: the numbers that have a user."""
         n = len(range(number, self._total, self.count))
         past = np.unique(_pairs(history, len(self.items)))
         again = _contains(past, _pairs(rows, len(self.items)))
@@ -170,7 +174,7 @@ class Offers:
         left = int(self.rules.permitted.sum()) - np.bincount(self._place(permitted // len(self.items)), minlength=n)
         due = np.minimum(self.rules.k, left)
         known = self._marks(n, history.filter(history["trained"])["user_idx"].to_numpy())
-        wanted = np.full(n, True) if self.rules.fallback else known
+        wanted = self._marks(n, there) if self.rules.fallback else known
         if recent is not None:
             wanted = wanted & self._marks(n, recent)
         user = self._place(rows["user_idx"].to_numpy())
@@ -212,17 +216,19 @@ class Offers:
             active.add(pa.table({"user_idx": users}), users.to_numpy() % self.count)
         return active
 
-    def _by_index(self) -> Buckets:
-        """Offers with user_idx in place of user_id, dealt by it."""
+    def _by_index(self, known_users: Buckets) -> Buckets:
+        """Offers with user_idx in place of user_id, dealt by it. known_users: gets every user_idx there is."""
         index = self._buckets("index", user_id=self._user_id, user_idx=pa.int32())
         for path in self.prepare.files("user_index"):
             part = read_table(path)
             index.add(part, bucket_of(part["user_id"], self.count))
+            known_users.add(part.select(["user_idx"]), part["user_idx"].to_numpy() % self.count)
         following = self._indexed
         for path in self._unseen:
             part = read_table(path)
             part = part.append_column("user_idx", pa.array(np.arange(len(part), dtype=np.int32) + following))
             index.add(part, bucket_of(part["user_id"], self.count))
+            known_users.add(part.select(["user_idx"]), part["user_idx"].to_numpy() % self.count)
             following += len(part)
         dealt = self._buckets("dealt", user_idx=pa.int32(), **OFFER)
         for number in range(self.count):

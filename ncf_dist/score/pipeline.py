@@ -22,6 +22,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
+from ncf_dist.ancestry import index_sizes
 from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, read_schema, read_table
 from ncf_dist.bundle import Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config
@@ -172,7 +173,8 @@ class _Night:
 
     @property
     def indexed(self) -> int:
-        return self.prepare.tables["user_index"].rows
+        """Numbers given to users, those of forgotten ones included."""
+        return index_sizes(self.prepare).users
 
     @property
     def n_files(self) -> int:

@@ -118,6 +118,7 @@ INPUTS = {
     "users": ("input", "users"),
     "test": ("split", "test"),
     "candidates": ("split", "candidates"),
+    "forget": ("input", "forget"),
 }
 """The files that a night is made from, by the section and the key that name them."""
 
