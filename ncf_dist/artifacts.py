@@ -207,7 +207,7 @@ class StageRuns:
         manifest = self.find(run_key)
         if manifest is None:
             raise ContractError(
-                f"{self.run_path(run_key)} is no finished run, but a later one was made from it; "
+                f"{self.run_path(run_key)} cannot be read: it is no finished run, but a later one was made from it; "
                 f"needed it whole: rerun the job {self.stage}, and what comes after it"
             )
         return manifest

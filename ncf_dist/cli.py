@@ -131,7 +131,9 @@ def _run(
         report.update(outcome.extra)
         return ExitCode.DONE
     except (Exception, Stopped, KeyboardInterrupt) as error:
-        if not isinstance(error, NcfError) and (not isinstance(error, Exception) or asked()):
+        # A connection to the JVM that we ended is an OSError, of which a stage may have made an error of its own.
+        ours = isinstance(error, NcfError) and not isinstance(error.__cause__, OSError)
+        if not ours and (not isinstance(error, Exception) or asked()):
             # Whatever a library made of the interruption, this is what happened.
             error = Preempted(
                 f"the job {job} was stopped by {asked() or 'SIGINT'}; what it had finished is kept and nothing "

@@ -4,6 +4,7 @@ and a small line's config."""
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from pyspark.sql import SparkSession
 from ncf_dist import config as settings
 from ncf_dist.config import Config
 from ncf_dist.spark_io import spark_session
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background process ignores SIGINT, and so would every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 SPARK: dict[str, Any] = {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 2}

@@ -122,7 +122,7 @@ def test_a_damaged_manifest_beside_a_sound_one_is_passed_over_and_logged(
     artifacts.write_bytes(f"{runs.root}/k2/manifest.json", b"{")
     assert runs.newest().run_key == "k1"
     assert "k2/manifest.json cannot be read" in caplog.text
-    with pytest.raises(ContractError, match="k3 is no finished run, but a later one was made from it"):
+    with pytest.raises(ContractError, match="k3 cannot be read: it is no finished run, but a later one was made"):
         runs.load("k3")
 
 

@@ -186,8 +186,8 @@ def test_training_saves_and_the_same_command_goes_on(line: Path, config: Config,
         if subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode:
             pytest.skip("this user may not make a PID namespace (unshare --pid --fork --mount-proc)")
     before = saved_steps(config)
-    seed = ("--set", f"seed={2 + list(SIGNALS).index(how)}")
-    with killed_after(Job(line, "train", *seed, "--set", "train.checkpoint_steps=1", before=program)) as job:
+    run = ("--set", f"train.lr=0.0{5 + list(SIGNALS).index(how)}1")
+    with killed_after(Job(line, "train", *run, "--set", "train.checkpoint_steps=1", before=program)) as job:
         job.wait_for(lambda: saved_steps(config, before))
         SIGNALS[how](job)
         report = job.must_be_preempted("train")
@@ -195,7 +195,7 @@ def test_training_saves_and_the_same_command_goes_on(line: Path, config: Config,
         assert "asked to stop: the ranks save a checkpoint and end" in job.log.read_text()
     assert lock_is_free(config)
     if how == "SIGTERM to the process":
-        with killed_after(Job(line, "train", *seed)) as job:
+        with killed_after(Job(line, "train", *run)) as job:
             code, report = job.end()
             assert (code, report["status"]) == (0, "done")
             assert "going on from" in job.log.read_text()
@@ -219,7 +219,7 @@ def test_a_stage_that_waits_for_spark_ends(
 ) -> None:
     """The driver waits in a read of a socket for an answer that never comes."""
     python, started = stuck
-    more = ("--set", "seed=99") if job == "prepare" else ()
+    more = {"prepare": ("--set", "seed=99"), "fetch": ()}.get(job, ("--set", "train.epochs=1"))
     with killed_after(Job(line, job, *more, PYSPARK_PYTHON=str(python))) as running:
         running.wait_for(started.exists)
         assert len(running.left()) >= 3, "the driver, its JVM, and the worker that is none"
