@@ -321,8 +321,8 @@ class _Night:
                 f"format {config.format}: {dict(sorted(reasons.items()))}, for example "
                 f"{place_of(config.format, example['place'])} of {example['file']} ({example['reason']}); needed lines "
                 f"like {wanted!r} and at most {config.max_bad_fraction:.1%} bad: "
-                f"{hint(config, reasons, example['raw'])}, or fix the file; every rejected row, what it holds and its "
-                f"reason are in {self.run}/quarantine"
+                f"{hint(config, reasons, example['raw'])}; or set input.format to what the file is, or fix it; every "
+                f"rejected row, what it holds and its reason are in {self.run}/quarantine"
             )
         if not judged:
             raise InputError(
