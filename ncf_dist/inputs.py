@@ -27,6 +27,10 @@ _HIDDEN = re.compile(r"(^|/)(\.|_(?![^/]*=))")
 log = logging.getLogger(__name__)
 
 
+class NoInput(InputError):
+    """There is no such file: it may be one that is still to come."""
+
+
 @dataclass(frozen=True)
 class Listing:
     """What a path stands for. files: sorted, each once; hidden: files and folders that a folder hides by their name."""
@@ -73,7 +77,7 @@ def listing(path: str) -> Listing:
         what = (
             "is an empty folder" if kind == "folder" else "matches no file" if not fs.exists(inner) else "holds nothing"
         )
-        raise InputError(
+        raise NoInput(
             f"input {root} {what}; needed a file, a folder or a glob with the interaction log: "
             "set input.path (or run the job fetch)"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import copy
 import datetime as dt
 import inspect
 import json
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
+from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -282,3 +286,80 @@ def test_every_field_is_documented_where_it_is_declared() -> None:
     inner = {("Config", name) for name, field in Config.model_fields.items() if field.annotation in sections}
     assert fields == declared
     assert fields - inner - documented == set()
+
+
+# ---- keys inside of keys -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("items: {pth: y}", "unknown key input.items.pth (did you mean input.items.path?)"),
+        ("items: {pth: y}", "input.items.path is missing"),
+        ("users: {path: y, titel: 1}", "unknown key input.users.titel (did you mean input.users.title?)"),
+        ("items: {path: y, columns: {genre: {frm: x}}}", "unknown key input.items.columns.genre.frm (did you mean "),
+        (
+            "items: {path: y, columns: {Bad: {from: x}}}",
+            "input.items.columns.Bad is 'Bad': string should match pattern",
+        ),
+        ("items: 5", "input.items is 5: needed a section with path, format, separator, "),
+        (
+            "items: {path: y, title: 1.5}",
+            "input.items.title is 1.5: input should be a valid string, or input should be",
+        ),
+        ("columns: {user: [1]}", "input.columns.user is [1]: input should be a valid string, or input should be a"),
+        ("path: {a: 1}", "input.path is {'a': 1}: input should be a valid string, or input should be a valid tuple"),
+        ("columns: {user: 2, item: 2}", "input.columns.user and input.columns.item are both 2; needed two columns"),
+        ("fields: 4, columns: {user: 4}", "input.columns.user is 4 with input.fields 4; needed a position from 0 to 3"),
+    ],
+)
+def test_a_mistake_inside_of_a_section_is_named(load: Load, section: str, message: str) -> None:
+    given = section if section.startswith("path") else f"path: x, {section}"
+    assert message in refused(load, f"paths: {{lake: l}}\ninput: {{{given}}}\n")
+
+
+def test_a_side_table_may_be_its_path_alone_and_a_section_be_empty(load: Load) -> None:
+    config = load("paths: {lake: l}\ninput: {path: x, items: movies.dat, users: users.dat, columns: }\n")
+    assert config.input.items is not None
+    assert config.input.users is not None
+    assert (config.input.items.path, config.input.users.path) == ("movies.dat", "users.dat")
+    assert config.input.columns == settings.Columns()
+
+
+JUNK: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, 0, -1, 1.5, "x", "", [], [1, "x"], {}, {"path": "y"}, {"x": {"from": 1}}, {"a": {"b": {}}}]
+)
+FULL: dict[str, Any] = {
+    "paths": {"lake": "l", "work": "w"},
+    "input": {
+        "path": ["a", "b"], "format": "csv", "columns": {"user": 0, "item": "i", "rating": None, "timestamp": "t"},
+        "items": {"path": "m", "id": "i", "columns": {"genre": {"from": "g", "type": "string"}}}, "since": "2020-01-01",
+        "rating_range": [1, 5], "allow_items": [1, "a"],
+    },
+    "split": {"strategy": "temporal"}, "train": {"epochs": 1, "part_decay": {"gmf": 0.1}, "betas": [0.9, 0.9]},
+    "score": {"active_since": 30, "allow_items": "file"}, "evaluate": {"ks": [5]}, "seed": 1,
+}  # fmt: skip
+
+
+@settings_of(deadline=None, max_examples=60)
+@given(st.data())
+def test_whatever_is_wrong_in_a_config_is_a_config_error(tmp_path_factory: Any, data: st.DataObject) -> None:
+    """One to three places of a full config, of any depth, are misnamed, or hold something else."""
+    tree = copy.deepcopy(FULL)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place: Any = tree
+        while True:
+            key = data.draw(st.sampled_from(sorted(place)))
+            if isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
+                place = place[key]
+                continue
+            if data.draw(st.booleans()):
+                place[key] = data.draw(JUNK)
+            else:
+                name = data.draw(st.sampled_from(["pth", "", "[key]", "SideTable", "0", "str", key + "s"]))
+                place[name] = place.pop(key)
+            break
+    path = tmp_path_factory.mktemp("config") / "c.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load_config(path), Config)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import chain
 
 from ncf_dist.artifacts import Outcome
 from ncf_dist.config import Config
 from ncf_dist.doctor import checks, places
 from ncf_dist.doctor.check import Check
+from ncf_dist.doctor.sample import looked_at
 from ncf_dist.doctor.versions import versions
 from ncf_dist.errors import ConfigError, InputError
 
@@ -22,7 +24,7 @@ def doctor(config: Config, ds: str) -> Outcome:
     InputError if the data does.
     """
     found = []
-    for check in examine(config):
+    for check in chain(examine(config), looked_at(config, ds)):
         print(check, file=sys.stderr, flush=True)
         found.append(check)
     report = [{"name": check.name, "status": check.status, "detail": check.detail} for check in found]

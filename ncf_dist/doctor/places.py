@@ -11,7 +11,7 @@ from ncf_dist.artifacts import Lake, filesystem, is_local, resolve
 from ncf_dist.config import Config, Negatives, Paths
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import InputError, NcfError
-from ncf_dist.inputs import input_files
+from ncf_dist.inputs import NoInput, input_files
 
 GIB = 1024**3
 ROW_BYTES = 20
@@ -85,8 +85,10 @@ def inputs(config: Config) -> Iterator[Check]:
             for file in (files[0], files[-1]):
                 fs, inner = filesystem(file)
                 fs.cat_file(inner, start=0, end=1)
-        except NcfError:
+        except NoInput:
             yield Check(name, "warn", f"{_shown(paths)} is not there yet: run fetch, or set {key}")
+        except InputError as error:
+            yield Check(name, "fail", str(error), "data")
         except (ImportError, ValueError, OSError) as error:
             yield Check(
                 name,

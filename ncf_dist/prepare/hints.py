@@ -25,9 +25,15 @@ def hint(config: Input, reasons: Mapping[str, int], raw: str, key: str = "input"
     of_side = f"{key}.columns.{side} to the column of the {side} ids"
     separator = config.separator or FORMATS[config.format].separator
     count = raw.count(separator) + 1
+    past = [
+        f"{key}.columns.{name} is {place}"
+        for name, place in config.columns.model_dump().items()
+        if isinstance(place, int) and place >= count
+    ]
     advice = {
-        "too few fields": f"set {key}.separator to what parts the fields ({separator!r} makes {count} of that line), "
-        f"or {key}.columns to positions from 0 to {count - 1}",
+        "too few fields": f"{', '.join(past)}: " * bool(past)
+        + f"set {key}.separator to what parts the fields ({separator!r} makes {count} of that line), or "
+        f"{key}.columns to positions from 0 to {count - 1}",
         "too many fields": f"set {key}.separator to what parts the fields, or {key}.fields to how many there are",
         "a quoted field does not end": f"set {key}.format=tsv and {key}.separator={separator!r} if quotes mean nothing",
         "text is not in the charset": f"set {key}.encoding={'utf-8' if config.encoding == 'latin-1' else 'latin-1'}",

@@ -138,7 +138,8 @@ def write_side(
     if total == unusable:
         raise InputError(
             f"input.{kind} {', '.join(spec.source.files[:3])} has no row with a usable id ({total:,} rows read); "
-            f"needed a table of {kind}: mend input.{kind}"
+            f"needed a table of {kind}: set input.{kind}.id to the column of the ids, or input.{kind}.separator and "
+            f"input.{kind}.header to how it is written"
         )
     id_column, idx = index.columns
     known = rows.where(~F.col("_unusable") & ~F.col("_forgotten")).groupBy("id")
