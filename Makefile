@@ -10,6 +10,8 @@ PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) pytho
 # The folder with ml-1m/, ml-100k/ and so on; tests that need it are skipped, and `make ml-1m` downloads, where it does not exist.
 NCF_DATA_DIR ?= $(CURDIR)/../shared/data
 export NCF_DATA_DIR
+# Processes that share the tests, each with a Spark session of its own.
+TEST_WORKERS ?= 2
 
 python := .venv/bin/python
 log := .venv/install.log
@@ -65,7 +67,7 @@ format: install ## rewrite the code in the house format and mend what the linter
 	$(python) -m ruff format .
 
 test: install ## run the tests; PYTEST_ARGS="-k negatives -x" chooses
-	$(java) $(python) -m pytest -m "not soak" $(PYTEST_ARGS)
+	$(java) $(python) -m pytest -n $(TEST_WORKERS) --dist loadfile --durations 20 -m "not soak" $(PYTEST_ARGS)
 
 soak: install ## run the long campaigns of kills, races and mutated input: before a release, and by hand
 	$(java) $(python) -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)
