@@ -12,6 +12,7 @@ import json
 import uuid
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,8 @@ import pyarrow.parquet as pq
 from ncf_dist.artifacts import filesystem
 from ncf_dist.prepare.chunks import SLICE, UNREADABLE, Chunk, Mask, Raw, as_mask, row_by_row
 from ncf_dist.prepare.records import Quotes, Records, Seam, lines_of, whole_lines, whole_records
-from ncf_dist.prepare.source import Piece, Source, compression
+from ncf_dist.prepare.source import Piece, Source
+from ncf_dist.prepare.streams import opened, wide
 
 BLOCK_BYTES = 4 * 2**20
 PARQUET_BATCH = 262_144
@@ -35,10 +37,10 @@ def read_unit(source: Source, unit: tuple[Piece, ...], seams: list[Seam] | None 
     Raises OSError, pa.ArrowInvalid where a file cannot be read or decompressed."""
     seams = [] if seams is None else seams
     for piece in unit:
-        if source.kind == "parquet":
-            yield from _parquet(source, piece)
-        else:
-            yield from _text(source, piece, seams)
+        known = source.values[piece.file] if source.values else {}
+        for chunk in _parquet(source, piece) if source.kind == "parquet" else _text(source, piece, seams):
+            chunk.columns |= {name: pa.repeat(value, len(chunk.place)) for name, value in known.items()}
+            yield chunk
 
 
 def _text(source: Source, piece: Piece, seams: list[Seam]) -> Iterator[Chunk]:
@@ -52,15 +54,12 @@ def _text(source: Source, piece: Piece, seams: list[Seam]) -> Iterator[Chunk]:
 
 def _records(source: Source, piece: Piece, seams: list[Seam]) -> Iterator[Records]:
     """The records that begin in the piece."""
-    path = source.files[piece.file]
-    fs, inner = filesystem(path)
-    with fs.open(inner, "rb") as raw:
-        stream = pa.CompressedInputStream(raw, compression(path)) if compression(path) else raw
+    with opened(source.files[piece.file], source.how(piece.file)) as stream:
         if not source.quote:
             for offset, block in whole_lines(stream, piece.start, piece.end, source.max_line_bytes, BLOCK_BYTES):
                 yield offset, block, *lines_of(block)
             return
-        charset = "latin-1" if source.latin1 else "utf-8"
+        charset = "latin-1" if source.latin1 and not wide(source.how(piece.file)) else "utf-8"
         quotes = Quotes(source.separator, charset, source.max_line_bytes, source.counts[piece.file])
         first = piece.first
         if first is None:
@@ -81,7 +80,7 @@ def _lines(
     raw = pa.BinaryArray.from_buffers(
         pa.binary(), len(starts), [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(block)]
     )
-    lines, wrong = (_latin1(raw), None) if source.latin1 else _utf8(raw)
+    lines, wrong = (_latin1(raw), None) if source.latin1 and not wide(source.how(file)) else _utf8(raw)
     lines = pc.ascii_rtrim(lines, characters="\r\n")
     chunk = Chunk(file, starts + offset, Raw(lines), {}, np.full(len(starts), None, dtype=object))
     if wrong is not None:
@@ -153,7 +152,7 @@ def _fields(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Array
     """Fields of separated text, by name."""
     places = {name: int(place) for name, place in source.columns[chunk.file].items()}
     count = source.counts[chunk.file]
-    least = max(places.values()) + 1 if count is None else count
+    least = max(places.values(), default=0) + 1 if count is None else count
     parts = pc.split_pattern(lines, source.separator)
     size = found = pc.list_value_length(parts)
     quoted = as_mask(pc.match_substring(lines, '"')) if source.quote else np.zeros(len(lines), dtype=bool)
@@ -234,8 +233,8 @@ def _objects(source: Source, chunk: Chunk, lines: pa.Array) -> dict[str, pa.Arra
             body, deep[row] = None, True
         wrong[row] = not isinstance(body, dict)
         for name, key in names.items():
-            value = body.get(key) if isinstance(body, dict) else ""
-            if isinstance(value, bool) and name.startswith("column "):
+            value = _at(body, key) if isinstance(body, dict) else ""
+            if isinstance(value, bool) and (name == "rating" or name.startswith("column ")):
                 value = str(value)
             if isinstance(value, _Constant) and name in IDS:
                 value = None if value == "NaN" else []
@@ -267,6 +266,16 @@ def _has_bytes(value: str) -> bool:
     return True
 
 
+def _at(body: dict[str, Any], key: str) -> Any:
+    """The value of a key; where there is no key `product.sku`, of key sku in the object `product`."""
+    if key in body or "." not in key:
+        return body.get(key)
+    value: Any = body
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 class _Number(str):
     """A JSON number as it was written: 1.50 and 1e3 keep their form, big integers their digits."""
 
@@ -291,15 +300,26 @@ def _parquet(source: Source, piece: Piece) -> Iterator[Chunk]:
         groups = range(piece.start, file.num_row_groups if piece.end is None else piece.end)
         first = sum(file.metadata.row_group(g).num_rows for g in range(piece.start))
         for batch in file.iter_batches(PARQUET_BATCH, row_groups=list(groups), columns=sorted(set(names.values()))):
-            columns = {name: batch.column(column) for name, column in names.items()}
+            columns = {name: _column(batch, column) for name, column in names.items()}
             reason = np.full(batch.num_rows, None, dtype=object)
             place = np.arange(first, first + batch.num_rows)
             yield from row_by_row(Chunk(piece.file, place, Raw(table=batch), columns, reason), _plain)
             first += batch.num_rows
 
 
+def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
+    """A column; or `product.sku`, field sku of the column product of structs."""
+    if name in batch.schema.names:
+        return batch.column(batch.schema.get_field_index(name))
+    first, *fields = name.split(".")
+    column = batch.column(batch.schema.get_field_index(first))
+    for part in fields:
+        column = pc.struct_field(column, [column.type.get_field_index(part)])
+    return column
+
+
 def _plain(chunk: Chunk) -> Chunk:
-    """Dictionaries unpacked, text as string, UUIDs as their text."""
+    """Dictionaries unpacked, text as string (also where no row has a value), UUIDs as their text."""
     for name, column in chunk.columns.items():
         kind = column.type
         if pa.types.is_dictionary(kind):
@@ -310,6 +330,8 @@ def _plain(chunk: Chunk) -> Chunk:
             column = pa.array(texts, pa.string())
         elif any(of(kind) for of in (pa.types.is_string, pa.types.is_large_string, *_BINARY)):
             column = _checked(chunk, column)
+        elif pa.types.is_null(kind):
+            column = column.cast(pa.string())
         chunk.columns[name] = column
     return chunk
 
