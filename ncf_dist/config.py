@@ -797,19 +797,20 @@ def _place(loc: Iterable[str | int]) -> tuple[list[str], list[str]]:
     names: list[str] = []
     known: list[str] = []
     kind: Any = Config
+    keyed = False  # Whether the part before is a key of a table: `[key]` after it says that the key itself is wrong.
     for part in loc:
         section = _section(kind)
         table = next((form for form in _forms(kind) if get_origin(form) is dict), None)
-        if part == "[key]":
-            continue
-        if section is not None and part != section.__name__:
+        if section is not None and not (part == "[key]" and keyed):
             fields = {field.alias or name: field for name, field in section.model_fields.items()}
             found = fields.get(str(part))
             names, known, kind = [*names, str(part)], list(fields), found.annotation if found else None
         elif table is not None:
-            names, kind = [*names, str(part)], get_args(table)[1]
+            names, kind, keyed = [*names, str(part)], get_args(table)[1], True
+            continue
         elif isinstance(part, int):
             names, kind = [*names, str(part)], None
+        keyed = False
     section = _section(kind)
     if section is not None:
         known = [field.alias or name for name, field in section.model_fields.items()]
