@@ -116,7 +116,9 @@ def ours(lake: str, epochs: int, ranks: int, mf: bool = False, **loader: Any) ->
             "seed": time.time_ns() % 2**31,  # Else the second one is already trained.
         }
     )
-    history: list[dict[str, float]] = json.loads(Path(train(config, DS).outputs["history"]).read_text())["epochs"]
+    made = {"prepare": Lake(lake).stage(DS, "prepare").newest()}
+    outcome = train(config, DS, made)
+    history: list[dict[str, float]] = json.loads(Path(outcome.outputs["history"]).read_text())["epochs"]
     return history
 
 

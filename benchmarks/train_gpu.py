@@ -120,7 +120,9 @@ def epochs_of(lake: str, args: argparse.Namespace, examples: int) -> list[dict[s
             },
         }
     )
-    found: list[dict[str, Any]] = json.loads(Path(train(config, DS).outputs["history"]).read_text())["epochs"]
+    made = {"prepare": Lake(lake).stage(DS, "prepare").newest()}
+    outcome = train(config, DS, made)
+    found: list[dict[str, Any]] = json.loads(Path(outcome.outputs["history"]).read_text())["epochs"]
     return found
 
 
