@@ -358,7 +358,7 @@ def test_the_job_reports_every_check_without_importing_what_it_checks(tmp_path: 
     (tmp_path / "conf.yaml").write_text(json.dumps(config(tmp_path).model_dump(mode="json", by_alias=True)))
     packages = ("torch", "petastorm", "pyspark", "deltalake")
     heavy = f"print([m for m in {packages} if m in sys.modules], file=sys.stderr)"
-    code = f"import sys; from jobs.doctor import *; done = run_job('doctor', doctor); {heavy}; sys.exit(done)"
+    code = f"import sys; from ncf_dist.cli import main; done = main(['doctor', *sys.argv[1:]]); {heavy}; sys.exit(done)"
     env = {k: v for k, v in os.environ.items() if k != "JAVA_HOME"} | {
         "PYTHONPATH": str(REPO),
         "JAVA_HOME": str(fake_java(tmp_path / "jdk", "17.0.15")),

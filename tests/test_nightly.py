@@ -16,6 +16,7 @@ from ncf_dist.config import Config
 from ncf_dist.errors import ContractError, InputError, NcfError, StaleRun
 from ncf_dist.nightly import pipeline
 from ncf_dist.nightly.pipeline import nightly
+from ncf_dist.stage import Upstream
 from tests.published import Night
 
 
@@ -23,7 +24,7 @@ class Stages(list[str]):
     """Stages that note their names and do nothing."""
 
     def stage(self, name: str, **extra: Any) -> Any:
-        def run(config: Config, ds: str) -> Outcome:
+        def run(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
             self.append(name)
             return Outcome("done", name, extra=extra)
 

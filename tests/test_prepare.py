@@ -478,7 +478,7 @@ def test_too_many_bad_rows_exit_with_all_of_them_to_look_at(spark: SparkSession,
     message = refused(small(tmp_path, path, input={"max_bad_fraction": share - 1e-6}))
     assert f"{len(BAD)} of {len(GOOD) + len(BAD)} rows ({share:.1%})" in message
     assert "'timestamp is negative': 1" in message
-    folder = Path(message.rpartition(" is in ")[2])
+    folder = Path(message.rpartition(" are in ")[2])
     stored = [row for file in folder.iterdir() for row in pq.ParquetFile(file).read().to_pylist()]
     assert Counter(row["reason"] for row in stored) == Counter(BAD.values())
 
@@ -488,7 +488,8 @@ def test_another_format_shows_a_line_and_what_was_needed(spark: SparkSession, tm
     message = refused(small(tmp_path, path, input={"max_bad_fraction": 0.01}))
     assert "3 of 3 rows (100.0%)" in message
     assert "'too few fields': 3" in message
-    assert "'1\\t2\\t3\\t4' (too few fields); needed lines like '1::1193::5::978300760'" in message
+    assert f"byte 0 of {path} (too few fields); needed lines like '1::1193::5::978300760'" in message
+    assert "1\t2\t3\t4" not in message, "what a row holds names a person: it is in the quarantine"
     assert "set input.format" in message
 
 

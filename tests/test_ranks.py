@@ -62,7 +62,9 @@ class Listening(threading.Thread):
 
     @property
     def open_to_others(self) -> set[tuple[str, int]]:
-        return {(host, port) for host, port in self.found if not ipaddress.ip_address(host).is_loopback}
+        """An IPv4 address in IPv6's clothes is what it is."""
+        hosts = {host: ipaddress.ip_address(host.removeprefix("::ffff:")) for host, _ in self.found}
+        return {(host, port) for host, port in self.found if not hosts[host].is_loopback}
 
 
 def put_in_store(port: int) -> None:

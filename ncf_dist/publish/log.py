@@ -123,7 +123,7 @@ class DeltaLog:
                     self._refuse(known, f"it is gone: {LATEST} names version {known}, and there is no log")
                 if not self._versions():
                     return None
-                raise
+                table = DeltaTable(self.root)  # Somebody's first commit came in between.
             if known is not None and known > table.version():
                 self._refuse(known, f"it is gone: {LATEST} names version {known}, the log ends at {table.version()}")
             for version in range(max(0, table.version() - LOOK_BACK + 1), table.version() + 1):

@@ -82,7 +82,11 @@ def training(train: Manifest) -> dict[str, Any]:
         history.check()
     except (OSError, ValueError) as error:
         raise ContractError(f"{path} cannot be read ({error}); needed what train wrote: rerun the job train") from None
-    return {"epochs": history.epochs, "curve": thinned(history.curve), "best_epoch": history.epoch}
+    return {
+        "epochs": history.epochs,
+        "curve": [list(point) for point in thinned(history.curve)],
+        "best_epoch": history.epoch,
+    }
 
 
 def thinned(curve: Sequence[Any], most: int = CURVE_POINTS) -> list[Any]:
