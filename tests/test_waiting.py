@@ -32,7 +32,12 @@ from ncf_dist.train.waiting import PARALLEL, Teams, Waiting
 
 def burnt():
     "Milliseconds of processor time of 20 parallel parts, with nothing to do between them."
-    used = lambda: sum(int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir())
+    def of(task):
+        try:
+            return int((task / "schedstat").read_text().split()[0])
+        except OSError:  # A thread that ended meanwhile.
+            return 0
+    used = lambda: sum(map(of, Path("/proc/self/task").iterdir()))
     before = used()
     for _ in range(20):
         torch.ones(PARALLEL).add_(1)
