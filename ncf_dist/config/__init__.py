@@ -1,0 +1,60 @@
+"""The one configuration tree: typed, frozen, read from YAML, each field documented where it is declared.
+
+`load_config` reads a file, applies `--set section.key=value` overrides and validates the result. A mistake raises
+`ConfigError` that names the key, the value found, the values allowed and, for an unknown key, the nearest known one.
+Relative paths are taken from the working directory of the command, as spark-submit takes its own.
+"""
+
+from __future__ import annotations
+
+from ncf_dist.config.evaluate import Evaluate
+from ncf_dist.config.fetch import Dataset, Fetch
+from ncf_dist.config.input import Columns, IdType, Input, InputFormat, Place, SideColumn, SideTable
+from ncf_dist.config.layout import Layout
+from ncf_dist.config.load import load_config, parse_ds
+from ncf_dist.config.loader import Loader
+from ncf_dist.config.model import Model, embedding_size
+from ncf_dist.config.negatives import Negatives
+from ncf_dist.config.paths import Paths
+from ncf_dist.config.publish import RESERVED, Gate, Publish
+from ncf_dist.config.score import IdList, Score
+from ncf_dist.config.section import NonNegativeInt, PositiveInt, Section
+from ncf_dist.config.spark import MEMORY_PATTERN, Spark
+from ncf_dist.config.split import Split
+from ncf_dist.config.train import Pretrained, Train
+from ncf_dist.config.tree import Config
+
+__all__ = [
+    "MEMORY_PATTERN",
+    "RESERVED",
+    "Columns",
+    "Config",
+    "Dataset",
+    "Evaluate",
+    "Fetch",
+    "Gate",
+    "IdList",
+    "IdType",
+    "Input",
+    "InputFormat",
+    "Layout",
+    "Loader",
+    "Model",
+    "Negatives",
+    "NonNegativeInt",
+    "Paths",
+    "Place",
+    "PositiveInt",
+    "Pretrained",
+    "Publish",
+    "Score",
+    "Section",
+    "SideColumn",
+    "SideTable",
+    "Spark",
+    "Split",
+    "Train",
+    "embedding_size",
+    "load_config",
+    "parse_ds",
+]

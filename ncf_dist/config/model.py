@@ -1,0 +1,56 @@
+"""The section `model`: which model, and its shape."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ncf_dist.config.section import PositiveInt, Section
+
+
+def embedding_size(rows: int) -> int:
+    """fastai's rule of thumb, min(600, round(1.6 · n^0.56)): 944 → 74, 1625 → 101."""
+    return min(600, round(1.6 * float(rows**0.56)))
+
+
+class Model(Section):
+    """Which model, and its shape; the formulas are in ncf_dist/models.py."""
+
+    name: Literal["gmf", "mlp", "neumf", "mf", "embedding_nn"] = "neumf"
+    """`gmf`, `mlp`, `neumf`: He et al. 2017 · `mf`: dot product · `embedding_nn`: layers over embeddings (fastai)."""
+    factors: PositiveInt = 8
+    """Embedding size of GMF, of NeuMF's GMF part and of mf (D)."""
+    layers: tuple[PositiveInt, ...] = (64, 32, 16, 8)
+    """mlp, neumf: the first entry is the width of the concatenated user and item embeddings, so it must be even, the
+    rest are hidden layers · embedding_nn: hidden layers, such as [100, 50]."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """mlp, neumf: dropout before each layer · embedding_nn: after each hidden layer."""
+    biases: bool = False
+    """mf: a bias a user and a bias an item."""
+    y_range: tuple[float, float] | None = None
+    """Explicit feedback, mf and embedding_nn: a sigmoid maps scores into (low, high). A little more than the scale of
+    the ratings, such as [0, 5.5] for 1 to 5, lets the best ones be reached."""
+    embedding_sizes: tuple[PositiveInt, PositiveInt] | None = None
+    """embedding_nn: of users and of items; default: by the number of each, see `embedding_size`."""
+    batch_norm: bool = True
+    """embedding_nn: batch normalisation after each hidden layer."""
+    init_std: Annotated[float, Field(gt=0)] = 0.01
+    """Standard deviation of the initial embeddings, around 0."""
+
+    @model_validator(mode="after")
+    def _shape_fits_model(self) -> Model:
+        if self.name in ("mlp", "neumf") and (not self.layers or self.layers[0] % 2):
+            raise ValueError(
+                f"model.layers starts with {self.layers[:1]}: its first entry is split evenly between user and item, "
+                "give an even width"
+            )
+        if self.y_range is not None:
+            if self.name not in ("mf", "embedding_nn"):
+                raise ValueError(
+                    f"model.y_range is {list(self.y_range)} with model.name={self.name}; "
+                    "only mf and embedding_nn have one: leave it out"
+                )
+            if not self.y_range[0] < self.y_range[1]:
+                raise ValueError(f"model.y_range is {list(self.y_range)}; needed the lower bound first, as [0, 5.5]")
+        return self

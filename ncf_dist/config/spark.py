@@ -1,0 +1,36 @@
+"""The section `spark`: what sessions are started with."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from ncf_dist.config.section import PositiveInt, Section
+
+MEMORY_PATTERN = r"^[1-9][0-9]*[kmgt]$"
+
+
+def _master(text: str) -> str:
+    """`text`, if a command line takes it as one word and nothing else. Raises ValueError."""
+    if not text.isprintable() or " " in text or text.startswith("-") or not text:
+        raise ValueError(
+            f"spark.master is {text!r}; needed one word without white space, control characters or a leading -, "
+            "such as local[*], yarn, spark://host:7077 or k8s://https://host:443"
+        )
+    return text
+
+
+class Spark(Section):
+    master: Annotated[str, AfterValidator(_master)] | None = None
+    """Given to spark-submit as --master; None leaves the cluster's default."""
+    driver_memory: Annotated[str, Field(pattern=MEMORY_PATTERN)] = "1g"
+    """Heap of the driver; in local mode it is also the executors'."""
+    executor_memory: Annotated[str, Field(pattern=MEMORY_PATTERN)] = "2g"
+    """Heap of each executor on a cluster."""
+    shuffle_partitions: PositiveInt = 8
+    """Partitions of a shuffle. Changes the speed, never a byte of the tables."""
+    authenticate: bool | None = None
+    """On a cluster: None turns Spark's authentication and encryption on where that needs nothing else (YARN,
+    Kubernetes; a standalone cluster with SPARK_AUTHENTICATE_SECRET in the environment), and warns elsewhere. False: it
+    is wanted off."""

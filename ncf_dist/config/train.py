@@ -1,0 +1,103 @@
+"""The section `train`: the processes, the objective, the optimiser, and when to stop and to save."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ncf_dist.config.section import PositiveInt, Section
+
+
+class Pretrained(Section):
+    """NeuMF's start from two trained models (He et al. 2017, section 3.4.1)."""
+
+    gmf: str
+    """Bundle folder of a gmf with the same factors."""
+    mlp: str
+    """Bundle folder of an mlp with the same layers."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of GMF in the output layer; MLP gets 1 - alpha."""
+
+
+class Train(Section):
+    launcher: Literal["torchrun", "spark", "none"] = "torchrun"
+    """`torchrun`: `ranks` processes a node under DistributedDataParallel · `spark`: `ranks` barrier tasks of Spark's
+    TorchDistributor · `none`: one process, no process group."""
+    ranks: PositiveInt = 1
+    """Processes on each node; one a GPU, or a share of the cores each without GPUs."""
+    nodes: PositiveInt = 1
+    """torchrun: machines. The job starts its own ranks and prints the command that the other machines need."""
+    rendezvous: str | None = None
+    """torchrun, several nodes: HOST:PORT of this machine, as the others reach it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA (NCCL) where there is a GPU for every rank, else CPU (gloo)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: matrix products in bfloat16 under autocast; weights, optimiser and loss stay float32."""
+    compiled: bool = True
+    """gmf, mlp and neumf by bce or bpr, fp32 without dropout, on a CPU: compute a step's loss and gradients in one
+    compiled call, where it was built. Faster, and equal within rounding; false: torch's operations."""
+    loss: Literal["bce", "bpr", "sampled_softmax", "mse"] | None = None
+    """ncf_dist/train/losses.py has the formulas. Default: bce for implicit feedback, mse for explicit."""
+    negatives: Literal["table", "online"] = "table"
+    """`table`: those that prepare drew, draw `e mod negatives.draws` in epoch e · `online`: drawn by the same hash on
+    the training device, draw e in epoch e, so never repeated."""
+    shared_negatives: PositiveInt = 1_024
+    """sampled_softmax: items drawn for a step and shared by all its rows."""
+    epochs: PositiveInt = 20
+    """Upper bound of epochs; the validation rows choose which one is kept."""
+    batch_size: PositiveInt = 1_024
+    """Rows a step on each rank (B); with bce and bpr a step sees B x (1 + negatives.per_positive) examples."""
+    optimiser: Literal["adam", "adamw", "sgd"] = "adam"
+    """adam: weight decay is an L2 term of the loss · adamw: it is apart from the gradient · sgd: with `momentum`."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """The schedule's highest learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "one_cycle"] = "cosine"
+    """ncf_dist/train/schedules.py has the formulas."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's decay rates; one_cycle moves the first one."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's term in the denominator."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """sgd; one_cycle moves it."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the layers' weights; never of biases and batch norm."""
+    embedding_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of the embedding tables, rows that a step does not touch included."""
+    embedding_l2: Annotated[float, Field(ge=0)] = 0.0
+    """An L2 term of the loss on the embeddings that a step's pairs use, once for each use; beside any decay."""
+    part_decay: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
+    """Weight decay of a part instead of the two above, embeddings and layers alike: by the beginning of its parameters'
+    names, such as {gmf: 1.0e-6, tower: 1.0e-5}."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Gradients with a larger norm (all parameters together) are scaled down to it."""
+    patience: PositiveInt = 5
+    """Stop after this many epochs without a better validation NDCG@10 (explicit feedback: MSE)."""
+    pretrained: Pretrained | None = None
+    """neumf: start from a trained gmf and a trained mlp."""
+    warm_start: str | None = None
+    """Start from an earlier bundle of the same model, whose users and items may be fewer: its folder, or `previous` for
+    that of the latest night before ds (none there: a fresh start)."""
+    checkpoint_steps: PositiveInt | None = None
+    """Save after this many steps."""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = 5.0
+    """Save after this many minutes. A training that was cut short goes on from the latest checkpoint."""
+    timeout_s: PositiveInt = 300
+    """A collective that waits longer than this fails the run instead of hanging it."""
+    lr_find: bool = False
+    """Draw loss over learning rate, suggest a rate, and exit without training."""
+    max_model_bytes: PositiveInt | None = None
+    """Refuse a training that needs more than this, all ranks of a machine together;
+    default: 80 % of the machine's memory (or of the GPU's)."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Train:
+        if (self.nodes > 1) != (self.rendezvous is not None) or (self.nodes > 1 and self.launcher != "torchrun"):
+            raise ValueError(
+                f"train.nodes is {self.nodes} with train.rendezvous={self.rendezvous} and "
+                f"train.launcher={self.launcher}; needed launcher torchrun and HOST:PORT of this machine "
+                "for several nodes, and no rendezvous for one"
+            )
+        if self.pretrained and self.warm_start:
+            raise ValueError("train.pretrained and train.warm_start are both set; a model starts from one of them")
+        return self

@@ -1,0 +1,101 @@
+"""The whole tree: every section, and the checks that concern several of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from ncf_dist import urls
+from ncf_dist.config.evaluate import Evaluate
+from ncf_dist.config.fetch import Fetch
+from ncf_dist.config.input import Input
+from ncf_dist.config.layout import Layout
+from ncf_dist.config.loader import Loader
+from ncf_dist.config.model import Model
+from ncf_dist.config.negatives import Negatives
+from ncf_dist.config.paths import Paths
+from ncf_dist.config.publish import Publish
+from ncf_dist.config.score import Score
+from ncf_dist.config.section import Section
+from ncf_dist.config.spark import Spark
+from ncf_dist.config.split import Split
+from ncf_dist.config.train import Train
+
+
+class Config(Section):
+    """The whole tree; only `pipeline.py` of a stage sees it."""
+
+    paths: Paths
+    fetch: Fetch = Fetch()
+    input: Input
+    split: Split = Split()
+    negatives: Negatives = Negatives()
+    layout: Layout = Layout()
+    model: Model = Model()
+    loader: Loader = Loader()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    score: Score = Score()
+    publish: Publish = Publish()
+    spark: Spark = Spark()
+    seed: Annotated[int, Field(ge=1)] = 1
+    """The one seed; every stream is derived from it by name, epoch and rank."""
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    """Names an experiment (`--run NAME`): its runs are kept apart, and production never builds on them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, tree: Any) -> Any:
+        """What is stored, hashed and printed of a config holds no password and no token of a URL."""
+        if not isinstance(tree, dict):
+            return tree
+        return {name: value if name == "spark" else urls.hide_all(value) for name, value in tree.items()}
+
+    @model_validator(mode="after")
+    def _sections_fit(self) -> Config:
+        if self.split.strategy == "files" and (self.input.k_core > 1 or self.input.max_user_interactions):
+            raise ValueError(
+                "input.k_core and input.max_user_interactions do not go with split.strategy files, whose rows are "
+                "given: leave them out"
+            )
+        timeless = not self.input.format.startswith("movielens") and self.input.columns.timestamp is None
+        if self.split.strategy == "temporal" and timeless:
+            raise ValueError(
+                "split.strategy is temporal and input.columns.timestamp is not set; needed the column of the times"
+            )
+        if self.score.active_since is not None and timeless:
+            raise ValueError(
+                f"score.active_since is {self.score.active_since} and input.columns.timestamp is not set; needed the "
+                "column of the times"
+            )
+        if self.train.negatives == "online" and self.negatives.alpha > 0:
+            raise ValueError(
+                f"negatives.alpha is {self.negatives.alpha} with train.negatives online, which draws uniformly: "
+                "set train.negatives=table, or negatives.alpha=0"
+            )
+        return self
+
+    @property
+    def loss(self) -> str:
+        """The loss in force: `train.loss`, or what the feedback asks for."""
+        return self.train.loss or ("mse" if self.input.feedback == "explicit" else "bce")
+
+    @model_validator(mode="after")
+    def _loss_fits_the_data(self) -> Config:
+        explicit = self.input.feedback == "explicit"
+        if explicit != (self.loss == "mse"):
+            raise ValueError(
+                f"train.loss is {self.loss} with input.feedback={self.input.feedback}; "
+                "needed mse for explicit feedback and bce, bpr or sampled_softmax for implicit"
+            )
+        if not explicit and self.model.y_range is not None:
+            raise ValueError(
+                f"model.y_range is {list(self.model.y_range)} with input.feedback=implicit, where scores are logits: "
+                "leave it out"
+            )
+        if self.train.pretrained and self.model.name != "neumf":
+            raise ValueError(
+                f"train.pretrained is set with model.name={self.model.name}; only neumf is made of a gmf and an mlp"
+            )
+        return self
