@@ -39,10 +39,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Manifest, TableInfo, write_parquet
 from ncf_dist.config import Loader, Model, Train
 from ncf_dist.errors import Preempted
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import Recommender, build_model
+from ncf_dist.parquet import TableInfo, write_parquet
 from ncf_dist.scoring import Lists, ModelScorer, recommend
 from ncf_dist.train import checkpoints
 from ncf_dist.train.loaders import Batch, Task, TrainLoader

@@ -52,11 +52,13 @@ from torch import nn
 
 from ncf_dist import config as settings
 from ncf_dist import contracts, scoring
-from ncf_dist.artifacts import Lake, Manifest, write_parquet
 from ncf_dist.bundle import save_bundle
 from ncf_dist.config import Config, Model
+from ncf_dist.lake import Lake
 from ncf_dist.machine import cores, processor
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import MF, Recommender, build_model
+from ncf_dist.parquet import write_parquet
 from ncf_dist.score.pipeline import score
 from ncf_dist.scoring import Lists, ModelScorer
 from ncf_dist.spark_io import spark_session, table_info

@@ -34,11 +34,13 @@ import torch
 import yaml
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo, write_parquet
 from ncf_dist.bundle import save_bundle
 from ncf_dist.config import Model
+from ncf_dist.lake import Lake
 from ncf_dist.machine import cores, processor
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import build_model
+from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
 
 ROOT = Path(__file__).parent.parent
 DS, SLOTS, K, WORKER = "2026-01-31", 2, 10, 2 * 2**30

@@ -44,9 +44,11 @@ import torch
 from torch import nn
 
 from ncf_dist import contracts, sampling
-from ncf_dist.artifacts import Lake, Manifest, TableInfo, write_parquet
 from ncf_dist.config import Config, Negatives
+from ncf_dist.lake import Lake
 from ncf_dist.machine import cores, processor
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import TableInfo, write_parquet
 from ncf_dist.train.pipeline import train
 
 ROOT = Path(__file__).parent.parent

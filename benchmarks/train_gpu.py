@@ -40,9 +40,11 @@ import pyarrow as pa
 import torch
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Lake, Manifest, TableInfo, write_parquet
 from ncf_dist.config import Config, Negatives
+from ncf_dist.lake import Lake
 from ncf_dist.machine import cores, processor
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import TableInfo, write_parquet
 from ncf_dist.train.pipeline import train
 
 ROOT = Path(__file__).parent.parent

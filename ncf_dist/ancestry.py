@@ -18,8 +18,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from ncf_dist.artifacts import Lake, Manifest, read_manifest, read_table
 from ncf_dist.errors import ContractError
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest, read_manifest
+from ncf_dist.parquet import read_table
 from ncf_dist.sampling import hash64
 
 if TYPE_CHECKING:

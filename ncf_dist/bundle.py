@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ncf_dist import config as settings
-from ncf_dist.artifacts import is_local, make_dirs, read_bytes, read_json, write_atomic
 from ncf_dist.errors import ContractError, TrainingFailed
+from ncf_dist.files import is_local, make_dirs, read_bytes, read_json, write_atomic
 from ncf_dist.stored import map_tensors, misfit, not_finite, parse_tensors
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ncf_dist import gateway
-from ncf_dist.artifacts import Lake, Outcome
 from ncf_dist.config import Config, load_config, parse_ds
 from ncf_dist.errors import ConfigError, ExitCode, NcfError, Preempted
+from ncf_dist.lake import Lake
+from ncf_dist.stage import Outcome
 from ncf_dist.stopping import Stopped, asked, interruptible, listening
 from ncf_dist.urls import log_to_stderr, scrub_all
 

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ncf_dist.artifacts import Lake, Manifest, exists, read_json, read_table
 from ncf_dist.cli import parser
 from ncf_dist.config import Config, load_config
 from ncf_dist.contracts import in_long_form
 from ncf_dist.errors import ContractError, ExitCode, NcfError
+from ncf_dist.files import exists, read_json
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import read_table
 
 USERS = 10
 LIKED = 4

@@ -17,8 +17,8 @@ import importlib.util
 import json
 import sys
 
-from ncf_dist.artifacts import read_bytes
 from ncf_dist.config import Config
+from ncf_dist.files import read_bytes
 from ncf_dist.spark_io import spark_session
 
 WORKER = "ncf_dist.train.worker"

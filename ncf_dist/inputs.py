@@ -8,6 +8,7 @@ itself is entered once. Names that begin with `.` or `_` are hidden, as Spark an
 from __future__ import annotations
 
 import glob
+import hashlib
 import logging
 import os
 import posixpath
@@ -17,8 +18,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from ncf_dist.artifacts import filesystem, is_local, resolve
 from ncf_dist.errors import InputError
+from ncf_dist.files import filesystem, is_local, read_bytes, resolve
 from ncf_dist.urls import public_url
 
 WILDCARDS = re.compile(r"[*?\[]")
@@ -178,3 +179,24 @@ def each_once(files: Iterable[str]) -> list[str]:
         if len(paths) > 1:
             log.info("%s are one file, %s: it is read once", ", ".join(paths[:5]), real)
     return sorted(min(paths, key=lambda path: (path != real, path.count("/"), path)) for real, paths in ways.items())
+
+
+def listed_ids(given: str | Sequence[str | int]) -> tuple[str, ...]:
+    """Distinct ids as text, ascending: those given, or the lines of a text file (UTF-8; spaces at their ends and blank
+    lines are left out). Raises InputError where the file cannot be read."""
+    lines: Sequence[str | int] = ()
+    if isinstance(given, str):
+        path = resolve(given)
+        try:
+            lines = read_bytes(path).decode("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"the list of ids {path} cannot be read ({error}); needed a text file with one id a line"
+            ) from None
+    else:
+        lines = given
+    return tuple(sorted({text for line in lines if (text := str(line).strip())}))
+
+
+def ids_digest(ids: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()

@@ -30,9 +30,11 @@ from pyspark.sql.types import StructType
 
 from ncf_dist import config as settings
 from ncf_dist import errors, gateway, urls
-from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, file_url, write_parquet
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import NcfError, WorkerKilled
+from ncf_dist.files import file_url
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
 from ncf_dist.stopping import asked, handlers_kept
 
 log = logging.getLogger(__name__)

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
 
-from ncf_dist.artifacts import Lake, Manifest, TableInfo, run_key
 from ncf_dist.config import Config, Input
 from ncf_dist.errors import ContractError
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest, run_key
+from ncf_dist.parquet import TableInfo
 
 Tree = Mapping[str, Any]
 Passive = Mapping[str, frozenset[str]]
@@ -109,6 +111,27 @@ class StageRun:
                 seconds=self.seconds,
                 name=self.name,
             )
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job tells the scheduler in its last line."""
+
+    status: str
+    run_key: str | None = None
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Manifest | None = None
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, status: str = "done", outputs: Mapping[str, str] | None = None, **extra: Any
+    ) -> Outcome:
+        """outputs: beside the run's tables."""
+        return cls(
+            status, manifest.run_key, {**(outputs or {}), **manifest.outputs()}, manifest.metrics, extra, manifest
         )
 
 

@@ -2,7 +2,7 @@
 
 A log may come from `http://user:password@host/x?token=…`. What config, manifests, keys and messages hold of it is its
 public form, `http://host/x`. The rest is kept in the environment of this process and of those it starts, and put back
-by `artifacts.filesystem` where something is opened.
+by `files.filesystem` where something is opened.
 """
 
 from __future__ import annotations

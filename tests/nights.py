@@ -8,9 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ncf_dist.artifacts import Lake, Manifest, Outcome
 from ncf_dist.config import Config
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.prepare.pipeline import prepare
+from ncf_dist.stage import Outcome
 
 
 @dataclass(frozen=True)

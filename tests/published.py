@@ -13,8 +13,10 @@ import pyarrow as pa
 from deltalake import DeltaTable
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Lake, Manifest, TableInfo, write_parquet
 from ncf_dist.config import Config
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import TableInfo, write_parquet
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.stage import stored
 

@@ -10,8 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo, write_parquet
 from ncf_dist.config import Config, Model, Negatives
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
 
 DS = "2026-01-31"
 N, DRAWS = 2, 2

@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 
 from ncf_dist import contracts
 from ncf_dist.ancestry import DIGESTS, INDEXES, Index, Line, digest_of, index_sizes, joined, partial_digest
-from ncf_dist.artifacts import Lake, Manifest, TableInfo, make_dirs, read_table, remove, write_bytes, write_parquet
 from ncf_dist.bundle import BUNDLE, CARD, read_bundle, version_of
 from ncf_dist.config import Model, Train
 from ncf_dist.errors import ContractError
+from ncf_dist.files import make_dirs, remove, write_bytes
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import TableInfo, read_table, write_parquet
 from ncf_dist.prepare.pipeline import _base
 from ncf_dist.train.start import start_bundle
 

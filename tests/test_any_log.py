@@ -30,9 +30,9 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Lake
 from ncf_dist.config import Config, Input, Split
 from ncf_dist.errors import InputError, NcfError
+from ncf_dist.lake import Lake
 from ncf_dist.prepare import clean, source
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.prepare.rows import LATE

@@ -18,7 +18,6 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from ncf_dist import config as settings
-from ncf_dist.artifacts import Lake, Manifest, Outcome, read_table, write_parquet
 from ncf_dist.bundle import save_bundle
 from ncf_dist.config import Config, Evaluate, Model
 from ncf_dist.contracts import INDEX_LIST
@@ -26,10 +25,13 @@ from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.evaluate import baselines
 from ncf_dist.evaluate.baselines import DotScorer, ItemItemScorer, ease, gram, item_factors, item_knn
 from ncf_dist.evaluate.pipeline import check_gram, evaluate
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF
+from ncf_dist.parquet import read_table, write_parquet
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.scoring import Lists
-from ncf_dist.stage import stored
+from ncf_dist.stage import Outcome, stored
 from tests.conftest import SPARK
 
 DS = "2026-01-31"

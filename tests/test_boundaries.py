@@ -45,6 +45,6 @@ def test_every_call_of_petastorm_is_in_one_file() -> None:
     assert users == [Path("ncf_dist/train/loaders.py")]
 
 
-def test_only_artifacts_knows_the_file_system() -> None:
+def test_only_files_knows_the_file_system() -> None:
     users = [p.name for p in (ROOT / "ncf_dist").rglob("*.py") if "import fsspec" in p.read_text()]
-    assert users == ["artifacts.py"]
+    assert users == ["files.py"]

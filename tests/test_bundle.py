@@ -15,11 +15,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from ncf_dist import artifacts
-from ncf_dist.artifacts import write_bytes
+from ncf_dist import files
 from ncf_dist.bundle import CARD, WEIGHTS, Bundle, load_model, read_bundle, save_bundle, verify_weights
 from ncf_dist.config import Model
 from ncf_dist.errors import ContractError, TrainingFailed
+from ncf_dist.files import write_bytes
 from ncf_dist.models import Recommender, build_model
 from ncf_dist.stored import MAX_JSON_BYTES
 
@@ -217,6 +217,6 @@ def test_a_document_too_large_to_be_ours_is_not_taken_into_memory(
     def never(path: str) -> bytes:
         raise AssertionError("it was read")
 
-    monkeypatch.setattr(artifacts, "read_bytes", never)
+    monkeypatch.setattr(files, "read_bytes", never)
     with pytest.raises(ContractError, match="it has 268,435,457 bytes, needed at most 268,435,456"):
         read_bundle(str(tmp_path))

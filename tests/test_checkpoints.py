@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Manifest
 from ncf_dist.config import Loader, Model, Train
 from ncf_dist.errors import ContractError, Preempted
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import build_model
 from ncf_dist.train import checkpoints
 from ncf_dist.train.loaders import Batch, Task, TrainLoader

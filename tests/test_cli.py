@@ -22,10 +22,11 @@ from pydantic import ValidationError
 
 from ncf_dist import cli, errors, gateway, stopping
 from ncf_dist import config as settings
-from ncf_dist.artifacts import Lake, Outcome
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config
 from ncf_dist.errors import NcfError
+from ncf_dist.lake import Lake
+from ncf_dist.stage import Outcome
 
 ROOT = Path(__file__).parent.parent
 DS = "2026-01-31"
@@ -148,7 +149,7 @@ def test_wrong_usage_exits_2_before_anything_starts(shell: Shell, arguments: lis
 
 HOLD = """
 import sys
-from ncf_dist.artifacts import Lake
+from ncf_dist.lake import Lake
 with Lake(sys.argv[1]).hold(sys.argv[2]):
     print("held", flush=True)
     sys.stdin.read()

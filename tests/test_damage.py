@@ -21,7 +21,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo, read_manifest
 from ncf_dist.bundle import CARD, WEIGHTS, load_model, read_bundle, save_bundle, verify_weights
 from ncf_dist.config import Model
 from ncf_dist.demo import Latest, read_latest
@@ -30,7 +29,10 @@ from ncf_dist.evaluate.baselines import item_weights
 from ncf_dist.evaluate.report import figures
 from ncf_dist.evaluate.report.data import training
 from ncf_dist.fetch import delivery
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest, read_manifest
 from ncf_dist.models import build_model
+from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.train import checkpoints
 from ncf_dist.train.pipeline import _raise_reported
 from ncf_dist.train.trainer import Trainer

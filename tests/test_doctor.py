@@ -17,13 +17,15 @@ from typing import Any
 import pytest
 
 from ncf_dist import contracts, machine
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, TableInfo
 from ncf_dist.config import Config, Train
 from ncf_dist.doctor import checks, places, programs
 from ncf_dist.doctor.check import Check
 from ncf_dist.doctor.pipeline import doctor
 from ncf_dist.doctor.versions import WINDOW, versions
 from ncf_dist.errors import ConfigError, InputError
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo
 
 tomllib: Any = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 specifiers: Any = importlib.import_module("packaging.specifiers")

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from ncf_dist import products
-from ncf_dist.artifacts import write_parquet
 from ncf_dist.config import Model
 from ncf_dist.contracts import INDEX_LIST, RANKS
 from ncf_dist.evaluate import segments
@@ -34,6 +33,7 @@ from ncf_dist.evaluate.spec import FiguresPass
 from ncf_dist.evaluate.summary import by_segment, comparisons, flat_metrics, of_scorer
 from ncf_dist.evaluate.users import Score, Users, blocks, model_scores, popularity_scores, rank_users
 from ncf_dist.models import MF, build_model
+from ncf_dist.parquet import write_parquet
 from ncf_dist.scoring import ModelScorer, PopularityScorer, catalogue_rank, mask, top_k
 from ncf_dist.scoring import blocks as kernel
 

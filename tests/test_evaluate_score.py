@@ -19,13 +19,16 @@ import torch
 from pyspark.sql import SparkSession
 
 from ncf_dist import demo
-from ncf_dist.artifacts import Lake, Manifest, Outcome, read_table, remove, write_parquet
 from ncf_dist.bundle import WEIGHTS, load_model, read_bundle, save_bundle
 from ncf_dist.config import Config, Model, Score
 from ncf_dist.contracts import TEST, recommendations
 from ncf_dist.errors import ContractError
 from ncf_dist.evaluate.pipeline import evaluate
+from ncf_dist.files import remove
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF
+from ncf_dist.parquet import read_table, write_parquet
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.items import ItemLists
@@ -33,7 +36,7 @@ from ncf_dist.score.pipeline import score
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.score.users import score_pass
 from ncf_dist.spark_io import table_info
-from ncf_dist.stage import stored
+from ncf_dist.stage import Outcome, stored
 from ncf_dist.train.pipeline import train
 
 DS = "2026-01-31"

@@ -23,10 +23,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncf_dist.artifacts import Lake
 from ncf_dist.bundle import read_bundle
 from ncf_dist.config import Config, Model
 from ncf_dist.errors import ExitCode, Preempted, TrainingFailed
+from ncf_dist.lake import Lake
 from ncf_dist.models import build_model
 from ncf_dist.train import checkpoints, losses, worker
 from ncf_dist.train.checkpoints import Checkpoint

@@ -24,7 +24,7 @@ from filelock import FileLock
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist import artifacts
+from ncf_dist import files
 from ncf_dist.config import Config, Fetch
 from ncf_dist.errors import BusyRun, ConfigError, InputError
 from ncf_dist.fetch import delivery, download, grouplens, pipeline, synthetic
@@ -480,8 +480,8 @@ def test_a_target_outside_this_machine(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "source", FILES)
     outcome = taken(tmp_path, folder, to="memory://fetched/ml-1m")
     assert outcome.outputs["ratings"] == "memory://fetched/ml-1m/ratings.dat"
-    assert artifacts.read_bytes(outcome.outputs["ratings"]) == FILES["ratings.dat"]
-    assert not artifacts.exists("memory://fetched/ml-1m/.staging")
+    assert files.read_bytes(outcome.outputs["ratings"]) == FILES["ratings.dat"]
+    assert not files.exists("memory://fetched/ml-1m/.staging")
     assert taken(tmp_path, folder, to="memory://fetched/ml-1m").status == "already-done"
 
 

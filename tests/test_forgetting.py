@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Lake, Manifest
 from ncf_dist.bundle import Bundle, load_model, read_bundle
 from ncf_dist.config import Config, Input, Model, load_config
 from ncf_dist.errors import ConfigError, InputError
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import build_model
 from ncf_dist.prepare.forget import Forget
 from ncf_dist.prepare.given import _line

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from ncf_dist import cli
-from ncf_dist.artifacts import Lake, remove
 from ncf_dist.config import Config, Gate, Publish
 from ncf_dist.errors import ContractError, ExitCode, GateRefused
+from ncf_dist.files import remove
+from ncf_dist.lake import Lake
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish import table
 from ncf_dist.publish.gates import Comparison, Evaluated, Facts, Figures, Published, judge

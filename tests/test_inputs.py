@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ncf_dist import artifacts
-from ncf_dist.artifacts import read_bytes
+from ncf_dist import files
 from ncf_dist.errors import InputError
+from ncf_dist.files import read_bytes
 from ncf_dist.inputs import input_files, listing
 
 
@@ -51,7 +51,7 @@ def test_input_files_may_be_relative_or_a_url(logs: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(logs.parent)
     assert input_files("logs/a.dat") == input_files(f"file://{logs}/a.dat") == [str(logs / "a.dat")]
     folder = f"memory://{uuid.uuid4().hex}"
-    artifacts.write_bytes(f"{folder}/x.dat", b"x")
+    files.write_bytes(f"{folder}/x.dat", b"x")
     assert [read_bytes(path) for path in input_files(folder)] == [b"x"]
 
 
@@ -131,7 +131,7 @@ def test_what_a_folder_hides_is_known(logs: Path) -> None:
     assert hidden == {".hidden.dat", ".trash", "_SUCCESS", "_temporary"}
     folder = f"memory://{uuid.uuid4().hex}"
     for name in ("x.dat", "_delta_log/0.json", "deep/.y"):
-        artifacts.write_bytes(f"{folder}/{name}", b"x")
+        files.write_bytes(f"{folder}/{name}", b"x")
     found = listing(folder)
     name = folder.removeprefix("memory://")
     assert [path.partition(name)[2] for path in found.hidden] == ["/_delta_log/0.json", "/deep/.y"]

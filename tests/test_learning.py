@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Lake, Manifest
 from ncf_dist.bundle import Bundle, load_model, read_bundle, save_bundle
 from ncf_dist.config import Config, Model, Pretrained, Train
 from ncf_dist.errors import ConfigError, ContractError, TrainingFailed
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF, MLP, NeuMF, build_model
 from ncf_dist.train import progress
 from ncf_dist.train.loaders import Batch

@@ -24,9 +24,11 @@ from hypothesis import settings as budget
 from hypothesis import strategies as st
 
 from ncf_dist import contracts, sampling
-from ncf_dist.artifacts import Manifest, TableInfo, file_url, write_parquet
 from ncf_dist.config import Loader
 from ncf_dist.errors import ConfigError, ContractError
+from ncf_dist.files import file_url
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import TableInfo, write_parquet
 from ncf_dist.train import loaders
 from ncf_dist.train.loaders import Batch, Columns, Task, TrainLoader, verify_files
 from ncf_dist.train.negatives import OnlineNegatives, shared_items

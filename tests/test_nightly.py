@@ -11,12 +11,11 @@ import pytest
 from deltalake import DeltaTable
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Outcome
 from ncf_dist.config import Config
 from ncf_dist.errors import ContractError, InputError, NcfError, StaleRun
 from ncf_dist.nightly import pipeline
 from ncf_dist.nightly.pipeline import nightly
-from ncf_dist.stage import Upstream
+from ncf_dist.stage import Outcome, Upstream
 from tests.published import Night
 
 

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Lake, read_manifest
 from ncf_dist.config import Config, Layout, Negatives, Split
 from ncf_dist.errors import ContractError, InputError
 from ncf_dist.inputs import Listing
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import read_manifest
 from ncf_dist.prepare import index, layout
 from ncf_dist.prepare.files import select_files
 from ncf_dist.prepare.formats import FORMATS

@@ -21,8 +21,10 @@ import pytest
 from deltalake import DeltaTable
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, ids_digest, write_parquet
 from ncf_dist.errors import BusyRun, ContractError, StaleRun
+from ncf_dist.inputs import ids_digest
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
 from ncf_dist.publish import unseen
 from ncf_dist.publish.table import PublishedTable
 from tests.published import COLUMNS, HELD_OUT, ITEMS, REQUIRED, SEEN, Night, Row, as_lists, changed, good
@@ -534,7 +536,7 @@ if __name__ == "__main__":
         table.write_atomic = lambda *args: (calls.append(real(*args)), len(calls) == 2 and die())
     elif point == "before latest":
         table.write_atomic = lambda path, data: die() if path.endswith("latest.json") else None
-        from ncf_dist.artifacts import write_atomic as real
+        from ncf_dist.files import write_atomic as real
         table.write_atomic = lambda path, data: die() if path.endswith("latest.json") else real(path, data)
     elif point == "in audit":
         from ncf_dist.publish import unseen

@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from ncf_dist.artifacts import FileInfo, Manifest, TableInfo, write_parquet
 from ncf_dist.contracts import HISTORY, INTERACTIONS, ITEM_STATS, QUARANTINE, Contract, item_index, items, user_index
 from ncf_dist.evaluate.report import charts, text
 from ncf_dist.evaluate.report.data import report_data, thinned
 from ncf_dist.evaluate.report.examples import example_users, examples
 from ncf_dist.evaluate.report.page import render, write_report
 from ncf_dist.evaluate.report.profile import long_tail, profile
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
 
 EVIL = "<script>alert(1)</script>\x00\"' onload=x \u202e"
 VOID = {"meta", "br", "wbr"}

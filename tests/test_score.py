@@ -25,12 +25,14 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts, demo, products, spark_io
-from ncf_dist.artifacts import Lake, Manifest, Outcome, TableInfo, read_table, write_parquet
 from ncf_dist.bundle import read_bundle, save_bundle
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config, Model, Score, load_config
 from ncf_dist.errors import ConfigError, ContractError, InputError
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF
+from ncf_dist.parquet import TableInfo, read_table, write_parquet
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score import pipeline, users
 from ncf_dist.score.forecasting import Forecast
@@ -41,6 +43,7 @@ from ncf_dist.score.rows import in_files, in_tasks
 from ncf_dist.score.spec import Pass, ScorePass
 from ncf_dist.scoring import Lists
 from ncf_dist.spark_io import spark_session
+from ncf_dist.stage import Outcome
 
 DS = "2026-01-31"
 DAY = 86_400 * 10**6

@@ -30,11 +30,12 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import config, gateway
-from ncf_dist.artifacts import FileInfo, Manifest, Outcome, TableInfo
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config
 from ncf_dist.contracts import INDEX_LIST, ITEM_STATS, QUARANTINE, Contract
 from ncf_dist.errors import ContractError, InputError, NcfError, WorkerKilled
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.spark_io import (
     FileSink,
     Pass,
@@ -47,6 +48,7 @@ from ncf_dist.spark_io import (
     spark_session,
     write_table,
 )
+from ncf_dist.stage import Outcome
 
 ROOT = Path(__file__).parent.parent
 ROWS = 2_000

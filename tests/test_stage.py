@@ -11,10 +11,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from ncf_dist import artifacts
-from ncf_dist.artifacts import Lake, Manifest
+from ncf_dist import files, lake
 from ncf_dist.config import Config
 from ncf_dist.errors import ContractError
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.nightly.pipeline import STAGES
 from ncf_dist.stage import LINE, StageRun, decisive, find_upstream, production_nights, stored
 
@@ -87,11 +88,11 @@ def test_a_log_that_grew_or_a_newer_version_does_not_break_the_line() -> None:
     line = Line()
     run = line.run("prepare")
     path = f"{run.root}/manifest.json"
-    body = json.loads(artifacts.read_bytes(path))
+    body = json.loads(files.read_bytes(path))
     body["inputs"], body["version"] = {"interactions": "other files"}, "0.0.1"
     body["config"]["split"].pop("min_interactions")
     body["config"]["layout"].pop("min_files")
-    artifacts.write_bytes(path, json.dumps(body).encode())
+    files.write_bytes(path, json.dumps(body).encode())
     assert line.upstream("train")["prepare"].run_key == run.run_key
 
 
@@ -137,7 +138,7 @@ def test_a_run_whose_own_upstream_does_not_fit_is_refused() -> None:
 def test_nightly_hands_on_what_it_made_and_looks_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     line = Line()
     made = {stage: line.run(stage) for stage in ("prepare", "train", "score")}
-    monkeypatch.setattr(artifacts.StageRuns, "finished", lambda self: pytest.fail("a look-up"))
+    monkeypatch.setattr(lake.StageRuns, "finished", lambda self: pytest.fail("a look-up"))
     for stage in STAGES:
         if LINE[stage].builds_on:
             found = find_upstream(Lake(line.lake), config(line.lake), DS, stage, made)

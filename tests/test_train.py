@@ -25,11 +25,13 @@ from pyspark.sql import SparkSession
 from torch import Tensor, nn
 
 from ncf_dist import contracts, machine
-from ncf_dist.artifacts import Lake, Manifest, read_table
 from ncf_dist.bundle import load_model, read_bundle, verify_weights
 from ncf_dist.config import Config, Loader, Model, Train
 from ncf_dist.errors import ConfigError, ContractError, ExitCode, TrainingFailed
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF, build_model
+from ncf_dist.parquet import read_table
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.scoring import Lists, ModelScorer, catalogue_rank, mask
 from ncf_dist.train import worker

@@ -20,9 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ncf_dist import urls
-from ncf_dist.artifacts import filesystem, resolve, run_key
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config
+from ncf_dist.files import filesystem, resolve
+from ncf_dist.manifests import run_key
 from tests.test_cli import raises
 from tests.test_line import LAUNCHER, ROOT, checkerboard
 

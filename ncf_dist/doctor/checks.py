@@ -13,12 +13,12 @@ from pathlib import Path
 
 from ncf_dist import machine
 from ncf_dist.ancestry import index_sizes
-from ncf_dist.artifacts import Lake
 from ncf_dist.config import Config, Model, Train, embedding_size
 from ncf_dist.config import Spark as SparkSection
 from ncf_dist.doctor import programs
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import NcfError
+from ncf_dist.lake import Lake
 from ncf_dist.stage import production_nights
 
 JAVA = (17, 21)

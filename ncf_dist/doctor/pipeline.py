@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 
-from ncf_dist.artifacts import Outcome
 from ncf_dist.config import Config
 from ncf_dist.doctor import checks, places
 from ncf_dist.doctor.check import Check
 from ncf_dist.doctor.sample import looked_at
 from ncf_dist.doctor.versions import versions
 from ncf_dist.errors import ConfigError, InputError
+from ncf_dist.stage import Outcome
 
 
 def doctor(config: Config, ds: str) -> Outcome:

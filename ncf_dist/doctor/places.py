@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 
 from ncf_dist import machine
-from ncf_dist.artifacts import Lake, filesystem, is_local, resolve
 from ncf_dist.config import Config, Negatives, Paths
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import InputError, NcfError
+from ncf_dist.files import filesystem, is_local, resolve
 from ncf_dist.inputs import NoInput, input_files
+from ncf_dist.lake import Lake
 
 GIB = 1024**3
 ROW_BYTES = 20

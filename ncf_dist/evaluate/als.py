@@ -9,10 +9,10 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from ncf_dist.artifacts import TableInfo
 from ncf_dist.config import Evaluate
 from ncf_dist.contracts import FLOAT_LIST, INDEX, Contract
 from ncf_dist.evaluate.spec import ALS_USER
+from ncf_dist.parquet import TableInfo
 from ncf_dist.spark_io import ROWS_PER_FILE, write_table
 
 ITEM_FACTORS = Contract(

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ncf_dist.artifacts import is_local, make_dirs, read_bytes, read_table, write_atomic
 from ncf_dist.errors import ContractError
 from ncf_dist.evaluate.spec import GramFit
+from ncf_dist.files import is_local, make_dirs, read_bytes, write_atomic
+from ncf_dist.parquet import read_table
 from ncf_dist.scoring import Lists
 from ncf_dist.scoring import blocks as kernel
 from ncf_dist.spark_io import Pass

@@ -6,8 +6,10 @@ import hashlib
 import re
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Lake, Manifest, read_manifest, resolve
 from ncf_dist.errors import ConfigError, ContractError
+from ncf_dist.files import resolve
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest, read_manifest
 
 STAGE = "evaluate"
 JUDGED_ON = ("test", "history", "user_index", "item_index")

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from ncf_dist import metrics
-from ncf_dist.artifacts import read_table
 from ncf_dist.evaluate import segments
 from ncf_dist.evaluate.bootstrap import poisson_weights
 from ncf_dist.evaluate.spec import FiguresPass
+from ncf_dist.parquet import read_table
 from ncf_dist.spark_io import Pass, map_in_arrow
 
 FloatArray = npt.NDArray[np.float64]

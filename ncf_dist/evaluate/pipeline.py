@@ -18,7 +18,6 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts, metrics
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, remove, write_atomic
 from ncf_dist.bundle import Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config, Evaluate
 from ncf_dist.errors import ConfigError, ContractError
@@ -33,6 +32,10 @@ from ncf_dist.evaluate.report.examples import examples
 from ncf_dist.evaluate.report.page import REPORT, headline_k, write_report
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass, FiguresPass, GramFit, on_executors
+from ncf_dist.files import remove, write_atomic
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.products import Products, choose
 from ncf_dist.spark_io import (
     LIST_BATCH_ROWS,
@@ -43,7 +46,7 @@ from ncf_dist.spark_io import (
     spark_session,
     table_info,
 )
-from ncf_dist.stage import StageRun, Upstream, find_upstream
+from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
 
 log = logging.getLogger(__name__)
 

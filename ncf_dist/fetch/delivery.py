@@ -23,18 +23,10 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from ncf_dist import __version__
-from ncf_dist.artifacts import (
-    MANIFEST,
-    Outcome,
-    exists,
-    filesystem,
-    is_local,
-    make_dirs,
-    read_json,
-    remove,
-    write_atomic,
-)
 from ncf_dist.errors import BusyRun
+from ncf_dist.files import exists, filesystem, is_local, make_dirs, read_json, remove, write_atomic
+from ncf_dist.manifests import MANIFEST
+from ncf_dist.stage import Outcome
 
 CHUNK = 1 << 20
 

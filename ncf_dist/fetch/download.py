@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from ncf_dist.artifacts import make_dirs
 from ncf_dist.errors import InputError
 from ncf_dist.fetch.delivery import alone
+from ncf_dist.files import make_dirs
 
 BASE_URL = "https://files.grouplens.org/datasets/movielens"
 MAX_BYTES = 2 << 30

@@ -17,8 +17,8 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from ncf_dist.artifacts import make_dirs, write_atomic
 from ncf_dist.fetch.delivery import Part
+from ncf_dist.files import make_dirs, write_atomic
 from ncf_dist.spark_io import Pass, batch_of, map_in_arrow, runs_of
 
 LINES_PER_FILE = 1_000_000

@@ -13,9 +13,8 @@ import posixpath
 
 from pyspark.sql import SparkSession
 
-from ncf_dist import artifacts
 from ncf_dist import config as settings
-from ncf_dist.artifacts import Lake, Outcome
+from ncf_dist import files, manifests
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, InputError
 from ncf_dist.fetch import synthetic
@@ -23,7 +22,9 @@ from ncf_dist.fetch.delivery import Delivery, Part, commit, find, staging, store
 from ncf_dist.fetch.download import BASE_URL, download, md5_of
 from ncf_dist.fetch.grouplens import ARCHIVES, Archive, folder_files, opened
 from ncf_dist.fetch.lines import LINES_PER_FILE, write_lines
+from ncf_dist.lake import Lake
 from ncf_dist.spark_io import spark_session
+from ncf_dist.stage import Outcome
 
 SYNTHETIC_TABLES = {"ratings": "ratings.dat", "movies": "movies.dat", "users": "users.dat"}
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 def fetch(config: Config, ds: str) -> Outcome:
     """Make or take `config.fetch.dataset`. Raises ConfigError, InputError, BusyRun: nothing was delivered."""
     lake = Lake(config.paths.lake)
-    target = artifacts.resolve(config.fetch.to) if config.fetch.to else lake.path("raw", config.fetch.dataset)
+    target = files.resolve(config.fetch.to) if config.fetch.to else lake.path("raw", config.fetch.dataset)
     try:
         if posixpath.join(target, "").startswith(posixpath.join(lake.root, "")):
             lake.check_writable()
@@ -50,7 +51,7 @@ def _make(config: Config, target: str) -> Outcome:
     chosen = {
         name: getattr(config.fetch, name) for name in ("dataset", "users", "items", "clusters", "mean_ratings_per_user")
     }
-    key = artifacts.run_key("fetch", "", {**chosen, "seed": config.seed}, {})
+    key = manifests.run_key("fetch", "", {**chosen, "seed": config.seed}, {})
     if done := find(target, key):
         return done.outcome(target, "already-done")
     with staging(target) as folder, spark_session("ncf-fetch", config.spark) as spark:
@@ -90,12 +91,12 @@ def _take(archive: Archive, config: Config, target: str) -> Outcome:
     if source is None:
         origin = {"md5": archive.md5}
     else:
-        origin = {"files": artifacts.fingerprint(folder_files(source, archive) if os.path.isdir(source) else [source])}
-    key = artifacts.run_key("fetch", "", {"dataset": archive.name}, origin)
+        origin = {"files": files.fingerprint(folder_files(source, archive) if os.path.isdir(source) else [source])}
+    key = manifests.run_key("fetch", "", {"dataset": archive.name}, origin)
     if done := find(target, key):
         return done.outcome(target, "already-done")
     if source is None:
-        downloads = posixpath.join(artifacts.resolve(config.paths.work), "downloads")
+        downloads = posixpath.join(files.resolve(config.paths.work), "downloads")
         path = download(f"{BASE_URL}/{archive.name}.zip", archive.md5, downloads)
     else:
         path = source
@@ -124,8 +125,8 @@ def _unpack(path: str, archive: Archive, key: str, target: str) -> Delivery:
 
 def _source(text: str) -> str:
     """`fetch.from` as a local path that exists. Raises ConfigError, InputError."""
-    path = artifacts.resolve(text)
-    if not artifacts.is_local(path):
+    path = files.resolve(text)
+    if not files.is_local(path):
         raise ConfigError(f"fetch.from is {text!r}; needed a zip or a folder on this machine: copy it here first")
     if not os.path.exists(path):
         raise InputError(

@@ -6,13 +6,13 @@ from __future__ import annotations
 import logging
 from typing import Any, Protocol
 
-from ncf_dist.artifacts import Manifest, Outcome
 from ncf_dist.config import Config
 from ncf_dist.evaluate.pipeline import evaluate
+from ncf_dist.manifests import Manifest
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.pipeline import check_ahead, publish
 from ncf_dist.score.pipeline import score
-from ncf_dist.stage import Upstream
+from ncf_dist.stage import Outcome, Upstream
 from ncf_dist.train.pipeline import train
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from ncf_dist.artifacts import file_url, remove
 from ncf_dist.config import Input
 from ncf_dist.errors import ConfigError
+from ncf_dist.files import file_url, remove
 from ncf_dist.prepare.rows import day_start
 from ncf_dist.sampling import Purpose
 from ncf_dist.spark_io import spark_path

@@ -15,8 +15,8 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from ncf_dist.artifacts import fingerprint
 from ncf_dist.errors import InputError
+from ncf_dist.files import fingerprint
 from ncf_dist.inputs import Listing, each_once, listing
 from ncf_dist.prepare import tables
 from ncf_dist.prepare.formats import Format

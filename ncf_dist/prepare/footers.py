@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ncf_dist.artifacts import filesystem
 from ncf_dist.errors import InputError
+from ncf_dist.files import filesystem
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame
 
-from ncf_dist.artifacts import ids_digest, listed_ids
 from ncf_dist.errors import InputError
+from ncf_dist.inputs import ids_digest, listed_ids
 from ncf_dist.prepare.chunks import Mask, as_mask
 from ncf_dist.spark_io import map_in_arrow
 

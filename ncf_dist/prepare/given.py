@@ -11,8 +11,8 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from ncf_dist.artifacts import file_url
 from ncf_dist.errors import InputError
+from ncf_dist.files import file_url
 from ncf_dist.prepare.forget import NOBODY, Forget
 from ncf_dist.prepare.reading import read_unit
 from ncf_dist.prepare.source import Source

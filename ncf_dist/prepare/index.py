@@ -16,8 +16,8 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from ncf_dist.ancestry import joined, partial_digest
-from ncf_dist.artifacts import read_table
 from ncf_dist.errors import InputError
+from ncf_dist.parquet import read_table
 from ncf_dist.spark_io import map_in_arrow
 
 BUCKETS = 4096

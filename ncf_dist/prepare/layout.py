@@ -16,9 +16,9 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist.artifacts import FileInfo, TableInfo
 from ncf_dist.config import Layout
 from ncf_dist.contracts import Contract
+from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.prepare.users import ORDER_BUCKETS
 from ncf_dist.sampling import IntArray
 from ncf_dist.spark_io import WRITTEN, FileSink, Pass, map_in_arrow, runs_of, table_info, written_batch

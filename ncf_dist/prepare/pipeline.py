@@ -23,9 +23,12 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import contracts
 from ncf_dist.ancestry import DIGESTS, INDEXES, index_sizes
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, read_schema, remove
 from ncf_dist.config import Config
 from ncf_dist.errors import InputError
+from ncf_dist.files import remove
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo, read_schema
 from ncf_dist.prepare import clean
 from ncf_dist.prepare.files import Found, find_files
 from ncf_dist.prepare.forget import NOBODY, Forget
@@ -49,7 +52,7 @@ from ncf_dist.spark_io import (
     table_info,
     write_table,
 )
-from ncf_dist.stage import StageRun, Upstream, production_nights
+from ncf_dist.stage import Outcome, StageRun, Upstream, production_nights
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ncf_dist.artifacts import filesystem
+from ncf_dist.files import filesystem
 from ncf_dist.prepare.chunks import SLICE, UNREADABLE, Chunk, Mask, Raw, as_mask, row_by_row
 from ncf_dist.prepare.records import Quotes, Records, Seam, lines_of, whole_lines, whole_records
 from ncf_dist.prepare.source import Piece, Source

@@ -18,9 +18,10 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import TableInfo, file_url
 from ncf_dist.config import SideTable
 from ncf_dist.errors import InputError
+from ncf_dist.files import file_url
+from ncf_dist.parquet import TableInfo
 from ncf_dist.prepare.chunks import Chunk, as_mask, row_by_row
 from ncf_dist.prepare.forget import NOBODY, Forget
 from ncf_dist.prepare.reading import read_unit

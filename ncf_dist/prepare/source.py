@@ -16,9 +16,9 @@ from itertools import repeat
 
 import pyarrow as pa
 
-from ncf_dist.artifacts import filesystem
 from ncf_dist.config import Input, SideTable
 from ncf_dist.errors import ConfigError, InputError
+from ncf_dist.files import filesystem
 from ncf_dist.prepare.files import Found, find_files
 from ncf_dist.prepare.footers import Footer, footer
 from ncf_dist.prepare.formats import FORMATS, NAMED, SIDES, UNNAMED, Field, Format, compression

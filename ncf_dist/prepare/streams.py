@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 
-from ncf_dist.artifacts import filesystem
 from ncf_dist.errors import InputError
+from ncf_dist.files import filesystem
 from ncf_dist.prepare.formats import compression
 
 BOM = b"\xef\xbb\xbf"

@@ -21,8 +21,8 @@ import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from ncf_dist.artifacts import filesystem, is_local, list_names
 from ncf_dist.errors import InputError
+from ncf_dist.files import filesystem, is_local, list_names
 from ncf_dist.inputs import Listing
 
 READER_FEATURES = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "deletionVectors", "columnMapping"}

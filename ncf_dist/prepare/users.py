@@ -23,8 +23,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ncf_dist import contracts, sampling
-from ncf_dist.artifacts import read_table
 from ncf_dist.config import Negatives
+from ncf_dist.parquet import read_table
 from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.sampling import IntArray, Purpose, hash64
 from ncf_dist.spark_io import FileSink, Pass

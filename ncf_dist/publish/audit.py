@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ncf_dist.artifacts import FileInfo, Manifest, ids_digest, listed_ids, read_bytes, read_schema, read_table
 from ncf_dist.contracts import (
     MODEL,
     POPULAR,
@@ -35,6 +34,10 @@ from ncf_dist.contracts import (
     user_index,
 )
 from ncf_dist.errors import ContractError, InputError
+from ncf_dist.files import read_bytes
+from ncf_dist.inputs import ids_digest, listed_ids
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, read_schema, read_table
 from ncf_dist.publish.unseen import Offers, Rules
 
 

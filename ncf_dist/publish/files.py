@@ -12,8 +12,9 @@ import logging
 import posixpath
 from collections.abc import Mapping
 
-from ncf_dist.artifacts import FileInfo, filesystem, read_bytes, write_atomic
 from ncf_dist.errors import ContractError
+from ncf_dist.files import filesystem, read_bytes, write_atomic
+from ncf_dist.parquet import FileInfo
 from ncf_dist.publish.audit import checked_bytes
 
 log = logging.getLogger(__name__)

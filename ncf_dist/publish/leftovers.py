@@ -13,8 +13,8 @@ import posixpath
 import re
 import time
 
-from ncf_dist.artifacts import is_local, list_names, remove
 from ncf_dist.contracts import PARTITION
+from ncf_dist.files import is_local, list_names, remove
 from ncf_dist.publish.log import DeltaLog
 from ncf_dist.scratch import sweep_temporary
 

@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from ncf_dist.artifacts import exists, is_local, list_names, read_bytes, read_json, sync
 from ncf_dist.contracts import PARTITION
 from ncf_dist.errors import ContractError
+from ncf_dist.files import exists, is_local, list_names, read_bytes, read_json, sync
 
 LATEST = "latest.json"
 LOOK_BACK = 1_000

@@ -17,24 +17,18 @@ from typing import Any
 import pyarrow as pa
 
 from ncf_dist import metrics
-from ncf_dist.artifacts import (
-    FileInfo,
-    Lake,
-    Manifest,
-    Outcome,
-    is_local,
-    make_dirs,
-    read_json,
-    resolve,
-)
 from ncf_dist.config import Config
 from ncf_dist.contracts import recommendations
 from ncf_dist.errors import ContractError, GateRefused, InputError
+from ncf_dist.files import is_local, make_dirs, read_json, resolve
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo
 from ncf_dist.publish import gates, leftovers
 from ncf_dist.publish.audit import Audit, Promise, audit, contract_of
 from ncf_dist.publish.files import restore
 from ncf_dist.publish.table import Night, PublishedTable
-from ncf_dist.stage import Upstream, find_upstream
+from ncf_dist.stage import Outcome, Upstream, find_upstream
 
 log = logging.getLogger(__name__)
 

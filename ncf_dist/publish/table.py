@@ -30,9 +30,9 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Sc
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
-from ncf_dist.artifacts import exists, is_local, make_dirs, read_bytes, sync, write_atomic
 from ncf_dist.contracts import PARTITION, Contract
 from ncf_dist.errors import BusyRun, ContractError, StaleRun
+from ncf_dist.files import exists, is_local, make_dirs, read_bytes, sync, write_atomic
 from ncf_dist.publish import leftovers
 from ncf_dist.publish.audit import Audited, checked_bytes
 from ncf_dist.publish.log import LATEST, DeltaLog, Entry, digest

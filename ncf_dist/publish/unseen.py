@@ -27,9 +27,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ncf_dist.ancestry import index_sizes
-from ncf_dist.artifacts import Manifest, filesystem, read_table
 from ncf_dist.contracts import HISTORY, INTERACTIONS
 from ncf_dist.errors import ContractError
+from ncf_dist.files import filesystem
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import read_table
 from ncf_dist.sampling import hash64
 from ncf_dist.scratch import scratch_folder
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ncf_dist.artifacts import read_table
 from ncf_dist.bundle import load_model, verify_weights
 from ncf_dist.contracts import in_long_form
 from ncf_dist.models import Recommender
+from ncf_dist.parquet import read_table
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.spark_io import Pass
 

@@ -16,9 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ncf_dist.artifacts import ids_digest, listed_ids, read_table, resolve
 from ncf_dist.config import Score
 from ncf_dist.errors import InputError
+from ncf_dist.files import resolve
+from ncf_dist.inputs import ids_digest, listed_ids
+from ncf_dist.parquet import read_table
 
 log = logging.getLogger(__name__)
 

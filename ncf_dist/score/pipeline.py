@@ -23,10 +23,12 @@ from pyspark.sql import functions as F
 
 from ncf_dist import contracts
 from ncf_dist.ancestry import index_sizes
-from ncf_dist.artifacts import FileInfo, Lake, Manifest, Outcome, TableInfo, read_schema, read_table
 from ncf_dist.bundle import Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config
 from ncf_dist.errors import ContractError
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo, read_schema, read_table
 from ncf_dist.products import Products, choose
 from ncf_dist.score import forecasting
 from ncf_dist.score.items import ItemLists
@@ -42,7 +44,7 @@ from ncf_dist.spark_io import (
     table_info,
     write_table,
 )
-from ncf_dist.stage import StageRun, Upstream, find_upstream
+from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ncf_dist.artifacts import read_table
+from ncf_dist.parquet import read_table
 from ncf_dist.scoring import Lists
 
 IntArray = npt.NDArray[np.int64]

@@ -10,8 +10,8 @@ import pyarrow as pa
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ncf_dist.artifacts import remove
 from ncf_dist.bundle import load_model
+from ncf_dist.files import remove
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.score.users import Ranker, score_pass
 from ncf_dist.spark_io import Pass

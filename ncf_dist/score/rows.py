@@ -14,8 +14,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Manifest, read_schema
 from ncf_dist.config import Score
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import read_schema
 from ncf_dist.spark_io import read_files, read_table
 
 DAY = 86_400 * 10**6

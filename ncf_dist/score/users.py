@@ -19,9 +19,9 @@ import torch
 from pyspark import TaskContext
 
 from ncf_dist import products, scoring
-from ncf_dist.artifacts import read_table
 from ncf_dist.bundle import load_model
 from ncf_dist.contracts import MODEL, POPULAR
+from ncf_dist.parquet import read_table
 from ncf_dist.score.popular import Popular
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.scoring import Lists, ModelScorer

@@ -23,7 +23,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from ncf_dist.artifacts import exists, is_local, list_names, make_dirs, read_bytes, remove, sync, write_bytes
+from ncf_dist.files import exists, is_local, list_names, make_dirs, read_bytes, remove, sync, write_bytes
 from ncf_dist.stored import parse_json, parse_tensors
 
 log = logging.getLogger(__name__)

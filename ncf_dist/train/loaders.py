@@ -27,10 +27,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ncf_dist.artifacts import Manifest, file_url, read_bytes, read_table
 from ncf_dist.config import Loader
 from ncf_dist.contracts import Contract, negative_column
 from ncf_dist.errors import ConfigError, ContractError
+from ncf_dist.files import file_url, read_bytes
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import read_table
 from ncf_dist.train.negatives import OnlineNegatives, shared_items
 from ncf_dist.train.order import EpochOrder, Phase, Window, steps_per_epoch
 from ncf_dist.train.world import World

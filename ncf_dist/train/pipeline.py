@@ -18,21 +18,13 @@ from typing import Any
 
 from ncf_dist import errors
 from ncf_dist.ancestry import Line, index_sizes
-from ncf_dist.artifacts import (
-    Lake,
-    Manifest,
-    Outcome,
-    exists,
-    list_names,
-    make_dirs,
-    read_bytes,
-    read_json,
-    write_atomic,
-)
 from ncf_dist.bundle import BUNDLE, read_bundle
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, NcfError, Preempted, TrainingFailed
-from ncf_dist.stage import StageRun, Upstream, find_upstream
+from ncf_dist.files import exists, list_names, make_dirs, read_bytes, read_json, write_atomic
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
 from ncf_dist.stopping import SIGNALS
 from ncf_dist.train.launchers import LAUNCHERS, others, rank_environment, threads
 from ncf_dist.train.lr_find import smoothed, suggest

@@ -6,7 +6,7 @@ import json
 import logging
 import posixpath
 
-from ncf_dist.artifacts import write_atomic
+from ncf_dist.files import write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from ncf_dist import config as settings
 from ncf_dist.ancestry import INDEXES, Index, Line, index_sizes
-from ncf_dist.artifacts import Manifest, read_table
 from ncf_dist.bundle import BUNDLE, Bundle, load_model, read_bundle, verify_weights
 from ncf_dist.errors import ContractError
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF, MLP, NeuMF, Recommender, Table, build_model
+from ncf_dist.parquet import read_table
 from ncf_dist.stage import production_nights
 
 log = logging.getLogger(__name__)

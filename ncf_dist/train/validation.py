@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ncf_dist import metrics
-from ncf_dist.artifacts import Manifest, read_table
 from ncf_dist.contracts import VALIDATION
 from ncf_dist.errors import TrainingFailed
+from ncf_dist.manifests import Manifest
 from ncf_dist.models import Recommender
+from ncf_dist.parquet import read_table
 from ncf_dist.train.world import World
 
 ROWS_A_BLOCK = 4_096

@@ -23,11 +23,12 @@ import torch
 
 from ncf_dist import contracts, products
 from ncf_dist.ancestry import DIGESTS, index_sizes
-from ncf_dist.artifacts import Manifest, exists, read_bytes, read_manifest, write_atomic
 from ncf_dist.bundle import BUNDLE, read_bundle, save_bundle
 from ncf_dist.config import Config
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import ExitCode, NcfError
+from ncf_dist.files import exists, read_bytes, write_atomic
+from ncf_dist.manifests import Manifest, read_manifest
 from ncf_dist.models import NeuMF, Recommender, build_model
 from ncf_dist.train import checkpoints
 from ncf_dist.train.loaders import Task, TrainLoader, verify_files

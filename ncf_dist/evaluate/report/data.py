@@ -15,9 +15,10 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from ncf_dist import __version__
-from ncf_dist.artifacts import Manifest, exists, read_json
 from ncf_dist.errors import ContractError
 from ncf_dist.evaluate.report.profile import profile
+from ncf_dist.files import exists, read_json
+from ncf_dist.manifests import Manifest
 
 CURVE_POINTS = 300
 """Points of the loss curve that are kept: more than a figure can show."""

@@ -14,7 +14,8 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Manifest, read_schema
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import read_schema
 from ncf_dist.sampling import Purpose, hash64_column
 from ncf_dist.spark_io import read_files, read_table
 

@@ -16,10 +16,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ncf_dist import metrics
-from ncf_dist.artifacts import write_atomic
 from ncf_dist.evaluate.report import text
 from ncf_dist.evaluate.report.figures import figures
 from ncf_dist.evaluate.report.text import FAMILIES, called, visible
+from ncf_dist.files import write_atomic
 
 REPORT = "report.html"
 PROTOCOLS = {"full": "full catalogue", "candidates": "candidates", "rating": "predicted ratings"}

@@ -14,8 +14,8 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
-from ncf_dist.artifacts import Manifest
-from ncf_dist.artifacts import read_table as read_file
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import read_table as read_file
 from ncf_dist.spark_io import read_table
 
 TOP_PERCENTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 80, 100)

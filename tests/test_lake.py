@@ -19,20 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ncf_dist import artifacts
-from ncf_dist.artifacts import (
-    Lake,
-    Manifest,
-    StageRuns,
-    TableInfo,
-    fingerprint,
-    read_manifest,
-    run_key,
-    write_atomic,
-    write_parquet,
-)
+from ncf_dist import files, lake, parquet
 from ncf_dist.contracts import ITEM_STATS
 from ncf_dist.errors import BusyRun, ContractError
+from ncf_dist.files import fingerprint, write_atomic
+from ncf_dist.lake import Lake, StageRuns
+from ncf_dist.manifests import Manifest, read_manifest, run_key
+from ncf_dist.parquet import TableInfo, write_parquet
 
 ROOT = Path(__file__).parent.parent
 DS = "2026-01-31"
@@ -71,7 +64,7 @@ def test_a_finished_run_is_found_as_it_was_written(runs: StageRuns) -> None:
     assert runs.find("k1") == runs.newest() == read_manifest(runs.run_path("k1")) == written
     assert written.outputs() == {"item_stats": f"{runs.root}/k1/item_stats"}
     assert written.table(ITEM_STATS).rows == 3
-    assert artifacts.read_table(written.files("item_stats")[0]).equals(STATS)
+    assert parquet.read_table(written.files("item_stats")[0]).equals(STATS)
 
 
 def test_without_its_manifest_a_run_does_not_exist_and_the_next_attempt_starts_empty(runs: StageRuns) -> None:
@@ -80,23 +73,24 @@ def test_without_its_manifest_a_run_does_not_exist_and_the_next_attempt_starts_e
     assert runs.find("k1") is None
     with pytest.raises(ContractError, match=f"no finished run; needed the output of prepare for ds {DS}: run the job"):
         runs.newest()
-    assert artifacts.list_names(f"{path}/item_stats") == ["half.parquet"]
+    assert files.list_names(f"{path}/item_stats") == ["half.parquet"]
     assert runs.begin("k1", keep=("item_stats",)) == path
-    assert artifacts.list_names(path) == ["item_stats"]
+    assert files.list_names(path) == ["item_stats"]
     assert runs.begin("k1") == path
-    assert artifacts.list_names(path) == []
+    assert files.list_names(path) == []
 
 
 def test_the_manifest_is_the_last_file_of_a_run(runs: StageRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    for name in ("write_atomic", "write_bytes"):
-        real = getattr(artifacts, name)
+    writers = ((files, "write_bytes"), (parquet, "write_atomic"), (lake, "write_atomic"), (lake, "write_bytes"))
+    for module, name in writers:
+        real = getattr(module, name)
 
         def noted(path: str, data: bytes, real: Any = real) -> None:
             written.append(path)
             real(path, data)
 
-        monkeypatch.setattr(artifacts, name, noted)
+        monkeypatch.setattr(module, name, noted)
     finish(runs, "k1")
     order = [path.removeprefix(f"{runs.root}/") for path in dict.fromkeys(written)]
     assert order == ["k1/item_stats/a.parquet", "k1/manifest.json"]
@@ -107,10 +101,10 @@ def test_the_newest_run_is_the_one_that_finished_last_whatever_is_looked_up(runs
         finish(runs, key)
     finish(runs, "k4", name="a-trial")
     assert [run.run_key for run in runs.finished()] == ["k4", "k3", "k1", "k2"]
-    before = artifacts.list_names(runs.root)
+    before = files.list_names(runs.root)
     assert runs.find("k2") is not None
     assert runs.newest().run_key == "k3", "an experiment is never the newest, and a look-up moves nothing"
-    assert artifacts.list_names(runs.root) == before
+    assert files.list_names(runs.root) == before
     assert finish(runs, "k2") == runs.newest(), "finished once more, now"
 
 
@@ -119,7 +113,7 @@ def test_a_damaged_manifest_beside_a_sound_one_is_passed_over_and_logged(
 ) -> None:
     finish(runs, "k1")
     finish(runs, "k2")
-    artifacts.write_bytes(f"{runs.root}/k2/manifest.json", b"{")
+    files.write_bytes(f"{runs.root}/k2/manifest.json", b"{")
     assert runs.newest().run_key == "k1"
     assert "k2/manifest.json cannot be read" in caplog.text
     with pytest.raises(ContractError, match="k3 cannot be read: it is no finished run, but a later one was made"):
@@ -187,7 +181,7 @@ def test_one_run_holds_a_night_and_leaves_no_probe(tmp_path: Path) -> None:
 # Forks a writer for every line of stdin: its interpreter has started already, so a kill lands in a write.
 WRITERS = """
 import json, os, sys
-from ncf_dist.artifacts import write_atomic
+from ncf_dist.files import write_atomic
 
 for line in sys.stdin:
     writer = os.fork()

@@ -1,0 +1,154 @@
+"""Where things live in the lake, and the rule that makes them trustworthy: `manifest.json` is written last.
+
+<lake>/runs/<ds>/<stage>/<run_key>/…             one immutable output a (config, inputs)
+<lake>/runs/<ds>/<stage>/<run_key>/manifest.json written last: without it the output does not exist
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import json
+import logging
+import os
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
+
+from filelock import FileLock, Timeout
+
+from ncf_dist.errors import BusyRun, ContractError, InputError
+from ncf_dist.files import (
+    exists,
+    is_local,
+    list_names,
+    make_dirs,
+    remove,
+    resolve,
+    write_atomic,
+    write_bytes,
+)
+from ncf_dist.manifests import MANIFEST, Manifest, read_manifest
+
+log = logging.getLogger(__name__)
+
+
+class Lake:
+    """The root of everything the line stores."""
+
+    def __init__(self, root: str) -> None:
+        self.root = resolve(root)
+
+    def path(self, *parts: str) -> str:
+        return posixpath.join(self.root, *parts)
+
+    def stage(self, ds: str, stage: str) -> StageRuns:
+        return StageRuns(self, ds, stage)
+
+    def check_writable(self) -> None:
+        """Raise InputError unless a file can be made and removed at the root."""
+        probe = self.path(f".probe-{os.getpid()}")
+        try:
+            make_dirs(self.root)
+            write_bytes(probe, b"")
+            remove(probe)
+        except OSError as error:
+            raise InputError(
+                f"the lake {self.root} cannot be written ({error.strerror or error}); "
+                "needed a place this user may write: mend its permissions or set paths.lake"
+            ) from None
+
+    def nights(self) -> list[str]:
+        """Every ds for which a run was begun, ascending."""
+        return [name for name in list_names(self.path("runs")) if re.fullmatch(r"\d{4}-\d\d-\d\d", name)]
+
+    @contextlib.contextmanager
+    def hold(self, ds: str) -> Iterator[None]:
+        """Keep every other run away from this ds while inside; the lock dies with its process.
+
+        Raises BusyRun. On lakes that are not a local or mounted folder there is no lock: schedule one run a ds.
+        """
+        if not is_local(self.root):
+            yield
+            return
+        self.check_writable()
+        make_dirs(self.path("runs", ds))
+        lock = FileLock(self.path("runs", ds, ".lock"), timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BusyRun(
+                f"another run holds ds {ds} of {self.root}; wait for it, or stop it, and run this again"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class StageRuns:
+    """The runs of one stage of one night."""
+
+    def __init__(self, lake: Lake, ds: str, stage: str) -> None:
+        self.ds, self.stage = ds, stage
+        self.root = lake.path("runs", ds, stage)
+
+    def run_path(self, run_key: str) -> str:
+        return posixpath.join(self.root, run_key)
+
+    def find(self, run_key: str) -> Manifest | None:
+        """The finished run of this key, or None."""
+        path = self.run_path(run_key)
+        return read_manifest(path) if exists(posixpath.join(path, MANIFEST)) else None
+
+    def load(self, run_key: str) -> Manifest:
+        """The finished run of this key. Raises ContractError where there is none."""
+        manifest = self.find(run_key)
+        if manifest is None:
+            raise ContractError(
+                f"{self.run_path(run_key)} cannot be read: it is no finished run, but a later one was made from it; "
+                f"needed it whole: rerun the job {self.stage}, and what comes after it"
+            )
+        return manifest
+
+    def finished(self) -> list[Manifest]:
+        """Every finished run, experiments included, the newest first. A damaged manifest is logged and passed over."""
+        found = []
+        for name in list_names(self.root):
+            try:
+                if manifest := self.find(name):
+                    found.append(manifest)
+            except ContractError as error:
+                log.warning("%s", error)
+        return sorted(found, key=lambda run: (run.finished, run.run_key), reverse=True)
+
+    def production(self) -> list[Manifest]:
+        """The finished runs that are no experiment's, whatever their config, the newest first."""
+        return [run for run in self.finished() if run.name is None]
+
+    def newest(self) -> Manifest:
+        """The first of `production`. Raises ContractError where this stage has not finished for this ds."""
+        found = self.production()
+        if not found:
+            raise ContractError(
+                f"{self.root} has no finished run; needed the output of {self.stage} for ds {self.ds}: "
+                f"run the job {self.stage} first"
+            )
+        return found[0]
+
+    def begin(self, run_key: str, keep: Sequence[str] = ()) -> str:
+        """A folder for this run; what an attempt that died left there is removed, but for the names in `keep`."""
+        path = self.run_path(run_key)
+        for name in list_names(path):
+            if name not in keep:
+                remove(posixpath.join(path, name))
+        make_dirs(path)
+        return path
+
+    def finish(self, manifest: Manifest) -> Manifest:
+        """Make the run exist, finished now. Returns it as it is stored."""
+        manifest = dataclasses.replace(manifest, finished=dt.datetime.now(dt.timezone.utc).isoformat())
+        body = {k: v for k, v in dataclasses.asdict(manifest).items() if k != "root"}
+        write_atomic(posixpath.join(manifest.root, MANIFEST), json.dumps(body, indent=1, sort_keys=True).encode())
+        return manifest
