@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import pkgutil
 import re
 import sys
 import zipimport
@@ -207,6 +208,21 @@ def map_in_arrow(frame: DataFrame, work: Pass, schema: str | StructType) -> Data
             forget_archives()
 
     return frame.mapInArrow(run, schema)
+
+
+def on_executor(entry: str, *given: Any) -> Pass:
+    """The pass that the function `entry`, written "module:function", makes of `given`. For `map_in_arrow`.
+
+    The module is imported on the executor, so that a driver sends work which needs torch, and needs none itself:
+
+        map_in_arrow(rows, on_executor("ncf_dist.score.users:score_pass", spec), "stats string")
+    """
+
+    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        make: Callable[..., Pass] = pkgutil.resolve_name(entry)
+        return make(*given)(batches)
+
+    return run
 
 
 def on_one_executor(spark: SparkSession, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

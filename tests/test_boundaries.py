@@ -3,6 +3,8 @@ import-linter proves the static half in `make check`."""
 
 from __future__ import annotations
 
+import ast
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,26 @@ def test_every_call_of_petastorm_is_in_one_file() -> None:
         if "import petastorm" in p.read_text() or "from petastorm" in p.read_text()
     ]
     assert users == [Path("ncf_dist/train/loaders.py")]
+
+
+def _sent_to_executors() -> list[tuple[Path, str]]:
+    """(file, entry point) of every call of on_executor in the package."""
+    calls = [
+        (path.relative_to(ROOT), node)
+        for path in (ROOT / "ncf_dist").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "on_executor"
+    ]
+    return [(path, ast.literal_eval(call.args[0])) for path, call in calls]
+
+
+def test_what_is_sent_to_executors_is_a_function_of_the_same_package() -> None:
+    """import-linter and mypy cannot see these names."""
+    sent = _sent_to_executors()
+    assert sent
+    for path, entry in sent:
+        assert entry.startswith(f"{'.'.join(path.parent.parts)}."), f"{path} sends {entry}"
+        assert callable(pkgutil.resolve_name(entry)), f"{path} sends {entry}"
 
 
 def test_only_files_knows_the_file_system() -> None:

@@ -17,7 +17,7 @@ from pyspark.sql import SparkSession
 from torch import Tensor
 from torch.nn import functional
 
-from ncf_dist import products
+from ncf_dist import engines, products
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Config, Model
 from ncf_dist.errors import ConfigError
@@ -38,7 +38,7 @@ import ncf_dist
 mode = os.environ["MKL_CBWR"]
 import torch
 from torch.nn import functional
-from ncf_dist import products
+from ncf_dist import engines, products
 from ncf_dist.errors import NcfError
 torch.set_num_threads(1)
 torch.manual_seed(1)
@@ -174,7 +174,7 @@ def bundle_of(name: Any = "mf", factors: int = 8, **fields: Any) -> Bundle:
 )
 def test_the_width_is_that_of_the_scorers_products(bundle: Bundle, width: int) -> None:
     """Biases are two more columns; what is left of a tower is one."""
-    assert products.dot_width(bundle) == width
+    assert engines.dot_width(bundle) == width
     block = ModelScorer(build_model(bundle.model, 20, 30), 30).block
     assert isinstance(block, kernel._Split)
     assert block.item_dot.shape[1] == width
@@ -183,17 +183,17 @@ def test_the_width_is_that_of_the_scorers_products(bundle: Bundle, width: int) -
 def test_the_quicker_of_equal_libraries_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the timing says, one with other bits is not: a busy machine must not decide a table's bytes."""
     seconds = iter([1.0, 0.8, 1.0, 0.95, 1.0, 0.1])
-    monkeypatch.setattr(products, "_seconds", lambda make: next(seconds))
-    monkeypatch.setattr(products, "_same_bits", lambda width: True)
-    assert [products.engine_for(8) for _ in range(2)] == ["onednn", "mkl"]
-    monkeypatch.setattr(products, "_same_bits", lambda width: False)
-    assert products.engine_for(8) == "mkl"
+    monkeypatch.setattr(engines, "_seconds", lambda make: next(seconds))
+    monkeypatch.setattr(engines, "_same_bits", lambda width: True)
+    assert [engines.engine_for(8) for _ in range(2)] == ["onednn", "mkl"]
+    monkeypatch.setattr(engines, "_same_bits", lambda width: False)
+    assert engines.engine_for(8) == "mkl"
 
 
 def test_either_library_gives_the_same_scores() -> None:
     """Where the probe says that they do; there the setting that rounds to bf16 elsewhere is not touched."""
     model = build_model(Model(name="neumf", factors=32, layers=(16, 8)), 300, 2000)
-    if not products._same_bits(products.dot_width(bundle_of("neumf", 32, layers=(16, 8)))):
+    if not engines._same_bits(engines.dot_width(bundle_of("neumf", 32, layers=(16, 8)))):
         with pytest.raises(ConfigError, match="differently here"):
             ModelScorer(model, 2000, engine="onednn")
         return
@@ -221,12 +221,12 @@ def test_an_executor_whose_library_rounds_otherwise_is_refused(monkeypatch: pyte
 
 def test_bf16_is_taken_where_it_is_to_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     for there, precision in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(products, "rounds", lambda width, there=there: there)
-        found = Products.agreed(products.choose(bundle_of(), "bf16"), "bf16")
+        monkeypatch.setattr(engines, "rounds", lambda width, there=there: there)
+        found = Products.agreed(engines.choose(bundle_of(), "bf16"), "bf16")
         assert (found.precision, found.mode, found.bits) == (precision, os.environ[products.MODE], products.check())
         assert ("the executors have no such products" in caplog.text) == (not there)
     with pytest.raises(ConfigError, match="this executor has no bf16 products .* or score.precision=fp32"):
-        products.must_round(8)
+        engines.must_round(8)
 
 
 def test_rounding_is_told_from_another_order_of_summation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +241,7 @@ def test_rounding_is_told_from_another_order_of_summation(monkeypatch: pytest.Mo
             return a.bfloat16().float() @ b.bfloat16().float() if rounding else a.flip(1) @ b.flip(0)
 
         monkeypatch.setattr(kernel, "multiply", planted)
-        assert [products.rounds(width) for width in (8, 64, 500)] == [rounding] * 3
+        assert [engines.rounds(width) for width in (8, 64, 500)] == [rounding] * 3
 
 
 def test_several_kinds_of_processor_are_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -253,7 +253,7 @@ def test_several_kinds_of_processor_are_said(caplog: pytest.LogCaptureFixture) -
 
 
 def test_what_an_executor_finds_reaches_the_driver(spark: SparkSession) -> None:
-    found = Products.agreed(on_one_executor(spark, partial(products.choose, bundle_of(), "fp32")))
+    found = Products.agreed(on_one_executor(spark, partial(engines.choose, bundle_of(), "fp32")))
     assert (found.mode, found.bits) == (os.environ[products.MODE], products.check())
 
     def refuses() -> dict[str, Any]:

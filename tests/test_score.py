@@ -8,6 +8,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist import contracts, demo, products, spark_io
+from ncf_dist import contracts, demo, engines, spark_io
 from ncf_dist.bundle import read_bundle, save_bundle
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config, Model, Score, load_config
@@ -40,12 +41,13 @@ from ncf_dist.score.items import ItemLists
 from ncf_dist.score.pipeline import forecast, score
 from ncf_dist.score.popular import Popular
 from ncf_dist.score.rows import in_files, in_tasks
-from ncf_dist.score.spec import Pass, ScorePass
+from ncf_dist.score.spec import ScorePass
 from ncf_dist.scoring import Lists
-from ncf_dist.spark_io import spark_session
+from ncf_dist.spark_io import Pass, on_executor, spark_session
 from ncf_dist.stage import Outcome
 
 DS = "2026-01-31"
+SCORE_PASS = "ncf_dist.score.users:score_pass"
 DAY = 86_400 * 10**6
 MIDNIGHT = int(np.datetime64(DS, "us").astype(int))
 ITEMS, K = 40, 5
@@ -239,7 +241,7 @@ def test_products_may_be_rounded(
     with caplog.at_level(logging.WARNING, "ncf_dist"):
         found = line.scored(precision="bf16")
     ours, wanted = ([rows[0]["score"] for _, rows in sorted(t.items()) if len(rows) == K] for t in (found, table))
-    there = products.rounds(FACTORS + 1)
+    there = engines.rounds(FACTORS + 1)
     assert (ours != wanted) == there, "a processor without such products gives float32's very bits, and it is said"
     assert ("score.precision is bf16, and the executors have no such products" in caplog.text) == (not there)
     assert line.facts["products"]["precision"] == ("bf16" if there else "fp32")
@@ -425,6 +427,15 @@ def test_demo_shows_users_without_a_history(line: Line) -> None:
 # ---- what refuses a wrong table ----------------------------------------------------------------------------
 
 
+def replace_pass(monkeypatch: pytest.MonkeyPatch, make: Callable[[ScorePass], Pass]) -> None:
+    """Run what `make` makes of the spec on the executors, in place of the score pass."""
+
+    def planted(entry: str, *given: Any) -> Pass:
+        return make(*given) if entry == SCORE_PASS else on_executor(entry, *given)
+
+    monkeypatch.setattr(pipeline, "on_executor", planted)
+
+
 def plant(monkeypatch: pytest.MonkeyPatch, name: str, mutate: Callable[[Any], Any]) -> None:
     """Run the score pass on the executors with `name` of its module changed."""
 
@@ -441,7 +452,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, mutate: Callable[[Any], An
 
         return run
 
-    monkeypatch.setattr(pipeline, "on_executors", planted)
+    replace_pass(monkeypatch, planted)
 
 
 def test_mutant_mask_off_is_refused_by_both(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,13 +513,9 @@ def test_mutant_wrong_model_is_refused(line: Line, monkeypatch: pytest.MonkeyPat
 
 def test_mutant_wrong_version_is_refused(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     def renamed(spec: ScorePass) -> Pass:
-        import dataclasses
+        return on_executor(SCORE_PASS, replace(spec, bundle=replace(spec.bundle, model_version="gmf-0")))
 
-        from ncf_dist.score.spec import on_executors
-
-        return on_executors(dataclasses.replace(spec, bundle=dataclasses.replace(spec.bundle, model_version="gmf-0")))
-
-    monkeypatch.setattr(pipeline, "on_executors", renamed)
+    replace_pass(monkeypatch, renamed)
     score(line.config(k=1), DS)
     assert "model_version 'gmf-0'; needed 'gmf-" in refused(line, k=1)
 
@@ -517,13 +524,9 @@ def test_mutant_lists_ignored_are_refused(line: Line, monkeypatch: pytest.Monkey
     lists = {"deny_items": list(range(ITEM, ITEM + 20))}
 
     def ignoring(spec: ScorePass) -> Pass:
-        import dataclasses
+        return on_executor(SCORE_PASS, replace(spec, lists=ItemLists()))
 
-        from ncf_dist.score.spec import on_executors
-
-        return on_executors(dataclasses.replace(spec, lists=ItemLists()))
-
-    monkeypatch.setattr(pipeline, "on_executors", ignoring)
+    replace_pass(monkeypatch, ignoring)
     monkeypatch.setattr(pipeline, "_check", lambda *args: None)
     score(line.config(**lists), DS)
     assert "needed an item that score.allow_items and score.deny_items permit" in refused(line, **lists)

@@ -20,6 +20,7 @@ from pyspark.sql import functions as F
 from ncf_dist import contracts, metrics
 from ncf_dist.bundle import Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config, Evaluate
+from ncf_dist.engines import choose
 from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.evaluate import summary
 from ncf_dist.evaluate.als import fit_als
@@ -31,15 +32,16 @@ from ncf_dist.evaluate.report.data import report_data
 from ncf_dist.evaluate.report.examples import examples
 from ncf_dist.evaluate.report.page import REPORT, headline_k, write_report
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
-from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass, FiguresPass, GramFit, on_executors
+from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass, FiguresPass, GramFit
 from ncf_dist.files import remove, write_atomic
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo
-from ncf_dist.products import Products, choose
+from ncf_dist.products import Products
 from ncf_dist.spark_io import (
     LIST_BATCH_ROWS,
     map_in_arrow,
+    on_executor,
     on_one_executor,
     read_files,
     read_table,
@@ -177,7 +179,8 @@ class Night:
                 settings.knn_neighbours,
                 settings.knn_shrink,
             )
-            map_in_arrow(self.spark.range(0, 1, 1, 1), on_executors(spec), "stats string").collect()
+            work = on_executor("ncf_dist.evaluate.baselines:fit", spec)
+            map_in_arrow(self.spark.range(0, 1, 1, 1), work, "stats string").collect()
             fitted |= {name: (path,) for name, path in grams.items()}
         if "als" not in fitted:
             return fitted, None
@@ -203,7 +206,8 @@ class Night:
         rows = rows.withColumn("_file", F.pmod("user_idx", F.lit(files)))
         # Asked for by number: the optimiser must not merge a small input whose work is heavy into one task.
         rows = rows.repartition(files, "_file").sortWithinPartitions("_file", "user_idx")
-        stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, on_executors(spec), "stats string").collect()]
+        work = on_executor("ncf_dist.evaluate.users:evaluation_pass", spec)
+        stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, work, "stats string").collect()]
         histograms: dict[str, Histogram] = {}
         for task in stats:
             for name, body in task["scores"].items():

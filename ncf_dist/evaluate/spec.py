@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-
-import pyarrow as pa
 
 from ncf_dist.bundle import Bundle
 from ncf_dist.evaluate.segments import PopularityDeciles
 from ncf_dist.products import PLAIN, Products
-from ncf_dist.spark_io import Pass
 
 ALS_USER = "als_user"
 """Column of the users' ALS factors, where ALS is a baseline."""
@@ -18,8 +14,8 @@ ALS_USER = "als_user"
 
 @dataclass(frozen=True)
 class EvaluationPass:
-    """One pass over users with held-out items. stats_files: the item_stats table. explicit: scores are predicted
-    ratings. longest: length of the lists. baselines: by name, the files each needs. products: how they multiply."""
+    """One pass over users with held-out items. stats_files: the item_stats table. longest: length of the lists.
+    baselines: by name, the files each needs. products: how they multiply."""
 
     bundle: Bundle
     stats_files: tuple[str, ...]
@@ -56,16 +52,3 @@ class FiguresPass:
     segments: tuple[str, ...]
     seed: int
     replicates: int
-
-
-def on_executors(spec: EvaluationPass | GramFit) -> Pass:
-    """The function for mapInArrow that does this, imported on the executor."""
-
-    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        from ncf_dist.evaluate import baselines, users
-
-        if isinstance(spec, GramFit):
-            return baselines.fit(spec)(batches)
-        return users.evaluation_pass(spec)(batches)
-
-    return run

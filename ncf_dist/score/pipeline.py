@@ -25,19 +25,21 @@ from ncf_dist import contracts
 from ncf_dist.ancestry import index_sizes
 from ncf_dist.bundle import Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config
+from ncf_dist.engines import choose
 from ncf_dist.errors import ContractError
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo, read_schema, read_table
-from ncf_dist.products import Products, choose
+from ncf_dist.products import Products
 from ncf_dist.score import forecasting
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.rows import active_from, in_files, in_tasks, popularity, users_to_rank
-from ncf_dist.score.spec import ScorePass, checked, on_executors, probed
+from ncf_dist.score.spec import ScorePass
 from ncf_dist.spark_io import (
     LIST_BATCH_ROWS,
     ROWS_PER_FILE,
     map_in_arrow,
+    on_executor,
     on_one_executor,
     read_files,
     spark_session,
@@ -78,7 +80,8 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
             spec = replace(spec, popularity_files=_paths(run, tables["popularity"]))
         users = users_to_rank(spark, night.prepare, config.score, ds)
         rows = in_tasks(in_files(users, night.n_files, night.indexed), config.score.tasks or night.n_files)
-        stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, on_executors(spec), "stats string").collect()]
+        work = on_executor("ncf_dist.score.users:score_pass", spec)
+        stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, work, "stats string").collect()]
         table = table_info(night.contract, [FileInfo(**f) for task in stats for f in task["files"]], run)
         _check(spark, night, spec, _paths(run, table))
     counts = _total(task["counts"] for task in stats)
@@ -133,7 +136,8 @@ def forecast(config: Config, ds: str) -> Outcome:
         every = max(1, users.get(True, 0) // (slots * forecasting.USERS_A_SLOT))
         sample = rows.where("by_model").where(F.pmod(F.xxhash64("user_id"), F.lit(every)) == 0)
         sample = in_files(sample, 1, night.indexed).repartition(slots)
-        probe = map_in_arrow(sample, probed(spec, forecasting.SECONDS_A_SLOT), "stats string").collect()
+        work = on_executor("ncf_dist.score.probe:probe_pass", spec, forecasting.SECONDS_A_SLOT)
+        probe = map_in_arrow(sample, work, "stats string").collect()
         probe_s = time.monotonic() - began
     result = forecasting.Forecast.of(
         [json.loads(row["stats"]) for row in probe],
@@ -225,7 +229,7 @@ def _check(spark: SparkSession, night: _Night, spec: ScorePass, files: tuple[str
     user_ids = {row["user_idx"]: row["user_id"] for row in index.collect()}
     history = read_files(spark, night.prepare.files("history"), contracts.HISTORY.schema)
     rows = history.where(F.col("user_idx").isin([*user_ids])).coalesce(1)
-    work = checked(spec, user_ids, files)
+    work = on_executor("ncf_dist.score.check:check_pass", spec, user_ids, files)
     problems = [row["problem"] for row in map_in_arrow(rows, work, "problem string").collect()]
     if problems:
         raise ContractError(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from pyspark import TaskContext
 
-from ncf_dist import products, scoring
+from ncf_dist import engines, products, scoring
 from ncf_dist.bundle import load_model
 from ncf_dist.contracts import MODEL, POPULAR
 from ncf_dist.parquet import read_table
@@ -102,7 +102,7 @@ class Ranker:
                 engine=spec.products.engine,
             )
         if spec.products.precision == "bf16":
-            products.must_round(products.dot_width(spec.bundle))
+            engines.must_round(engines.dot_width(spec.bundle))
         files = spec.popularity_files
         self.popular = Popular.read(files, spec.bundle.n_items, eligible) if files else None
 

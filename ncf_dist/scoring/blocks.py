@@ -45,7 +45,7 @@ class ModelScorer:
 
     eligible: (E,) ascending item indexes; all others score -inf. None: all items are eligible.
     precision: `bf16` rounds the factors of the dot product to bfloat16 and sums in float32; hidden layers stay float32,
-    in which they are quicker. Where torch has no such product (`products.rounds`) it is float32 after all.
+    in which they are quicker. Where torch has no such product (`engines.rounds`) it is float32 after all.
     engine: the library that makes float32 dot products on a CPU; the bits are the same.
 
     Memory, besides the model's own weights (of a local bundle memory-mapped, shared by all processes of a machine):
