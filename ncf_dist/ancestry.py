@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from ncf_dist.contracts import ITEM_INDEX, USER_INDEX
 from ncf_dist.errors import ContractError
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest, read_manifest
@@ -27,7 +28,7 @@ from ncf_dist.sampling import hash64
 if TYPE_CHECKING:
     from ncf_dist.bundle import Bundle
 
-INDEXES = {"users": "user_index", "items": "item_index"}
+INDEXES = {"users": USER_INDEX, "items": ITEM_INDEX}
 """The tables of a prepare run that number users and items, by the facts that hold their sizes."""
 DIGESTS = "index_digests"
 """The fact that holds the digest of each, by the same names."""

@@ -9,6 +9,7 @@ indexes in ascending order unless said otherwise.
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ import pyarrow.compute as pc
 
 from ncf_dist.errors import ContractError
 
-ID_TYPES = (pa.int64(), pa.string())
+USER_INDEX, ITEM_INDEX, USERS, ITEMS, UNSEEN_USERS = "user_index", "item_index", "users", "items", "unseen_users"
+"""Tables whose columns depend on the log's types of ids. Others go by their contract: `HISTORY.name`."""
 INDEX = pa.int32()
 INDEX_LIST = pa.list_(pa.field("element", INDEX, nullable=False))
 LONG_LIST = pa.list_(pa.field("element", pa.int64(), nullable=False))
@@ -79,30 +81,30 @@ def _contract(name: str, columns: dict[str, pa.DataType], key: tuple[str, ...], 
 def user_index(id_type: pa.DataType) -> Contract:
     """Customer's user id to index; append-only from night to night, but for users to be forgotten."""
     meaning = "every user ever seen, but those to be forgotten"
-    return _contract("user_index", {"user_id": id_type, "user_idx": INDEX}, ("user_id",), "prepare", meaning)
+    return _contract(USER_INDEX, {"user_id": id_type, "user_idx": INDEX}, ("user_id",), "prepare", meaning)
 
 
 def item_index(id_type: pa.DataType) -> Contract:
     """Customer's item id to dense index; append-only from night to night."""
     return _contract(
-        "item_index", {"item_id": id_type, "item_idx": INDEX}, ("item_id",), "prepare", "every item ever seen"
+        ITEM_INDEX, {"item_id": id_type, "item_idx": INDEX}, ("item_id",), "prepare", "every item ever seen"
     )
 
 
 def items(id_type: pa.DataType, columns: Mapping[str, pa.DataType] | None = None) -> Contract:
     """The item side table of the items that have an index; absent where the config names none.
     `columns`: what the config carries along; null where the side table has no (good) value."""
-    return _side("items", {"item_idx": INDEX, "item_id": id_type, "title": pa.string()}, columns, "what items are")
+    return _side(ITEMS, {"item_idx": INDEX, "item_id": id_type, "title": pa.string()}, columns, "what items are")
 
 
 def users(id_type: pa.DataType, columns: Mapping[str, pa.DataType] | None = None) -> Contract:
     """The user side table of the users that have an index; absent where the config names none."""
-    return _side("users", {"user_idx": INDEX, "user_id": id_type}, columns, "who users are")
+    return _side(USERS, {"user_idx": INDEX, "user_id": id_type}, columns, "who users are")
 
 
 def unseen_users(id_type: pa.DataType) -> Contract:
     """Users of the user side table that never interacted, so have no index; absent where the config names none."""
-    return _contract("unseen_users", {"user_id": id_type}, ("user_id",), "prepare", "known users without an index")
+    return _contract(UNSEEN_USERS, {"user_id": id_type}, ("user_id",), "prepare", "known users without an index")
 
 
 def _side(
@@ -128,6 +130,14 @@ INTERACTIONS = _contract(
     "timestamp in microseconds since 1970 (0 where the log has none)",
 )
 TRAIN_SPLIT, VALIDATION_SPLIT, TEST_SPLIT = 0, 1, 2
+DAY = 86_400_000_000
+"""Microseconds, as timestamps count them."""
+
+
+def day_start(day: dt.date) -> int:
+    """The timestamp at which a day (UTC) begins: 1970-01-02 → 86,400,000,000."""
+    return (day - dt.date(1970, 1, 1)).days * DAY
+
 
 HISTORY = _contract(
     "history",

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from ncf_dist.cli import parser
 from ncf_dist.config import Config, load_config
-from ncf_dist.contracts import in_long_form
+from ncf_dist.contracts import INTERACTIONS, ITEM_INDEX, ITEMS, USER_INDEX, in_long_form
 from ncf_dist.errors import ContractError, ExitCode, NcfError
 from ncf_dist.files import exists, read_json
 from ncf_dist.lake import Lake
@@ -94,19 +94,19 @@ def _some_users(files: list[str]) -> pa.Table:
 
 
 def _titles(prepare: Manifest) -> dict[object, str]:
-    if "items" not in prepare.tables:
+    if ITEMS not in prepare.tables:
         return {}
-    table = pa.concat_tables([read_table(path) for path in prepare.files("items")])
+    table = pa.concat_tables([read_table(path) for path in prepare.files(ITEMS)])
     return dict(zip(table["item_id"].to_pylist(), table["title"].to_pylist(), strict=True))
 
 
 def _liked(prepare: Manifest, users: pa.Array) -> dict[object, list[object]]:
     """For each user the latest of the items they rated best."""
-    index = pa.concat_tables([read_table(path) for path in prepare.files("user_index")])
+    index = pa.concat_tables([read_table(path) for path in prepare.files(USER_INDEX)])
     index = index.filter(pc.is_in(index["user_id"], value_set=users))
-    items = pa.concat_tables([read_table(path) for path in prepare.files("item_index")])
+    items = pa.concat_tables([read_table(path) for path in prepare.files(ITEM_INDEX)])
     found: dict[object, list[object]] = {}
-    for path in prepare.files("interactions"):
+    for path in prepare.files(INTERACTIONS.name):
         rows = read_table(path, ["user_idx", "item_idx", "rating", "timestamp"])
         rows = (
             rows.filter(pc.is_in(rows["user_idx"], value_set=index["user_idx"].combine_chunks()))

@@ -53,11 +53,6 @@ def disk_free(path: str) -> int:
     return shutil.disk_usage(place).free
 
 
-def vendor(root: Path = ROOT) -> str:
-    """AuthenticAMD, GenuineIntel, …; empty where the kernel names none."""
-    return _cpuinfo(root, "vendor_id")
-
-
 def processor(root: Path = ROOT) -> str:
     """The processor's name as a person would tell it apart from others: many clouds show no more than "AMD EPYC"."""
     name = _cpuinfo(root, "model name") or os.uname().machine

@@ -39,7 +39,6 @@ class Purpose(IntEnum):
     TIME_TIE = 3
     TRAIN_ORDER = 4
     SYNTHETIC = 5
-    INDEX_ORDER = 6
     SPLIT = 7
     USER_CAP = 8
     BOOTSTRAP = 9

@@ -64,11 +64,6 @@ def head(path: str, size: int = SNIFFED) -> tuple[bytes, Written]:
     return data.removeprefix(BOM), how
 
 
-def first_line(path: str) -> bytes:
-    """The first line of a text file without its end and byte-order mark, cut at 1 MiB. Raises InputError."""
-    return head(path, HEADER_LIMIT)[0].split(b"\n", 1)[0].rstrip(b"\r")
-
-
 class _Returns:
     """Carriage returns as line feeds: no byte moves, so a place stays what it was."""
 

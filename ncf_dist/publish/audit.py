@@ -24,8 +24,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ncf_dist.contracts import (
+    ITEM_INDEX,
     MODEL,
     POPULAR,
+    USER_INDEX,
     Contract,
     Form,
     in_long_form,
@@ -94,10 +96,9 @@ class Audit:
 def contract_of(prepare: Manifest, form: Form = "long") -> Contract:
     """The recommendations contract with the id types of this night's indexes."""
     types = []
-    for name in ("user_id", "item_id"):
-        table = f"{name.removesuffix('_id')}_index"
+    for table, name, contract in ((USER_INDEX, "user_id", user_index), (ITEM_INDEX, "item_id", item_index)):
         schema = read_schema(prepare.files(table)[0])
-        (user_index if name == "user_id" else item_index)(schema.field(name).type).check(schema)
+        contract(schema.field(name).type).check(schema)
         types.append(schema.field(name).type)
     return recommendations(types[0], types[1], form)
 
@@ -113,7 +114,7 @@ def audit(score: Manifest, prepare: Manifest, work: str) -> Audit:
             f"of ds {score.ds} is {prepare.run_key}; rerun the job score"
         )
     table = score.table(contract)
-    ids = pa.concat_tables([read_table(path) for path in prepare.files("item_index")]).sort_by("item_idx")
+    ids = pa.concat_tables([read_table(path) for path in prepare.files(ITEM_INDEX)]).sort_by("item_idx")
     if not np.array_equal(ids["item_idx"].to_numpy(), np.arange(len(ids))):
         raise ContractError(f"table item_index: item_idx is not 0..{len(ids) - 1}; rerun the job prepare")
     items = ids["item_id"].combine_chunks()

@@ -27,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ncf_dist.ancestry import index_sizes
-from ncf_dist.contracts import HISTORY, INTERACTIONS
+from ncf_dist.contracts import HISTORY, INTERACTIONS, UNSEEN_USERS, USER_INDEX, day_start
 from ncf_dist.errors import ContractError
 from ncf_dist.files import filesystem
 from ncf_dist.manifests import Manifest
@@ -46,7 +46,6 @@ MASKED = {"all": ("item_idx", "test_item_idx"), "train": ("item_idx",)}
 HISTORY_BATCH = 8_192
 """Users of history unpacked at once."""
 INTERACTIONS_BATCH = 262_144
-UNSEEN = "unseen_users"
 SCRATCH = "publish"
 """What the names of the scratch folders begin with."""
 OFFER = {"item_idx": pa.int32(), "file": pa.int32(), "by_model": pa.bool_()}
@@ -120,9 +119,9 @@ class Offers:
         self._work, self._user_id = work, user_id
         self._indexed = index_sizes(prepare).users
         # Users without an index are served where there is a fallback and where being active is not asked of them.
-        serves_unseen = rules.fallback and rules.active_since is None and UNSEEN in prepare.tables
-        self._unseen = prepare.files(UNSEEN) if serves_unseen else []
-        self._total = self._indexed + (prepare.tables[UNSEEN].rows if serves_unseen else 0)
+        serves_unseen = rules.fallback and rules.active_since is None and UNSEEN_USERS in prepare.tables
+        self._unseen = prepare.files(UNSEEN_USERS) if serves_unseen else []
+        self._total = self._indexed + (prepare.tables[UNSEEN_USERS].rows if serves_unseen else 0)
 
     def __enter__(self) -> Offers:
         self._scratch = scratch_folder(self._work, SCRATCH)
@@ -211,7 +210,7 @@ class Offers:
         """Users with an interaction since the day that is asked for, dealt by user_idx."""
         if self.rules.active_since is None:
             return None
-        since = np.datetime64(self.rules.active_since, "us").astype(np.int64)
+        since = day_start(self.rules.active_since)
         active = self._buckets("active", user_idx=pa.int32())
         for batch in self._batches(INTERACTIONS.name, ["user_idx", "timestamp"], INTERACTIONS_BATCH):
             users = batch.filter(pc.greater_equal(batch["timestamp"], pa.scalar(since)))["user_idx"].unique()
@@ -221,7 +220,7 @@ class Offers:
     def _by_index(self, known_users: Buckets) -> Buckets:
         """Offers with user_idx in place of user_id, dealt by it. known_users: gets every user_idx there is."""
         index = self._buckets("index", user_id=self._user_id, user_idx=pa.int32())
-        for path in self.prepare.files("user_index"):
+        for path in self.prepare.files(USER_INDEX):
             part = read_table(path)
             index.add(part, bucket_of(part["user_id"], self.count))
             known_users.add(part.select(["user_idx"]), part["user_idx"].to_numpy() % self.count)
@@ -280,7 +279,7 @@ class Offers:
         if user_idx >= self._indexed:
             unseen = pa.concat_tables([read_table(path) for path in self._unseen])
             return unseen["user_id"][user_idx - self._indexed].as_py()
-        for path in self.prepare.files("user_index"):
+        for path in self.prepare.files(USER_INDEX):
             table = read_table(path)
             hit = table.filter(pc.equal(table["user_idx"], user_idx))
             if hit.num_rows:
