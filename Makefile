@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test soak demo ml-1m bench lock audit sbom clean
+.PHONY: help install check format test soak demo ml-1m bench docs lock audit sbom clean
 
 # Choose another with `make PYTHON=/path/to/python3.11 install`.
 PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) python3.11)
@@ -123,6 +123,9 @@ audit: install ## look up known vulnerabilities of everything that is pinned
 	{ tail -n 1 "$$tools/log"; \
 	  echo "ncf-dist: NOTHING WAS AUDITED: none of $(ADVISORIES) says that $(known) has $(known_for), so no source of" \
 	    "advisories is reachable here; run make audit where one is, or name others with ADVISORIES"; exit 3; } >&2
+
+docs: install ## write docs/settings.md from ncf_dist/config/
+	$(python) -m ncf_dist.reference >docs/settings.md
 
 sbom: install ## write dist/sbom.cdx.json, what .venv holds, as a CycloneDX bill of materials
 	@$(with_tools); mkdir -p dist; \

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from ncf_dist import config as settings
 from ncf_dist.config import Config, Model, Section, load_config, parse_ds
 from ncf_dist.errors import ConfigError
+from ncf_dist.reference import reference
 
 ROOT = Path(__file__).parent.parent
 SMALL = "paths: {lake: l}\ninput: {path: log.dat}\n"
@@ -273,7 +274,8 @@ def test_a_section_with_nothing_in_it_has_its_defaults(load: Load) -> None:
 def test_every_field_is_documented_where_it_is_declared() -> None:
     """A string follows each declaration; a field that is itself a section is documented by that section's fields."""
     declared, documented = set(), set()
-    for node in ast.parse(inspect.getsource(settings)).body:
+    source = "\n".join(path.read_text() for path in (ROOT / "ncf_dist/config").glob("*.py"))
+    for node in ast.parse(source.replace("from __future__ import annotations", "")).body:
         if isinstance(node, ast.ClassDef):
             for field, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
@@ -286,6 +288,22 @@ def test_every_field_is_documented_where_it_is_declared() -> None:
     inner = {("Config", name) for name, field in Config.model_fields.items() if field.annotation in sections}
     assert fields == declared
     assert fields - inner - documented == set()
+
+
+def test_the_page_of_settings_is_up_to_date() -> None:
+    assert (ROOT / "docs/settings.md").read_text() == reference(), "run make docs"
+
+
+def test_the_page_of_settings_has_every_key_with_its_type_default_and_the_stages_it_remakes() -> None:
+    page = reference()
+    for name, field in Config.model_fields.items():
+        keys = getattr(field.annotation, "model_fields", {})
+        for key in [f"{name}.{inner.alias or key}" for key, inner in keys.items()] or [name]:
+            assert f"- **`{key}`** · " in page
+    assert "- **`train.eps`** · number > 0 · default `1.0e-08` · remakes train\n" in page
+    assert "- **`train.timeout_s`** · whole number ≥ 1 · default `300`\n" in page
+    assert "- **`input.path`** · text or [text, …] · needed · remakes prepare\n" in page
+    assert "- **`input.items.columns.NAME.from`** · text or whole number ≥ 0 · needed · remakes prepare\n" in page
 
 
 # ---- keys inside of keys -----------------------------------------------------------------------------------

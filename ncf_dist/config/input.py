@@ -23,9 +23,9 @@ class Columns(Section):
     item: Place = "item_id"
     """The customer's item id."""
     rating: Place | None = None
-    """None: the log has no ratings; every row counts as 1."""
+    """`null`: the log has no ratings; every row counts as 1."""
     timestamp: Place | None = None
-    """None: the log has no times; a hash decides what is latest."""
+    """`null`: the log has no times; a hash decides what is latest."""
 
 
 class SideColumn(Section):
@@ -87,24 +87,26 @@ class Input(Section):
     """Whether user ids are numbers (int64) or kept as text; default: `int` for MovieLens, the column's type for
     Parquet, else `string`."""
     item_type: IdType | None = None
-    """The same for items."""
+    """As `user_type`, for item ids."""
     time_unit: Literal["s", "ms", "us", "iso"] = "s"
-    """What a timestamp counts since 1970, or ISO 8601 text (UTC where it names no zone). Parquet timestamps know."""
+    """The unit of timestamps, which count from 1970, or `iso` for ISO 8601 text (UTC where it names no zone). Parquet's
+    own timestamps have their unit with them."""
     max_line_bytes: PositiveInt = 65_536
-    """Longer lines go to the quarantine; bounds what a reader holds in memory."""
+    """Longer lines go to the quarantine, so that one line cannot fill a reader's memory."""
     rating_range: tuple[float, float] | None = None
     """Lowest and highest rating there is; others go to the quarantine."""
     items: SideOrPath = None
     """Optional item side table; as a path alone: movies.dat, u.item or movies.csv of the log's family."""
     users: SideOrPath = None
-    """Optional user side table; as a path alone likewise: users.dat or u.user."""
+    """Optional user side table; as a path alone: users.dat or u.user of the log's family."""
     feedback: Literal["implicit", "explicit"] = "implicit"
     """`implicit`: a row is a positive, contrasted with negatives · `explicit`: the rating itself is learned."""
     forget: str | None = None
     """A text file of user ids, one a line: these users' rows are left out and counted as `forgotten`, and the users
-    leave the index and what is published. Not the ids themselves: they would stay in every run's manifest."""
+    leave the index and what is published. The ids themselves are not written here,
+    because every run's manifest would keep them."""
     min_rating: float | None = None
-    """Implicit only: rows with a lower rating are not positives. None keeps every row."""
+    """Implicit only: rows with a lower rating are not positives. `null` keeps every row."""
     since: dt.date | None = None
     """Rows from before this day (UTC) are left out."""
     until: dt.date | None = None
@@ -117,7 +119,7 @@ class Input(Section):
     max_user_interactions: PositiveInt | None = None
     """Keep only so many of a user's latest rows: one crawler must not outweigh a thousand people."""
     k_core: PositiveInt = 1
-    """Leave out users and items with fewer rows than this, again and again until none is left (1: keep all)."""
+    """Leave out users and items with fewer rows than this, repeatedly, until each has as many (1: keep all)."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Above this share of quarantined rows the job exits 3: the file is not what the config says it is. Rows from
     `until` on are not counted: a log that goes on after ds is sound."""

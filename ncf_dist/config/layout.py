@@ -9,8 +9,9 @@ class Layout(Section):
     """How the train table is cut into files."""
 
     rows_per_file: PositiveInt = 250_000
-    """Upper bound of rows a file (one row group each): what a reader holds in memory at a time."""
+    """At most this many rows a file. A file is one row group, which is what a reader holds in memory at a time."""
     min_files: PositiveInt = 16
-    """At least this many files where there are rows for them, so that re-dealing files mixes them."""
+    """At least this many files, where there are rows for them. Every epoch deals the files to the ranks anew, and with
+    more files that mixes the rows better."""
     world_sizes: tuple[PositiveInt, ...] = (1, 2, 4, 8)
-    """Numbers of ranks that shall get whole files: the file count is a multiple of each."""
+    """The number of files is a multiple of each of these numbers of ranks, so that every rank gets whole files."""

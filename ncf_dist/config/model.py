@@ -32,7 +32,7 @@ class Model(Section):
     """Explicit feedback, mf and embedding_nn: a sigmoid maps scores into (low, high). A little more than the scale of
     the ratings, such as [0, 5.5] for 1 to 5, lets the best ones be reached."""
     embedding_sizes: tuple[PositiveInt, PositiveInt] | None = None
-    """embedding_nn: of users and of items; default: by the number of each, see `embedding_size`."""
+    """embedding_nn: embedding sizes of users and of items; default: min(600, round(1.6 · n^0.56)) for n of them."""
     batch_norm: bool = True
     """embedding_nn: batch normalisation after each hidden layer."""
     init_std: Annotated[float, Field(gt=0)] = 0.01

@@ -23,7 +23,7 @@ def _master(text: str) -> str:
 
 class Spark(Section):
     master: Annotated[str, AfterValidator(_master)] | None = None
-    """Given to spark-submit as --master; None leaves the cluster's default."""
+    """Given to spark-submit as --master; `null` leaves the cluster's default."""
     driver_memory: Annotated[str, Field(pattern=MEMORY_PATTERN)] = "1g"
     """Heap of the driver; in local mode it is also the executors'."""
     executor_memory: Annotated[str, Field(pattern=MEMORY_PATTERN)] = "2g"
@@ -31,6 +31,6 @@ class Spark(Section):
     shuffle_partitions: PositiveInt = 8
     """Partitions of a shuffle. Changes the speed, never a byte of the tables."""
     authenticate: bool | None = None
-    """On a cluster: None turns Spark's authentication and encryption on where that needs nothing else (YARN,
-    Kubernetes; a standalone cluster with SPARK_AUTHENTICATE_SECRET in the environment), and warns elsewhere. False: it
-    is wanted off."""
+    """On a cluster: `null` turns Spark's authentication and encryption on where that needs nothing else (YARN,
+    Kubernetes; a standalone cluster with SPARK_AUTHENTICATE_SECRET in the environment), and warns elsewhere · `false`
+    leaves both off, without a warning."""

@@ -18,11 +18,11 @@ class Split(Section):
     k: PositiveInt = 1
     """leave-k-out: rows of a user that are held out for the test, and as many for validation."""
     min_interactions: Annotated[int, Field(ge=3)] = 3
-    """leave-one-out, leave-k-out: users with fewer items keep all of them in train: too little to judge them by."""
+    """leave-one-out, leave-k-out: users with fewer items keep all of them in train: so few say little of a model."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """random: share of the rows; temporal: share of the latest rows."""
+    """random: share of the rows that are held out for the test · temporal: the same, of the latest rows."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """random, temporal: the same, of what the test leaves."""
+    """random, temporal: share of the remaining rows that is held out for validation."""
     test_from: dt.date | None = None
     """temporal: the day (UTC) the test begins, in place of test_fraction."""
     validation_from: dt.date | None = None
@@ -31,7 +31,7 @@ class Split(Section):
     """files: the test rows, in the format of the log; `input.path` is then the train rows."""
     candidates: str | tuple[str, ...] | None = None
     """files: given candidates, lines of `(user,item)`, then items, tab-separated (the NCF paper's test.negative);
-    None draws them."""
+    `null` draws them."""
     validation: bool = True
     """Whether train gives up rows for validation, by the rule that makes the test (`files`: each user's latest).
     Without them the last epoch is kept: for the final fit, after the settings are chosen."""

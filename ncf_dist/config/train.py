@@ -36,7 +36,7 @@ class Train(Section):
     """`bf16`: matrix products in bfloat16 under autocast; weights, optimiser and loss stay float32."""
     compiled: bool = True
     """gmf, mlp and neumf by bce or bpr, fp32 without dropout, on a CPU: compute a step's loss and gradients in one
-    compiled call, where it was built. Faster, and equal within rounding; false: torch's operations."""
+    compiled call, where it was built. Faster, and equal within rounding. `false`: torch's operations do it."""
     loss: Literal["bce", "bpr", "sampled_softmax", "mse"] | None = None
     """ncf_dist/train/losses.py has the formulas. Default: bce for implicit feedback, mse for explicit."""
     negatives: Literal["table", "online"] = "table"
@@ -49,21 +49,22 @@ class Train(Section):
     batch_size: PositiveInt = 1_024
     """Rows a step on each rank (B); with bce and bpr a step sees B x (1 + negatives.per_positive) examples."""
     optimiser: Literal["adam", "adamw", "sgd"] = "adam"
-    """adam: weight decay is an L2 term of the loss · adamw: it is apart from the gradient · sgd: with `momentum`."""
+    """`adam`: weight decay is an L2 term of the loss · `adamw`: weight decay is decoupled from the gradient · `sgd`:
+    with `momentum`."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """The schedule's highest learning rate."""
     schedule: Literal["constant", "linear", "cosine", "one_cycle"] = "cosine"
     """ncf_dist/train/schedules.py has the formulas."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Adam's decay rates; one_cycle moves the first one."""
+    """Adam's decay rates. The schedule one_cycle changes the first one during training."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's term in the denominator."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """sgd; one_cycle moves it."""
+    """Momentum of sgd. The schedule one_cycle changes it during training."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of the layers' weights; never of biases and batch norm."""
+    """Weight decay of the layers' weights. Biases and batch norm have none."""
     embedding_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of the embedding tables, rows that a step does not touch included."""
+    """Weight decay of the embedding tables, including the rows that a step does not use."""
     embedding_l2: Annotated[float, Field(ge=0)] = 0.0
     """An L2 term of the loss on the embeddings that a step's pairs use, once for each use; beside any decay."""
     part_decay: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
