@@ -18,7 +18,7 @@ import torch
 from ncf_dist.config import Model
 from ncf_dist.machine import cores_of_mask
 from ncf_dist.train import waiting, worker
-from ncf_dist.train.waiting import HOLD_S, LONGEST_S, LOOK_S, Waiting, waited
+from ncf_dist.train.waiting import HOLD_S, LONGEST_S, LOOK_S, Usage, Waiting, taken
 from tests.tables import prepared, small_config
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's schedstat")
@@ -126,7 +126,7 @@ def test_when_the_others_have_gone_they_spin_again() -> None:
 
 def test_waiting_for_a_core_is_counted() -> None:
     """Two threads on one core: what one runs, the other waits."""
-    before, mask = waited(), os.sched_getaffinity(0)
+    before, mask = Usage.now(), os.sched_getaffinity(0)
     data = bytes(2**22)
 
     def work() -> None:
@@ -140,8 +140,29 @@ def test_waiting_for_a_core_is_counted() -> None:
     found = 0.0
     while any(thread.is_alive() for thread in threads):
         threads[0].join(0.05)
-        found = max(found, waited() - before)
+        after = Usage.now()
+        waits = sum(after.waited[thread] - before.waited.get(thread, 0) for thread in after.waited)
+        found = max(found, waits)
     assert found > 0.01
+
+
+def usage(at: float, used: float, **waited: float) -> Usage:
+    return Usage(at, used, waited)
+
+
+def test_what_threads_of_one_process_take_from_each_other_is_no_crowd() -> None:
+    """Three threads on two cores, alone: together they wait 1 s a second, and have 2."""
+    assert taken(usage(0, 0, a=0, b=0, c=0), usage(2, 4, a=0.7, b=0.7, c=0.6), cores=2) == 0
+
+
+def test_what_others_have_while_threads_wait_is() -> None:
+    """(1.2 - 0.2) s waited in 2 s: .5; had 3 of 4: .5. A thread that ended no longer counts."""
+    assert taken(usage(5, 10, a=0.2, gone=9), usage(7, 13, a=0.7, new=0.5), cores=2) == 0.5
+
+
+def test_cores_that_nobody_waits_for_are_no_crowd() -> None:
+    """A rank of two threads on 16 cores."""
+    assert taken(usage(0, 0, a=0, b=0), usage(1, 2, a=0.01, b=0), cores=16) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("name", waiting.OWN_SETTINGS)
