@@ -109,9 +109,8 @@ def _kind(field: Schema) -> str:
 
 def _each(field: Schema) -> Schema:
     """The schema of a value where the field holds values by name; else an empty one."""
-    by_name = [*field.get("patternProperties", {}).values(), field.get("additionalProperties"), {}]
-    found: Schema = next(each for each in by_name if each is not None)
-    return found
+    by_name = [*field.get("patternProperties", {}).values(), field.get("additionalProperties")]
+    return next((each for each in by_name if each), {})
 
 
 def _section(field: Schema, schema: Schema) -> Schema | None:
