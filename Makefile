@@ -67,7 +67,7 @@ format: install ## rewrite the code in the house format and mend what the linter
 	$(python) -m ruff format .
 
 test: install ## run the tests; PYTEST_ARGS="-k negatives -x" chooses
-	$(java) $(python) -m pytest -n $(TEST_WORKERS) --dist loadfile --durations 20 -m "not soak" $(PYTEST_ARGS)
+	$(java) $(python) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 -m "not soak" $(PYTEST_ARGS)
 
 soak: install ## run the long campaigns of kills, races and mutated input: before a release, and by hand
 	$(java) $(python) -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)

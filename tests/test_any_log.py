@@ -381,13 +381,14 @@ def test_a_log_that_only_has_a_future_is_refused(spark: SparkSession, tmp_path: 
 
 
 @pytest.mark.slow
-def test_twenty_nights_of_a_growing_log(spark: SparkSession, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_nights", [6, pytest.param(40, marks=pytest.mark.soak)])
+def test_nights_of_a_growing_log(spark: SparkSession, tmp_path: Path, n_nights: int) -> None:
     """Each night some old and new users and items: no index changes, none is missing, none is given twice; a night
     made again in another lake, from the same nights before it, has the same bytes."""
     start = int(dt.datetime(2025, 12, 1, tzinfo=dt.timezone.utc).timestamp())
     draw, log, nights = random.Random(5), list[Row](), list[Night]()
     indexes: dict[str, dict[str, int]] = {"user": {}, "item": {}}
-    for day in range(20):
+    for day in range(n_nights):
         for _ in range(30):
             user, item = draw.randrange(10 + 3 * day), draw.randrange(10 + 2 * day)
             log.append((f"u{user}", f"i{item}", 4.0, start + day * DAY + draw.randrange(DAY)))
@@ -400,7 +401,7 @@ def test_twenty_nights_of_a_growing_log(spark: SparkSession, tmp_path: Path) -> 
             assert found.keys() == {row[("user", "item").index(side)] for row in log}
             indexes[side] = found
         nights.append(night)
-    assert len(indexes["user"]) > 40
+    assert len(indexes["user"]) > 2 * n_nights
     again = tmp_path / "again"
     for night in nights[:3]:
         path = csv_log(again / "raw", [row for row in log if row[3] < _midnight(night.manifest.ds)])
