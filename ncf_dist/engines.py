@@ -1,5 +1,5 @@
-"""Which library makes a model's float32 dot products, oneDNN or MKL, and whether this processor has bf16 products: both
-are found by a probe on the executor.
+"""Which library computes a model's float32 dot products, oneDNN or MKL, and whether this processor has bf16 products.
+Both are found by a probe on the executor.
 
 A library is used only where its bits are MKL's, so the choice decides no byte of a table, whatever the timing says.
 
@@ -32,23 +32,21 @@ def choose(bundle: Bundle, precision: Literal["fp32", "bf16"]) -> dict[str, Any]
     found: dict[str, Any] = facts()
     width = dot_width(bundle)
     with one_thread():
-        if not width:
-            return found
         if precision == "bf16" and rounds(width):
             return found | {"precision": "bf16"}
         return found | {"engine": engine_for(width)}
 
 
 def dot_width(bundle: Bundle) -> int:
-    """F: how many numbers a user's and an item's side of the model's dot product have; 0 for a model without."""
+    """F: how many numbers a user's and an item's side of the scorer's dot product have. Hidden layers add one."""
     import torch
 
     from ncf_dist.models import build_model
 
     with torch.device("meta"):
         model = build_model(bundle.model, bundle.n_users, bundle.n_items)
-        parts = model.item_parts(torch.zeros(1, dtype=torch.int64))
-    return 0 if parts is None else parts.dot.shape[1] + bool(model.joining_layers())
+        side = model.ranking_items(torch.zeros(1, dtype=torch.int64))
+    return side.dot.shape[1] + bool(model.ranking_layers())
 
 
 def rounds(width: int) -> bool:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ncf_dist.config import Model
-from ncf_dist.models import GMF, MF, MLP, EmbeddingNN, NeuMF, Recommender, build_model
+from ncf_dist.models import GMF, MF, MLP, EmbeddingNN, NeuMF, Recommender, Side, build_model
 from ncf_dist.train import compiled
 from ncf_dist.train.compiled import BUILDS, best_library, compiled_loss, library
 from ncf_dist.train.loaders import Batch
@@ -253,7 +253,7 @@ def test_everything_else_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> No
     assert not Objective(model_of("gmf"), "bce", compiled=False).compiled
 
     class Another(GMF):
-        def join(self, user: tuple[Tensor, ...], item: tuple[Tensor, ...]) -> Tensor:
+        def join(self, user: Side, item: Side) -> Tensor:
             return -super().join(user, item)
 
     assert compiled_loss(Another(9, 7, 4), "bce") is None

@@ -27,15 +27,15 @@ from ncf_dist.evaluate.bootstrap import interval, p_value, poisson_weights
 from ncf_dist.evaluate.figures import Ranks, file_sums, read_ranks, sum_up, with_other
 from ncf_dist.evaluate.histogram import BINS, Histogram, on_common_bins
 from ncf_dist.evaluate.lists import list_metrics, popularity_counts
-from ncf_dist.evaluate.places import Scores, by_item
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import FiguresPass
 from ncf_dist.evaluate.summary import by_segment, comparisons, flat_metrics, of_scorer
 from ncf_dist.evaluate.users import Score, Users, blocks, model_scores, popularity_scores, rank_users
 from ncf_dist.models import MF, build_model
 from ncf_dist.parquet import write_parquet
-from ncf_dist.scoring import ModelScorer, PopularityScorer, catalogue_rank, mask, top_k
+from ncf_dist.scoring import ModelScorer, PopularityScorer, Scores, by_item, mask, top_k
 from ncf_dist.scoring import blocks as kernel
+from tests.oracles import catalogue_rank
 
 
 @pytest.fixture(autouse=True, scope="module")

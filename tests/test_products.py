@@ -21,7 +21,7 @@ from ncf_dist import engines, products
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Config, Model
 from ncf_dist.errors import ConfigError
-from ncf_dist.models import MF, Parts, build_model
+from ncf_dist.models import MF, RankingSide, build_model
 from ncf_dist.products import Products
 from ncf_dist.scoring import ModelScorer
 from ncf_dist.scoring import blocks as kernel
@@ -131,14 +131,9 @@ def test_one_bit_in_one_row_is_refused(monkeypatch: pytest.MonkeyPatch, module: 
 class Leaning(MF):
     """Scores depend on the row of the block."""
 
-    def user_parts(self, user: Tensor) -> Parts | None:  # type: ignore[override]
-        return None
-
-    def item_parts(self, item: Tensor) -> Parts | None:  # type: ignore[override]
-        return None
-
-    def score_block(self, user: Any, item: Any) -> Tensor:
-        return super().score_block(user, item) + torch.arange(len(user[0]))[:, None]
+    def ranking_users(self, user: Tensor) -> RankingSide:
+        side = super().ranking_users(user)
+        return side._replace(dot=side.dot + torch.arange(len(user))[:, None])
 
 
 def test_a_model_whose_scores_lean_is_refused() -> None:
@@ -176,7 +171,6 @@ def test_the_width_is_that_of_the_scorers_products(bundle: Bundle, width: int) -
     """Biases are two more columns; what is left of a tower is one."""
     assert engines.dot_width(bundle) == width
     block = ModelScorer(build_model(bundle.model, 20, 30), 30).block
-    assert isinstance(block, kernel._Split)
     assert block.item_dot.shape[1] == width
 
 

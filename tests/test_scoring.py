@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ncf_dist.config import Model
-from ncf_dist.models import MF, MODELS, Parts, Recommender, build_model
-from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, catalogue_rank, mask, recommend, top_k
+from ncf_dist.models import MF, MODELS, Embedding, Recommender, build_model
+from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, mask, recommend, top_k
 from ncf_dist.scoring import blocks as kernel
 from ncf_dist.scoring.topk import Best
 from tests.far import DEVICE, Far, FarDevice
+from tests.oracles import catalogue_rank
 
 Seen = list[list[int]]
 
@@ -168,14 +169,30 @@ def model_of(name: Any, n_users: int, n_items: int, factors: int = 32, **fields:
     return filled(build_model(config, n_users, n_items))
 
 
-class Joined(MF):
-    """A model that has only sides and a join."""
+class Visits:
+    """Sides that are functions of more than an embedding: a user's is the mean of the items of a sequence, an item's
+    its embedding and that of its genre."""
 
-    def user_parts(self, user: Tensor) -> Parts | None:  # type: ignore[override]
-        return None
+    def __init__(self, visits: Tensor, item: Embedding, genre: Embedding) -> None:
+        self.visits, self.item, self.genre = visits, item, genre
 
-    def item_parts(self, item: Tensor) -> Parts | None:  # type: ignore[override]
-        return None
+    def user_side(self, user: Tensor | None) -> Tensor:
+        visits = self.visits if user is None else self.visits[user.to(self.visits.device)]
+        return self.item_side(visits.to(self.item.weight.device)).mean(-2)
+
+    def item_side(self, item: Tensor | None) -> Tensor:
+        index = torch.arange(len(self.item.weight), device=self.item.weight.device) if item is None else item
+        return self.item(index) + self.genre(index % 3)
+
+
+class Histories(MF):
+    """A model of another kind, that only declares its sides."""
+
+    def __init__(self, n_users: int, n_items: int, factors: int, y_range: tuple[float, float] | None) -> None:
+        super().__init__(n_users, n_items, factors, True, y_range)
+        self.genre = Embedding(3, factors)
+        visits = torch.arange(n_users * 5).view(n_users, 5) * 7 % n_items
+        self.dot_sides = Visits(visits, self.item, self.genre)
 
 
 @contextlib.contextmanager
@@ -211,8 +228,8 @@ def test_scores_are_the_models(shape: dict[str, Any], n_users: int, n_items: int
 
 
 @pytest.mark.parametrize("y_range", [None, (0.0, 5.5)])
-def test_a_model_without_parts_is_scored_through_its_join(y_range: tuple[float, float] | None) -> None:
-    model = filled(Joined(300, 1500, 4, True, y_range))
+def test_a_model_is_scored_through_the_sides_that_it_declares(y_range: tuple[float, float] | None) -> None:
+    model = filled(Histories(300, 1500, 4, y_range))
     users = torch.arange(300).flip(0)
     with torch.no_grad():
         wanted = model(users[:, None], torch.arange(1500)[None])
@@ -236,7 +253,6 @@ def test_hidden_layers_are_bounded_whatever_the_catalogue() -> None:
         }.items():
             for n_items in (10, 1000):
                 block = ModelScorer(model_of("mlp", 3, n_items, layers=layers), n_items).block
-                assert isinstance(block, kernel._Split)
                 assert [tuple(v.shape) for v in block.hidden] == shapes
                 assert block.out.shape == (32, 64)
 
@@ -248,7 +264,10 @@ def test_bf16_rounds_factors_and_leaves_other_products_alone() -> None:
     exact = ModelScorer(model, 2000).scores(users)
     rounded = ModelScorer(model, 2000, precision="bf16").scores(users)
     with torch.no_grad():
-        sizes = model.user_side(users)[0].abs() @ model.item_side(items)[0].abs().T
+        user, item = model.user_side(users).dot, model.item_side(items).dot
+        assert user is not None
+        assert item is not None
+        sizes = user.abs() @ item.abs().T
     assert ((rounded - exact).abs() <= 2**-7 * sizes + 1e-6).all()
     assert torch.equal(ModelScorer(model, 2000).scores(users), exact)
 
@@ -408,12 +427,12 @@ def test_the_device_that_is_not_there_refuses_what_a_gpu_refuses() -> None:
             far + torch.ones(3)
 
 
-@pytest.mark.parametrize("name", ["mf", "neumf", "joined"])
+@pytest.mark.parametrize("name", ["mf", "neumf", "histories"])
 @pytest.mark.parametrize("listed", [False, True])
 def test_scoring_keeps_to_the_models_device(name: str, listed: bool) -> None:
     """With item lists too: nothing is taken for a tensor of the CPU. Users may come from either."""
     n_users, n_items = 12, 90
-    model = filled(Joined(n_users, n_items, 4, True, None)) if name == "joined" else model_of(name, n_users, n_items)
+    model = filled(Histories(n_users, n_items, 4, None)) if name == "histories" else model_of(name, n_users, n_items)
     model.requires_grad_(False)
     seen, users = lists(random_lists(n_users, n_items, 60)), torch.arange(n_users)
     eligible = torch.from_numpy(np.flatnonzero(np.random.default_rng(3).random(n_items) < 0.4)) if listed else None

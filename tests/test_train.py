@@ -33,7 +33,7 @@ from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF, build_model
 from ncf_dist.parquet import read_table
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.scoring import Lists, ModelScorer, catalogue_rank, mask
+from ncf_dist.scoring import Lists, ModelScorer, mask
 from ncf_dist.train import worker
 from ncf_dist.train.loaders import Batch, Task, TrainLoader
 from ncf_dist.train.losses import bce
@@ -44,6 +44,7 @@ from ncf_dist.train.trainer import History, Trainer
 from ncf_dist.train.validation import Validator, candidate_ranks, read_held_out
 from ncf_dist.train.world import World
 from tests.gloo import Ranks
+from tests.oracles import catalogue_rank
 from tests.tables import (
     DRAWS,
     DS,

@@ -26,10 +26,9 @@ from ncf_dist.bundle import load_model
 from ncf_dist.contracts import RANKS
 from ncf_dist.evaluate.baselines import item_factors, item_weights, read_lists
 from ncf_dist.evaluate.histogram import Histogram
-from ncf_dist.evaluate.places import Scores, by_item, rank, scores_of
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.parquet import read_table
-from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer
+from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, Scores, by_item, rank, scores_of
 from ncf_dist.scoring import blocks as kernel
 from ncf_dist.spark_io import FileSink, Pass, runs_of
 

@@ -1,8 +1,9 @@
 """GMF, MLP and NeuMF on a CPU: loss and gradients of a step in one compiled call, `neumf_step.cpp`.
 
-The mathematics is that of `models.py` and `losses.py`, whose many small operations it does in one pass over blocks of
-pairs that stay in the cache (equal within float rounding, by test). setuptools compiles it at installation, where
-there is a compiler, for AVX2 and AVX-512; elsewhere, and for all else, torch's operations are used.
+It computes what `models/` and `losses.py` define, from the parts that a model declares. Their many small operations
+become one pass over blocks of pairs that stay in the cache (equal within float rounding, by test). setuptools compiles
+it for AVX2 and AVX-512 at installation, where there is a compiler. Elsewhere, and for every other model, torch's
+operations are used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ncf_dist.models import GMF, MLP, NeuMF, Recommender
+from ncf_dist.models import GMF, MLP, FirstLayer, NeuMF, Product, Recommender
 from ncf_dist.train.loaders import Batch
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 BUILDS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """What the CPU can do, as torch names it → the builds that it can run, best first."""
 PAIRWISE = {"bce": False, "bpr": True}
-"""The losses that it knows, and whether they compare pairs."""
+"""The losses that the library computes → whether they compare pairs."""
 NO_MEMORY, OUTSIDE = 1, 2
 
 _Index = ctypes.c_int64
@@ -56,7 +57,7 @@ class _Step(ctypes.Structure):
 
 @functools.cache
 def library(build: str) -> ctypes.CDLL | None:
-    """One build; None where it was not made."""
+    """One build of the library; None where it was not compiled."""
     spec = importlib.util.find_spec(f"{__package__}._neumf_step_{build}")
     if spec is None or spec.origin is None:
         return None
@@ -74,9 +75,9 @@ def best_library() -> ctypes.CDLL | None:
 
 
 class _Model:
-    """A model as the library wants it; its gradients are one after the other in the order of `parameters`."""
+    """A model as the library wants it. Its gradients lie one after another in memory, in the order of `parameters`."""
 
-    def __init__(self, model: GMF | MLP | NeuMF, run: Any, pairwise: bool) -> None:
+    def __init__(self, model: Recommender, run: Any, pairwise: bool) -> None:
         self.model, self.run, self.pairwise = model, run, pairwise
         self.parameters = list(model.parameters())
         self.size = sum(parameter.numel() for parameter in self.parameters)
@@ -88,31 +89,33 @@ class _Model:
 
     def _step(self) -> _Step:
         """What does not change from step to step."""
-        model, first, found = self.model, 0, {}
+        model, first, place = self.model, 0, {}
         for parameter in self.parameters:
-            found[id(parameter)] = _Parameter(parameter.data_ptr(), first)
+            place[id(parameter)] = _Parameter(parameter.data_ptr(), first)
             first += parameter.numel()
 
         def side(table: nn.Embedding) -> _Side:
-            return _Side(*table.weight.shape, found[id(table.weight)])
+            return _Side(*table.weight.shape, place[id(table.weight)])
 
-        step = _Step(pairwise=self.pairwise)
-        gmf = model if isinstance(model, GMF) else model.gmf if isinstance(model, NeuMF) else None
-        if gmf is not None:
-            step.factors, step.gmf_weight = gmf.output.in_features, found[id(gmf.output.weight)]
-            step.gmf_user, step.gmf_item = side(gmf.user), side(gmf.item)
-        if not isinstance(model, GMF):
-            hidden = cast("list[nn.Linear]", list(model.tower.hidden))
-            step.deep_user, step.deep_item = side(model.tower.user), side(model.tower.item)
-            step.output_weight, step.layers = found[id(model.output.weight)], len(hidden)
+        step, bias = _Step(pairwise=self.pairwise), model.bias
+        if isinstance(product := model.dot_sides, Product):
+            assert product.output is not None
+            step.factors, step.gmf_weight = product.output.in_features, place[id(product.output.weight)]
+            step.gmf_user, step.gmf_item = side(product.user), side(product.item)
+        if isinstance(halves := model.hidden_sides, FirstLayer):
+            assert model.head is not None
+            *hidden, output = (halves.layer, *model.head.layers)
+            step.deep_user, step.deep_item = side(halves.user), side(halves.item)
+            step.output_weight, step.layers = place[id(output.weight)], len(hidden)
             step.layer = (_Layer * len(hidden))(
-                *(_Layer(layer.out_features, found[id(layer.weight)], found[id(layer.bias)]) for layer in hidden)
+                *(_Layer(layer.out_features, place[id(layer.weight)], place[id(layer.bias)]) for layer in hidden)
             )
-        step.bias = found[id((gmf or model).output.bias)]
+            bias = output.bias if bias is None else bias
+        step.bias = place[id(bias)]
         return step
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, tuple[Tensor, ...]]:
-        """The mean loss, and for each parameter its gradient, all in one piece of memory."""
+        """The mean loss, and the gradient of each parameter, all in one allocation."""
         if self.places != self._places():
             self.step, self.places = self._step(), self._places()
         step, user, items = self.step, batch.user.contiguous(), batch.items.contiguous()
@@ -132,7 +135,7 @@ class _Model:
 
 
 class _Loss(torch.autograd.Function):
-    """The gradients are there as soon as the loss is; backward hands them on."""
+    """Forward computes the gradients together with the loss; backward returns them."""
 
     @staticmethod
     def forward(ctx: Any, model: _Model, batch: Batch, *parameters: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
-        # Held by nobody else, they become the parameters' .grad as they are.
+        # No other reference may be left: autograd then makes them the parameters' .grad without a copy.
         gradients, ctx.gradients = ctx.gradients, None
         if slopes[0].item() != 1:
             gradients = [gradient * slopes[0] for gradient in gradients]
@@ -154,15 +157,15 @@ def compiled_loss(
     """`losses.LOSSES[loss]` for this model in one call; None where torch's operations are needed: another model or
     loss, no hidden layer, dropout, a GPU, other than float32, or no build that this CPU runs.
 
-    library: a build other than the best one. The loss has a gradient for the model's parameters, once; a batch with an
-    index outside the model's tables raises IndexError. One thread of a process at a time."""
-    # No subclass, whose score may be another.
+    library: a build other than the best one. Backward may be called once on the loss, which has a gradient for each of
+    the model's parameters. A batch with an index outside the model's tables raises IndexError. Only one thread of a
+    process may call it at a time."""
+    # Not for a subclass: it may compute its score in another way.
     if type(model) not in (GMF, MLP, NeuMF) or loss not in PAIRWISE or model.draws_random:
         return None
-    model = cast("GMF | MLP | NeuMF", model)
     library = library or best_library()
     usual = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in model.parameters())
-    if library is None or not usual or not (isinstance(model, GMF) or model.tower.hidden):
+    if library is None or not usual or (model.head is not None and model.head.affine):
         return None
     compiled = _Model(model, library.neumf_step, PAIRWISE[loss])
     return lambda _, batch: cast(Tensor, _Loss.apply(compiled, batch, *compiled.parameters))

@@ -19,7 +19,7 @@ from ncf_dist.ancestry import INDEXES, Index, Line, index_sizes
 from ncf_dist.bundle import BUNDLE, Bundle, load_model, read_bundle, verify_weights
 from ncf_dist.errors import ContractError
 from ncf_dist.manifests import Manifest
-from ncf_dist.models import GMF, MLP, NeuMF, Recommender, Table, build_model
+from ncf_dist.models import GMF, MLP, Embedding, NeuMF, Recommender, build_model
 from ncf_dist.parquet import read_table
 from ncf_dist.stage import production_nights
 
@@ -106,7 +106,7 @@ def warm_start(model: Recommender, bundle: Bundle, users: Tensor | None = None) 
     have a user; the rows of the others stay fresh and count for no mean. None where all have."""
     verify_weights(bundle)
     old = load_model(bundle).state_dict()
-    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Table)}
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Embedding)}
     for name, value in model.state_dict().items():
         if name not in tables:
             value.copy_(old[name])

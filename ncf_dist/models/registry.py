@@ -1,0 +1,33 @@
+"""The models by the name that `model.name` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ncf_dist import config as settings
+from ncf_dist.models.base import Recommender
+from ncf_dist.models.factorisation import GMF, MF
+from ncf_dist.models.towers import MLP, EmbeddingNN, NeuMF
+
+MODELS: dict[str, Callable[[settings.Model, int, int], Recommender]] = {
+    "gmf": lambda c, users, items: GMF(users, items, c.factors, c.init_std),
+    "mlp": lambda c, users, items: MLP(users, items, c.layers, c.dropout, c.init_std),
+    "neumf": lambda c, users, items: NeuMF(users, items, c.factors, c.layers, c.dropout, c.init_std),
+    "mf": lambda c, users, items: MF(users, items, c.factors, c.biases, c.y_range, c.init_std),
+    "embedding_nn": lambda c, users, items: EmbeddingNN(
+        users, items, c.layers, c.embedding_sizes, c.dropout, c.batch_norm, c.y_range, c.init_std
+    ),
+}
+
+
+def build_model(config: settings.Model, n_users: int, n_items: int) -> Recommender:
+    """The model that `config.name` names, freshly initialised from torch's global generator."""
+    return MODELS[config.name](config, n_users, n_items)
+
+
+def parameter_count(config: settings.Model, n_users: int, n_items: int) -> int:
+    """Parameters of the model, counted without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(config, n_users, n_items).parameters())
