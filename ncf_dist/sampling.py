@@ -46,6 +46,16 @@ class Purpose(IntEnum):
     EXAMPLE = 24
 
 
+class Stream(IntEnum):
+    """Keeps the trainer's streams of a seed apart. Trained weights depend on the values: never renumber."""
+
+    FILES = 1
+    """The order of an epoch's files."""
+    ROWS = 2
+    """The order of the rows of some files."""
+    DROPOUT = 3
+
+
 def _signed(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 

@@ -158,8 +158,7 @@ def decisive(stage: str, config: Tree, unread: Passive = NOTHING) -> dict[str, A
 def not_read(config: Config) -> Passive:
     """Settings that decide a part of prepare's tables which this config does not read: stored negatives, where they are
     drawn while training, or where the loss has none."""
-    from_table = config.loss in ("bce", "bpr") and config.train.negatives == "table"
-    return NOTHING if from_table else {"negatives": frozenset({"per_positive", "draws"})}
+    return NOTHING if config.negatives_from == "table" else {"negatives": frozenset({"per_positive", "draws"})}
 
 
 def find_upstream(

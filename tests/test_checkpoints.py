@@ -21,8 +21,8 @@ from ncf_dist.errors import ContractError, Preempted
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import build_model
 from ncf_dist.train import checkpoints
+from ncf_dist.train.epoch_order import Phase
 from ncf_dist.train.loaders import Batch, Task, TrainLoader
-from ncf_dist.train.order import Phase
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
 from ncf_dist.train.world import World
@@ -147,7 +147,7 @@ def trainer_of(
     loader = TrainLoader(run, contract, task, Loader(backend="arrow", shuffle_files=2), world)
     torch.manual_seed(seed)
     config = Train(**{"epochs": 3, "lr": 0.05, "batch_size": batch_size, "patience": 9, **(train or {})})
-    validate = Validator(run, 10, world, explicit)
+    validate = Validator(run, world, explicit)
     built = build_model(model, USERS, ITEMS)
     return Trainer(built, loader, validate, config, world, loss=loss, seed=seed, folder=folder, stop=stop)
 

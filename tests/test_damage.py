@@ -34,7 +34,7 @@ from ncf_dist.manifests import Manifest, read_manifest
 from ncf_dist.models import build_model
 from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.train import checkpoints
-from ncf_dist.train.pipeline import _raise_reported
+from ncf_dist.train.reports import raise_reported
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.world import World
 from tests.tables import prepare_run
@@ -328,7 +328,7 @@ class ReportSite(Site):
 
     def check(self) -> None:
         with pytest.raises(NcfError, match=r"^rank 0: "):
-            _raise_reported(str(self.home))
+            raise_reported(str(self.home))
 
 
 class WeightsSite(Site):

@@ -30,8 +30,8 @@ from ncf_dist.lake import Lake
 from ncf_dist.models import build_model
 from ncf_dist.train import checkpoints, losses, worker
 from ncf_dist.train.checkpoints import Checkpoint
+from ncf_dist.train.epoch_order import Phase
 from ncf_dist.train.loaders import Batch
-from ncf_dist.train.order import Phase
 from ncf_dist.train.pipeline import train
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.world import World

@@ -30,9 +30,9 @@ from ncf_dist.files import file_url
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import TableInfo, write_parquet
 from ncf_dist.train import loaders
+from ncf_dist.train.epoch_order import EpochOrder, Phase, deal, rows_per_rank, steps_per_epoch
 from ncf_dist.train.loaders import Batch, Columns, Task, TrainLoader, verify_files
 from ncf_dist.train.negatives import OnlineNegatives, shared_items
-from ncf_dist.train.order import EpochOrder, Phase, deal, rows_per_rank, steps_per_epoch
 from ncf_dist.train.world import World
 
 N, DRAWS = 2, 3
@@ -179,7 +179,7 @@ def used_in(order: EpochOrder, phase: Phase) -> list[list[tuple[int, int]]]:
     for world in worlds(phase.ranks):
         rows: list[tuple[int, int]] = []
         for window in order.windows(world, phase.shuffle_files):
-            line = [(p.file, int(row)) for p in window.pieces for row in np.arange(1000)[order.rows_of(p)]]
+            line = [(p.file, int(row)) for p in window.ranges for row in np.arange(1000)[order.rows_of(p)]]
             rows += [line[place] for place in window.permutation()]
         ranks.append(rows)
     return ranks
@@ -467,14 +467,14 @@ def test_the_next_window_is_made_while_one_is_used_and_ends_with_who_uses_it() -
         finally:
             closed.append(True)
 
-    assert list(loaders.made_ahead(values())) == [0, 1, 2, 3]
+    assert list(loaders.prefetched(values())) == [0, 1, 2, 3]
     with pytest.raises(ContractError, match="number 2"):
-        list(loaders.made_ahead(values(fails_at=2)))
+        list(loaders.prefetched(values(fails_at=2)))
     for event in started:
         event.clear()
     before = threading.active_count()
     closed.clear()
-    ahead = loaders.made_ahead(values())
+    ahead = loaders.prefetched(values())
     assert next(ahead) == 0
     assert started[1].wait(timeout=10)  # Made although nobody has asked for it.
     assert not started[2].is_set()  # One, not more.

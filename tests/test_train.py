@@ -35,10 +35,10 @@ from ncf_dist.parquet import read_table
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.scoring import Lists, ModelScorer, mask
 from ncf_dist.train import worker
+from ncf_dist.train.epoch_order import EpochOrder, Phase
 from ncf_dist.train.loaders import Batch, Task, TrainLoader
 from ncf_dist.train.losses import bce
-from ncf_dist.train.memory import check_memory, memory_parts
-from ncf_dist.train.order import EpochOrder, Phase
+from ncf_dist.train.memory_check import check_memory, memory_parts
 from ncf_dist.train.pipeline import train
 from ncf_dist.train.trainer import History, Trainer
 from ncf_dist.train.validation import Validator, candidate_ranks, read_held_out
@@ -175,7 +175,7 @@ def train_one(world: World, run: Manifest, config: Train, how: Loader) -> tuple[
     loader = TrainLoader(run, contracts.train(N, DRAWS), task, how, world)
     torch.manual_seed(1)
     model = build_model(TINY["gmf"], USERS, ITEMS)
-    trainer = Trainer(model, loader, Validator(run, 10, world), config, world)
+    trainer = Trainer(model, loader, Validator(run, world), config, world)
     taken, step = 0, trainer.train_step
 
     def counting(
@@ -243,7 +243,7 @@ def validation_run(folder: Path, lists: list[list[tuple[int, int, list[int]]]]) 
 
 
 def test_validation_metrics_by_hand(tmp_path: Path) -> None:
-    found = Validator(validation_run(tmp_path, HELD_OUT), 10, World())(Scores(BY_HAND))  # type: ignore[arg-type]
+    found = Validator(validation_run(tmp_path, HELD_OUT), World())(Scores(BY_HAND))  # type: ignore[arg-type]
     assert found == pytest.approx(
         {
             "hr@10": (1 + 1 + 1 + 0) / 4,
@@ -271,7 +271,7 @@ def test_a_constant_model_gets_chance_not_luck(tmp_path: Path) -> None:
 
 
 def validate(world: World, run: Manifest) -> dict[str, float]:
-    return Validator(run, 10, world)(Scores(BY_HAND))  # type: ignore[arg-type]
+    return Validator(run, world)(Scores(BY_HAND))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -286,14 +286,14 @@ def test_two_ranks_validate_as_one(ranks: Ranks, tmp_path: Path, files: list[Any
 
 def test_ranks_share_the_validation_rows(tmp_path: Path) -> None:
     run = validation_run(tmp_path, HELD_OUT)
-    users = [[part.user.tolist() for part in Validator(run, 10, World(rank, 2)).parts] for rank in range(2)]
+    users = [[part.user.tolist() for part in Validator(run, World(rank, 2)).parts] for rank in range(2)]
     assert users == [[[0], [3]], [[1, 2]]]
 
 
 def test_validation_leaves_out_dropout(tmp_path: Path) -> None:
     run = prepare_run(tmp_path, 10, 1, held_out=10)
     model = build_model(Model(name="mlp", layers=(8, 4), dropout=0.9), USERS, ITEMS).train()
-    validator = Validator(run, 10, World())
+    validator = Validator(run, World())
     assert validator(model) == validator(model.train())
 
 
@@ -303,7 +303,7 @@ def test_a_model_that_scores_nan_is_not_the_best_one(tmp_path: Path, value: floa
     run, table = validation_run(tmp_path, [[(0, 5, [1, 2, 3])]]), [list(row) for row in BY_HAND]
     table[0][5] = value
     with pytest.raises(TrainingFailed, match="not finite"):
-        Validator(run, 10, World())(Scores(table))  # type: ignore[arg-type]
+        Validator(run, World())(Scores(table))  # type: ignore[arg-type]
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------

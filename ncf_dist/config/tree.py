@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -80,6 +80,12 @@ class Config(Section):
     def loss(self) -> str:
         """The loss in force: `train.loss`, or what the feedback asks for."""
         return self.train.loss or ("mse" if self.input.feedback == "explicit" else "bce")
+
+    @property
+    def negatives_from(self) -> Literal["table", "online"] | None:
+        """Where the loss in force gets the negatives of each row: `train.negatives`, or None for a loss that reads none
+        (mse compares ratings, sampled_softmax draws items for a whole step)."""
+        return self.train.negatives if self.loss in ("bce", "bpr") else None
 
     @model_validator(mode="after")
     def _loss_fits_the_data(self) -> Config:

@@ -58,6 +58,12 @@ def none(config: Config, spec: str) -> list[str]:
 LAUNCHERS: dict[str, Callable[[Config, str], list[str]]] = {"torchrun": torchrun, "spark": spark, "none": none}
 
 
+def world_size(config: Config) -> int:
+    """Ranks on all machines."""
+    train = config.train
+    return 1 if train.launcher == "none" else train.ranks * train.nodes
+
+
 def threads(config: Config) -> int:
     """Threads of each rank: its share of this machine's cores."""
     return max(1, machine.cores() // (1 if config.train.launcher == "none" else config.train.ranks))

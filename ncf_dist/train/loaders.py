@@ -1,14 +1,14 @@
-"""From the train table to batches: what `order.py` says, read by Petastorm, by its pyarrow twin, or from a cache.
+"""From the train table to batches: what `epoch_order.py` says, read by Petastorm, by its pyarrow twin, or from a cache.
 
-- The batches are the same whichever reads them, and a resumed epoch goes on with the very next one.
-- The trainer counts steps, which are known before a file is opened; nothing here can end a rank early.
-- Only files that the manifest names are opened, each by its own URL.
-  A folder is never handed to Petastorm: it would unpickle what it finds.
+- The batches do not depend on what reads them, and an epoch that is resumed goes on with the next batch.
+- The trainer counts the steps, which are known before a file is opened. Nothing here can end a rank early.
+- Only files that the manifest names are opened, each by its own URL. Petastorm never gets a folder: it would unpickle
+  what it finds there.
 
-All of Petastorm is `petastorm_tables`; `arrow_tables` is its twin and gives the same arrays. What we do not use of
-Petastorm 0.13.1, and why: its sharding (a rank would see the same files for ever), its shuffling (seeds 0 and None
-busy-spin; all workers share one seed), its loaders (their buffers draw from torch's global generator), its default
-prefetch (50 row groups a rank).
+All calls of Petastorm are in `petastorm_tables`; `arrow_tables` is its twin and gives the same arrays. Of Petastorm
+0.13.1 we do not use its sharding (a rank would see the same files for ever), its shuffling (seeds 0 and None busy-spin,
+and all workers share one seed), its loaders (their buffers draw from torch's global generator) and its default prefetch
+(50 row groups a rank).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.files import file_url, read_bytes
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_table
+from ncf_dist.train.epoch_order import EpochOrder, Phase, Window, steps_per_epoch
 from ncf_dist.train.negatives import OnlineNegatives, shared_items
-from ncf_dist.train.order import EpochOrder, Phase, Window, steps_per_epoch
 from ncf_dist.train.world import World
 
 log = logging.getLogger(__name__)
@@ -57,12 +57,11 @@ class Batch:
 
 
 def petastorm_tables(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
-    """The wanted columns of each file, one file (one row group) at a time, in order,
-    read ahead by `workers` threads.
+    """The wanted columns of each file, one file (one row group) at a time, in order, prefetched by `workers` threads.
 
-    Each thread is a reader of its own, and we take turns. The threads of one reader of Petastorm 0.13.1 take turns too,
-    but its pool passes over a thread that has nothing to do yet, and on a busy machine the next file may be given to it
-    just then: files then come in another order.
+    Each thread is a reader of its own, and we read from them in turn. One reader with several threads does not keep the
+    order: the pool of Petastorm 0.13.1 skips a thread that has no work yet, and on a busy machine it may give that
+    thread the next file at this moment.
     """
     if odd := [path for path in files if set(path) & set("#?")]:
         raise ConfigError(
@@ -76,15 +75,15 @@ def petastorm_tables(files: Sequence[str], columns: Sequence[str], workers: int)
         for number in range(len(files)):
             yield next(readers[number % len(readers)])
         for reader in readers:
-            yield from reader  # None are left; a table too many is the caller's to notice.
+            yield from reader  # Nothing, unless a reader has a table too many, which the caller refuses.
 
 
 def _petastorm_thread(files: Sequence[str], columns: Sequence[str]) -> Generator[Columns, None, None]:
     """The tables of `files` in order.
 
-    A reader of Petastorm 0.13.1 may end before its last files: its thread pool first asks whether all that was handed
-    out is done, then whether all is handed out, and the rest may be handed out in between. What is missing are the
-    last files, so we open them again.
+    A reader of Petastorm 0.13.1 may end before its last files. Its thread pool first checks that all files given to
+    threads are read, then that all files were given to one, and the last files may be given out in between. So we open
+    the files that are missing again.
     """
     left = list(files)
     while left:
@@ -101,7 +100,7 @@ def _petastorm_reader(files: Sequence[str], columns: Sequence[str]) -> Iterator[
     from petastorm import make_batch_reader
 
     with warnings.catch_warnings():
-        # Petastorm uses pyarrow's legacy dataset on purpose; requirements.lock holds the pyarrow that still has it.
+        # Petastorm uses pyarrow's legacy dataset; requirements.lock pins a pyarrow that still has it.
         warnings.simplefilter("ignore", FutureWarning)
         reader = make_batch_reader(
             [file_url(f) for f in files],
@@ -126,16 +125,18 @@ def arrow_tables(files: Sequence[str], columns: Sequence[str], workers: int) -> 
         yield {name: table.column(name).to_numpy() for name in columns}
 
 
-def made_ahead(values: Generator[T, None, None]) -> Generator[T, None, None]:
-    """The same values: while one is used, a thread makes the next. The thread and `values` end with who iterates."""
-    with contextlib.closing(values), ThreadPoolExecutor(1, "made-ahead") as thread:
+def prefetched(values: Generator[T, None, None]) -> Generator[T, None, None]:
+    """The same values: while the caller uses one, a thread computes the next. When the caller stops, the thread ends
+    and `values` is closed."""
+    with contextlib.closing(values), ThreadPoolExecutor(1, "prefetch") as thread:
         coming = thread.submit(next, values, END)
         while (value := coming.result()) is not END:
             coming = thread.submit(next, values, END)
             yield cast(T, value)
 
 
-# On the host by NumPy: in a thread of its own torch would start a second team of threads, which wait at full speed.
+# On a CPU the next two use NumPy: torch would start a second OpenMP team in the prefetching thread, and its threads
+# spin while they wait.
 def side_by_side(columns: Sequence[Tensor]) -> Tensor:
     """Columns (R,) → (R, columns)."""
     if columns[0].device.type != "cpu":
@@ -172,8 +173,8 @@ def verify_files(manifest: Manifest, contract: Contract, world: World) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """What the rows are for. negatives: N a row, read from `draws` draws of the table, or drawn where draws is 0;
-    shared: M items a step; explicit: ratings instead."""
+    """What a step needs of the rows. negatives: N for each row, read from the table's `draws` draws in turn, or drawn
+    online where draws is 0; shared: M items a step; explicit: ratings, and no negatives."""
 
     n_users: int
     n_items: int
@@ -213,7 +214,7 @@ class TrainLoader:
         each = order.rows // self.world.size
         used = self.rows - order.rows + skip * size * self.world.size
         held: list[Tensor] = []
-        for columns in made_ahead(self._mixed(epoch, order, skip * size)):
+        for columns in prefetched(self._shuffled(epoch, order, skip * size)):
             held = [torch.cat(pair) for pair in zip(held, columns, strict=True)] if held else columns
             last = skip * size + len(held[0]) >= each
             whole = len(held[0]) if last else len(held[0]) // size * size
@@ -233,8 +234,8 @@ class TrainLoader:
         shared = shared_items(task.seed, epoch, used, task.shared, task.n_items, device) if task.shared else None
         return Batch(user, items, rating, shared)
 
-    def _mixed(self, epoch: int, order: EpochOrder, skip: int) -> Generator[list[Tensor], None, None]:
-        """Each window's rows in the order of their use, the first `skip` rows of the epoch left out."""
+    def _shuffled(self, epoch: int, order: EpochOrder, skip: int) -> Generator[list[Tensor], None, None]:
+        """Each window's rows in the order of their use, without the first `skip` rows of the epoch."""
         windows = order.windows(self.world, self.config.shuffle_files)
         while windows and skip >= windows[0].rows:
             skip -= windows.pop(0).rows
@@ -243,13 +244,13 @@ class TrainLoader:
         for window, columns in zip(windows, source(order, windows, names), strict=True):
             rows, last = window.permutation()[skip:], 2 + self._from_table
             skip = 0
-            # A row's items side by side first: they are then looked up together.
+            # A row's items are put side by side first, so that the permutation takes them in one look-up.
             tables = [columns[0], side_by_side(columns[1:last]), *columns[last:]]
             yield [in_order(table, rows) for table in tables]
 
     @property
     def _from_table(self) -> int:
-        """Negatives of a row that are read."""
+        """How many negatives of a row are read from the table."""
         return self.task.negatives if self.task.draws else 0
 
     def _names(self, epoch: int) -> list[str]:
@@ -259,17 +260,17 @@ class TrainLoader:
 
     def _from_files(self, order: EpochOrder, windows: list[Window], names: list[str]) -> Iterator[list[Tensor]]:
         """The columns of each window."""
-        files = [self.files[piece.file] for window in windows for piece in window.pieces]
+        files = [self.files[part.file] for window in windows for part in window.ranges]
         tables = zip(files, BACKENDS[self.config.backend](files, names, self.config.workers), strict=True)
         for window in windows:
-            parts: list[list[npt.NDArray[Any]]] = []
-            for piece in window.pieces:
+            columns: list[list[npt.NDArray[Any]]] = []
+            for part in window.ranges:
                 path, table = next(tables)
-                self._check(path, table, self.file_rows[piece.file])
-                rows = order.rows_of(piece)
-                parts.append([table[name][rows] for name in names])
-            yield [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
-        next(tables, None)  # Past the last file: the reader ends, and zip checks that it has no table too many.
+                self._check(path, table, self.file_rows[part.file])
+                rows = order.rows_of(part)
+                columns.append([table[name][rows] for name in names])
+            yield [torch.from_numpy(np.concatenate(column)) for column in zip(*columns, strict=True)]
+        next(tables, None)  # Past the last file: ends the reader, and zip raises where it has a table too many.
 
     def _from_cache(self, order: EpochOrder, windows: list[Window], names: list[str]) -> Iterator[list[Tensor]]:
         """The same from the cached columns."""
@@ -277,14 +278,13 @@ class TrainLoader:
         assert cache is not None
         first = np.concatenate([[0], np.cumsum(self.file_rows)]).astype(np.int64)
         for window in windows:
-            parts = [
-                np.arange(first[p.file], first[p.file + 1], dtype=np.int64)[order.rows_of(p)] for p in window.pieces
-            ]
-            rows = np.concatenate(parts)
+            rows = np.concatenate(
+                [np.arange(first[p.file], first[p.file + 1], dtype=np.int64)[order.rows_of(p)] for p in window.ranges]
+            )
             yield [in_order(cache[name], rows) for name in names]
 
     def _cached(self) -> dict[str, Tensor] | None:
-        """All columns that any epoch reads, in the order of the files; None where they are not to be kept."""
+        """All columns that any epoch reads, in the order of the files; None where there is no cache."""
         if self.config.cache == "none" or self._cache is not None:
             return self._cache
         names = sorted({name for draw in range(max(1, self.task.draws)) for name in self._names(draw)})
@@ -319,8 +319,8 @@ class TrainLoader:
         return {name: np.concatenate(values) for name, values in parts.items()}
 
     def _check(self, path: str, table: Columns, rows: int) -> None:
-        """Rows of another file would be used twice or never. An index outside its embedding table would read other
-        memory, or end a GPU's process."""
+        """Raise ContractError for a table that is not of this file, or that has an index outside its embedding table.
+        Rows of another file would be used twice or never; such an index reads other memory, or ends a GPU's process."""
         for name, column in table.items():
             if len(column) != rows:
                 raise ContractError(

@@ -9,10 +9,10 @@ s(u, i) is the model's score, i a row's item, j a negative.
   unbiased estimate of the whole catalogue's (Bengio & Senécal 2008; the logQ correction of Yi et al. 2019)
 - mse: (s(u, i) - rating)²
 
-With an L2 term `l2` each adds l2 / 2 · (‖p_u‖² + ‖q_i‖²), all embedding tables together, a mean over the pairs of the
-step's rows (with sampled_softmax the positives). So an embedding shrinks as often as it is used, as in Rendle et al.
-2020 ("Neural Collaborative Filtering vs. Matrix Factorization Revisited", section 3), where an optimiser's decay
-shrinks rare and frequent ones alike.
+`l2` adds l2 / 2 · (‖p_u‖² + ‖q_i‖²) of all embedding tables to any of them, a mean over the pairs of the step's rows
+(with sampled_softmax the positives). So an embedding shrinks as often as it is used, as in Rendle et al. 2020 ("Neural
+Collaborative Filtering vs. Matrix Factorization Revisited", section 3); an optimiser's decay shrinks rare and frequent
+ones alike.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def bpr(scores: Tensor) -> Tensor:
 
 
 def sampled_softmax(positive: Tensor, shared: Tensor, own: Tensor, n_items: int) -> Tensor:
-    """positive: (B,); shared: (B, M) scores of the shared items; own: (B, M) bool, a shared item is the row's own."""
+    """positive: (B,); shared: (B, M) scores of the shared items; own: (B, M) bool, whether a shared item is the row's
+    own."""
     corrected = (shared + math.log(n_items / shared.shape[1])).masked_fill(own, -math.inf)
     return (torch.cat([positive[:, None], corrected], dim=1).logsumexp(dim=1) - positive).mean()
 
@@ -85,12 +86,13 @@ def squared_norms(model: Recommender, batch: Batch) -> Tensor:
 
 
 class Objective(nn.Module):
-    """A model and its loss as one module, so that what DDP wraps is all that a step computes.
+    """A model and its loss as one module, so that DDP wraps all that a step computes.
 
-    `signals`, a parameter that stays zero, carries flags from rank to rank: its gradient is the mean of what the ranks
-    gave, so a flag of any rank is seen by all, after the gradients' own exchange and without another one.
+    `signals` is a parameter that stays zero and carries flags from rank to rank. DDP averages its gradient as it
+    averages all others, and the gradient is the ranks' flags: so every rank sees a flag that any rank has set, without
+    another collective.
 
-    compiled: whether `compiled.py` may compute the loss of a model that is where it will stay.
+    compiled: whether `compiled.py` may compute the loss. The model must already be on its device.
     """
 
     def __init__(

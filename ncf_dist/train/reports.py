@@ -1,4 +1,4 @@
-"""What ranks leave beside the spec for the job: `error-<rank>.json`, which the job reports as its own failure."""
+"""How a rank tells the job of its failure: `error-<rank>.json` beside the spec, which the job raises as its own."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 import logging
 import posixpath
 
-from ncf_dist.files import write_atomic
+from ncf_dist import errors
+from ncf_dist.errors import NcfError, Preempted, TrainingFailed
+from ncf_dist.files import list_names, read_json, write_atomic
 
 log = logging.getLogger(__name__)
 
 UNEXPECTED = "unexpected"
-"""The kind of what is no error of ours."""
+"""The kind of a failure that is no NcfError."""
 
 
 def report(spec: str, rank: int | str, kind: str, message: str) -> None:
-    """Leave word for the job; a place that cannot be written must not hide the failure itself.
-
-    `kind`: the name of an NcfError, or UNEXPECTED."""
+    """Write a rank's report. kind: the name of an NcfError, or UNEXPECTED. A folder that cannot be written is only
+    logged: it must not hide the failure itself."""
     try:
         write_atomic(
             posixpath.join(posixpath.dirname(spec), f"error-{rank}.json"),
@@ -25,3 +26,34 @@ def report(spec: str, rank: int | str, kind: str, message: str) -> None:
         )
     except OSError:
         log.exception("the failure could not be reported")
+
+
+def reports_in(folder: str) -> list[str]:
+    """Names of the reports that ranks have written."""
+    return [name for name in list_names(folder) if name.startswith("error-") and name.endswith(".json")]
+
+
+def raise_reported(folder: str) -> None:
+    """Raise what the ranks reported. A rank that only lost its peers says no more than that, so what a peer reports
+    comes first."""
+    reported = []
+    for name in reports_in(folder):
+        said, message = _read_report(posixpath.join(folder, name))
+        kind: type[NcfError] = TrainingFailed if said == UNEXPECTED else getattr(errors, said)
+        rank = name.removeprefix("error-").removesuffix(".json")
+        reported.append(((said == UNEXPECTED, kind is Preempted, int(rank)), kind, rank, message))
+    if reported:
+        _, kind, rank, message = min(reported, key=lambda report: report[0])
+        raise kind(f"rank {rank}: {message}")
+
+
+def _read_report(path: str) -> tuple[str, str]:
+    """(kind, message) of a rank's report. A damaged report still reports a failure."""
+    try:
+        body = read_json(dict[str, str], path)
+        kind, message = body["kind"], body["message"]
+        if kind != UNEXPECTED and not issubclass(getattr(errors, kind, object), NcfError):
+            raise ValueError(f"{kind} is no error of ours")
+        return kind, message
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return UNEXPECTED, f"its report {path} cannot be read ({error}); its log is above"

@@ -28,23 +28,20 @@ from torch.nn.parallel import DistributedDataParallel
 from ncf_dist.config import Train
 from ncf_dist.errors import ContractError, Preempted, TrainingFailed
 from ncf_dist.models import Recommender
-from ncf_dist.sampling import hash64
+from ncf_dist.sampling import Stream, hash64
 from ncf_dist.stored import misfit, typed
 from ncf_dist.train import checkpoints
 from ncf_dist.train.checkpoints import Checkpoint
+from ncf_dist.train.epoch_order import Phase
 from ncf_dist.train.loaders import Batch, TrainLoader
 from ncf_dist.train.losses import Objective
 from ncf_dist.train.optimisers import build_optimiser, set_rate, state_like
-from ncf_dist.train.order import Phase
 from ncf_dist.train.progress import Meter, show_epoch
+from ncf_dist.train.validation import SELECT_BY
 from ncf_dist.train.world import World
 
-SELECT_BY = {"ndcg@10": 1.0, "mse": -1.0}
-"""What validation chooses by, and whether more or less of it is better."""
 POINTS_AN_EPOCH = 50
 """Points of the loss curve kept in the history, at most."""
-DROPOUT_STREAM = 3
-"""Streams 1 and 2 are the loader's."""
 
 Validate = Callable[[Recommender], dict[str, float]]
 
@@ -126,18 +123,23 @@ class Trainer:
         while progress.epoch < self.config.epochs and progress.epoch - history.best_epoch <= self.config.patience:
             trained = self.train_epoch()
             self.world.same_buffers(self.model)
-            record = {"epoch": progress.epoch, **trained, **self.validate(self.model)}
-            self._judge(record)
+            figures = self.validate(self.model)
+            record = {"epoch": progress.epoch, **trained, **figures}
+            self._judge(record, figures)
             show_epoch(self.world, record)
             self.progress = progress = Progress(progress.epoch + 1, updates=progress.updates)
         self.model.load_state_dict(self.best)
         return history
 
-    def _judge(self, record: dict[str, Any]) -> None:
-        """Note the epoch, and its weights where they are the best so far."""
+    def _judge(self, record: dict[str, Any], figures: dict[str, float]) -> None:
+        """Note the epoch, and its weights where they are the best so far. Raises ValueError for figures of validation
+        of which none is chosen by."""
         self.history.epochs.append(record)
-        # Without validation rows there is nothing to choose by: the last epoch stands.
-        value = next((sign * record[k] for k, sign in SELECT_BY.items() if k in record), float(record["epoch"]))
+        values = [sign * figures[name] for name, sign in SELECT_BY.items() if name in figures]
+        if figures and not values:
+            raise ValueError(f"validation gives {', '.join(figures)}; needed {' or '.join(SELECT_BY)} to choose by")
+        # Without validation rows there is nothing to choose by, and the last epoch is kept.
+        value = values[0] if values else float(record["epoch"])
         if self.history.best is None or value > self.history.best:
             self.history.best, self.history.best_epoch = value, int(record["epoch"])
             self.best = _snapshot(self.model)
@@ -200,7 +202,7 @@ class Trainer:
     def _seed_step(self) -> None:
         """Dropout draws what the seed, the update and the rank say."""
         if self.draws_random:
-            torch.manual_seed(hash64(self.seed, DROPOUT_STREAM, self.progress.updates, self.world.rank) & (2**63 - 1))
+            torch.manual_seed(hash64(self.seed, Stream.DROPOUT, self.progress.updates, self.world.rank) & (2**63 - 1))
 
     def _note(self, step: int, steps: int, value: float, rate: float, batch: Batch) -> None:
         progress = self.progress

@@ -20,6 +20,10 @@ from ncf_dist.parquet import read_table
 from ncf_dist.train.world import World
 
 ROWS_A_BLOCK = 4_096
+K = 10
+"""The length of the lists that validation judges."""
+SELECT_BY = {f"ndcg@{K}": 1.0, "mse": -1.0}
+"""The figures that choose the epoch to keep, and whether a higher or a lower one is better."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,13 @@ def _blocks(held_out: HeldOut) -> Iterator[HeldOut]:
 class Validator:
     """Validation metrics over all ranks; each rank reads its share of the files once and keeps it."""
 
-    def __init__(self, manifest: Manifest, k: int, world: World, explicit: bool = False) -> None:
+    def __init__(self, manifest: Manifest, world: World, explicit: bool = False) -> None:
         manifest.table(VALIDATION)
         self.parts = [read_held_out(path) for path in manifest.files(VALIDATION.name)[world.rank :: world.size]]
-        self.k, self.world, self.explicit = k, world, explicit
+        self.world, self.explicit = world, explicit
 
     def __call__(self, model: Recommender) -> dict[str, float]:
-        """{"hr@k", "ndcg@k", "mrr"} over all validation rows, of explicit feedback {"mse", "mae"};
+        """{"hr@10", "ndcg@10", "mrr"} over all validation rows, of explicit feedback {"mse", "mae"};
         empty when nothing is held out. The same on every rank."""
         model.eval()
         total = self._rating_sums(model) if self.explicit else self._ranking_sums(model)
@@ -106,7 +110,7 @@ class Validator:
 
     def _ranking_sums(self, model: Recommender) -> dict[str, float]:
         ranks = [candidate_ranks(model, part, self.world.device).numpy() for part in self.parts]
-        return metrics.sums(np.concatenate(ranks) if ranks else np.empty(0), (self.k,))
+        return metrics.sums(np.concatenate(ranks) if ranks else np.empty(0), (K,))
 
     def _rating_sums(self, model: Recommender) -> dict[str, float]:
         errors = torch.cat([torch.empty(0), *(rating_errors(model, part, self.world.device) for part in self.parts)])

@@ -44,7 +44,6 @@ from ncf_dist.urls import log_to_stderr
 
 log = logging.getLogger(__name__)
 
-VALIDATE_K = 10
 CHECKPOINTS, HISTORY, RATES = "checkpoints", "history.json", "lr_find.json"
 SPEC, STOP = "spec.json", "stop"
 POLL_S = 1.0
@@ -87,14 +86,16 @@ def train_contract(prepare: Manifest, explicit: bool) -> Contract:
 
 
 def task_of(config: Config, prepare: Manifest) -> Task:
-    pairs, sizes = config.loss in ("bce", "bpr"), index_sizes(prepare)
+    """What the loss in force needs of a row. How many negatives the table has is what prepare says of it."""
+    sizes, source, stored = index_sizes(prepare), config.negatives_from, prepare.config["negatives"]
+    counts = {"table": stored["per_positive"], "online": config.negatives.per_positive}
     return Task(
         n_users=sizes.users,
         n_items=sizes.items,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        negatives=config.negatives.per_positive if pairs else 0,
-        draws=config.negatives.draws if pairs and config.train.negatives == "table" else 0,
+        negatives=counts[source] if source else 0,
+        draws=stored["draws"] if source == "table" else 0,
         shared=config.train.shared_negatives if config.loss == "sampled_softmax" else 0,
         explicit=config.loss == "mse",
     )
@@ -125,7 +126,7 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
     trainer = Trainer(
         starting_model(config, spec, prepare),
         TrainLoader(prepare, contract, task, config.loader, world),
-        Validator(prepare, VALIDATE_K, world, task.explicit),
+        Validator(prepare, world, task.explicit),
         config.train,
         world,
         loss=config.loss,
@@ -197,7 +198,8 @@ def run(path: str) -> NoReturn:
 
 def main() -> NoReturn:
     die_with_parent()
-    # Run by its path, as Spark does, Python puts this folder first: our `order` and `memory` are no top-level modules.
+    # Spark runs this file by its path, and Python then looks for modules in its folder first. Ours are not top-level
+    # modules: a library that imports `progress` must not get this folder's.
     sys.path[:] = [place for place in sys.path if place != os.path.dirname(os.path.abspath(__file__))]
     parser = argparse.ArgumentParser()
     parser.add_argument("--spec", required=True)

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks: a frozen value, read once from what the launcher sets."""
+"""Which of the ranks this process is: a frozen value, read once from the environment that the launcher sets."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class World:
         return self.rank == 0
 
     def join(self, timeout_s: int) -> None:
-        """Enter the process group: gloo, and NCCL for what is on GPUs. A single process needs none. Raises ConfigError
-        where the place to meet is no host.
+        """Enter the process group: gloo, and NCCL for tensors on GPUs. A single process needs none. Raises ConfigError
+        where the ranks' meeting place is no host.
 
-        Numbers below 1e-38 become 0 from here on, in threads that start later too: where decay shrinks a factor that
-        nobody uses, its weights and moments get there, and a CPU is ten to twenty times slower with them."""
+        Flushes denormals in this thread and in those that it starts later. Decay shrinks the weights and moments of a
+        factor that nobody uses until they are denormal, and a CPU computes with these ten to twenty times slower."""
         torch.set_flush_denormal(True)
         if self.device.startswith("cuda"):
             torch.cuda.set_device(self.device)
@@ -59,7 +59,7 @@ class World:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout)
 
     def leave(self) -> None:
-        """Leave together: a rank that is gone breaks the connections of one that is still busy."""
+        """Leave together: a rank that exits early breaks the connections of one that is still busy."""
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -71,8 +71,8 @@ class World:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The value (JSON-like) of every rank, by rank, on all of them. Never torch's own way for objects: it unpickles
-        what peers send."""
+        """The value (JSON-like) of every rank, by rank, on all of them. Not by torch's own gathering of objects, which
+        unpickles what peers send."""
         if self.size == 1:
             return [value]
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -91,11 +91,11 @@ class World:
 
 
 def meeting(world: World, timeout: dt.timedelta) -> Any:
-    """The store in which the ranks find each other, as whoever started them left it; None: torch's own, at MASTER_ADDR
-    and MASTER_PORT, as torchrun sets them. Raises ConfigError."""
+    """The store in which the ranks find each other, as the launcher set it up. None: torch's own store, at MASTER_ADDR
+    and MASTER_PORT, which torchrun sets. Raises ConfigError."""
     if path := os.environ.get(STORE):
         store = dist.FileStore(path, world.size)  # type: ignore[attr-defined]
-        # Imports take a rank longer than another on a busy machine; the supervisor ends us where one never comes.
+        # On a busy machine the ranks' imports take unequally long. Where one never comes, the supervisor ends us.
         store.set(f"here/{world.rank}", "")
         store.wait([f"here/{rank}" for rank in range(world.size)], max(timeout, MEET))
         store.set_timeout(timeout)

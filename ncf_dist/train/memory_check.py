@@ -16,32 +16,29 @@ MEMORY_SHARE = 0.8
 def memory_parts(config: Config, n_users: int, n_items: int, rows: int, file_rows: int) -> dict[str, int]:
     """Bytes of one rank, by what they are for. `rows`: of the train table, `file_rows`: of its largest file."""
     train, loader, count = config.train, config.loader, parameter_count(config.model, n_users, n_items)
-    moments, pairs = MOMENTS[train.optimiser], config.loss in ("bce", "bpr")
-    from_table = config.negatives.per_positive if pairs and train.negatives == "table" else 0
+    moments, source, negatives = MOMENTS[train.optimiser], config.negatives_from, config.negatives.per_positive
+    from_table = negatives if source == "table" else 0
     columns = 2 + from_table + (config.loss == "mse")
     cached = 4 * rows * (columns + max(0, config.negatives.draws - 1) * from_table)
-    in_memory = loader.cache != "none" and cached <= loader.cache_bytes
-    scored = train.batch_size * (
-        train.shared_negatives + 1 if config.loss == "sampled_softmax" else 1 + config.negatives.per_positive * pairs
-    )
+    if loader.cache != "none" and cached <= loader.cache_bytes:
+        table, table_bytes = "the train table in loader.cache", cached
+    else:
+        # A window four times: as it is used, and the next one as it is read, side by side, and permuted.
+        table = "a window of loader.shuffle_files files"
+        table_bytes = 4 * 4 * columns * min(rows, loader.shuffle_files * file_rows)
+    of_row = 1 + (train.shared_negatives if config.loss == "sampled_softmax" else negatives if source else 0)
+    weights = f"{count:,} parameters x 4 bytes x {3 + moments} (weights, gradients, {moments} moment(s), best epoch)"
     return {
-        f"{count:,} parameters x 4 bytes x {3 + moments} (weights, gradients, {moments} moment(s), best epoch)": 4
-        * count
-        * (3 + moments),
-        "the train table in loader.cache" if in_memory else "a window of loader.shuffle_files files": cached
-        if in_memory
-        # As it is handed out; the next one as it is read, side by side, and in its new order.
-        else 4 * 4 * columns * min(rows, loader.shuffle_files * file_rows),
-        "train positives for online negatives": 8 * (rows + n_users + 1)
-        if pairs and train.negatives == "online"
-        else 0,
+        weights: 4 * count * (3 + moments),
+        table: table_bytes,
+        "train positives for online negatives": 8 * (rows + n_users + 1) if source == "online" else 0,
         # The value and the gradient of every unit of a scored pair.
-        f"a step of {scored:,} scored pairs": 2 * 4 * scored * pair_width(config),
+        f"a step of {train.batch_size * of_row:,} scored pairs": 2 * 4 * train.batch_size * of_row * pair_width(config),
     }
 
 
 def pair_width(config: Config) -> int:
-    """Numbers that one scored pair takes in the model's join."""
+    """How many numbers the model computes for each scored pair."""
     model = config.model
     hidden = sum(model.layers) if model.name in ("mlp", "neumf", "embedding_nn") else 0
     factors = model.factors if model.name in ("gmf", "neumf", "mf") and config.loss != "sampled_softmax" else 1

@@ -1,16 +1,17 @@
-"""Which rank takes which row in which step: arithmetic on the manifest's row counts, nothing is opened.
+"""Which rank takes which row in which step: arithmetic on the manifest's row counts, no file is opened.
 
-- Every row is used once an epoch, but for the last `rows mod ranks` of that epoch's order;
-  other rows are last in the next epoch.
+- Every row is used once an epoch, except the last `rows mod ranks` of that epoch's order; the next epoch has another
+  order, so these are other rows then.
 - All ranks take the same number of steps.
-- The order is a function of (seed, epoch, ranks, phase): files are dealt anew every epoch, and the rows of
-  `shuffle_files` pieces at a time are permuted together (the table itself is in hashed order).
+- The order is a function of (seed, epoch, ranks, phase). Files are dealt anew every epoch, and the rows of
+  `shuffle_files` files at a time are permuted together (the table itself is in hashed order).
 
-Deal: the files in the epoch's order are one line of rows, cut into equal intervals, one a rank. A file on a cut is read
-by both neighbours, each taking its own rows, so any number of files serves any number of ranks exactly.
+How files are dealt: put one after another in the epoch's order, their rows are cut into equal intervals, one a rank.
+Both neighbours read a file that a cut goes through, and each takes its own rows. So any number of files is shared
+exactly by any number of ranks.
 
-Phases: an epoch that is continued with another number of ranks, or another batch size, is in a new phase. What the
-earlier phases used follows from their numbers alone; the rows that are left are one line again, dealt as above.
+Phases: when an epoch is continued with another number of ranks, or another batch size, a new phase begins. What the
+earlier phases used follows from their numbers alone, and the rows that are left are dealt as above.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from pydantic import NonNegativeInt, PositiveInt
 
 from ncf_dist.errors import ContractError
+from ncf_dist.sampling import Stream
 from ncf_dist.train.world import World
 
 Rows = npt.NDArray[np.int64]
@@ -43,8 +45,8 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows start..end of those that are left of one file."""
+class RowRange:
+    """Rows start to end - 1 of one file, counted over those that are left."""
 
     file: int
     start: int
@@ -53,17 +55,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Window:
-    """Pieces whose rows are mixed. `key` seeds their permutation."""
+    """Ranges whose rows are permuted together. `key` seeds the permutation."""
 
-    pieces: tuple[Piece, ...]
+    ranges: tuple[RowRange, ...]
     key: tuple[int, ...]
 
     @property
     def rows(self) -> int:
-        return sum(piece.end - piece.start for piece in self.pieces)
+        return sum(part.end - part.start for part in self.ranges)
 
     def permutation(self) -> Rows:
-        """(rows,) the order in which the rows of the pieces, one after another, are used."""
+        """(rows,) the order in which the rows of all ranges, one after another, are used."""
         return np.random.default_rng(self.key).permutation(self.rows)
 
 
@@ -83,18 +85,22 @@ def steps_per_epoch(rows: int, ranks: int, batch_size: int) -> int:
     return -(-each // batch_size)
 
 
-def deal(file_rows: Sequence[int], seed: int, epoch: int, world: World) -> list[Piece]:
-    """The pieces that this rank reads in this epoch, in order: rows_per_rank rows in all."""
-    order = np.random.default_rng([seed, 1, epoch]).permutation(len(file_rows))
+def deal(file_rows: Sequence[int], seed: int, epoch: int, world: World) -> list[RowRange]:
+    """What this rank reads in this epoch, in order: rows_per_rank rows in all.
+
+    >>> deal([4, 4], seed=1, epoch=0, world=World(rank=1, size=2))
+    [RowRange(file=1, start=0, end=4)]
+    """
+    order = np.random.default_rng([seed, int(Stream.FILES), epoch]).permutation(len(file_rows))
     each = rows_per_rank(sum(file_rows), world.size)
     low, high = world.rank * each, (world.rank + 1) * each
-    pieces, position = [], 0
+    ranges, position = [], 0
     for file in order.tolist():
         start, end = max(low - position, 0), min(high - position, file_rows[file])
         if start < end:
-            pieces.append(Piece(file, start, end))
+            ranges.append(RowRange(file, start, end))
         position += file_rows[file]
-    return pieces
+    return ranges
 
 
 class EpochOrder:
@@ -113,26 +119,26 @@ class EpochOrder:
         return sum(self.counts)
 
     def steps(self, ranks: int, batch_size: int) -> int:
-        """Steps of every rank until the rows that are left are used; 0 when there are fewer than ranks."""
+        """Steps of every rank until the rows that are left are used; 0 when there are fewer rows than ranks."""
         return -(-rows_per_rank(self.rows, ranks) // batch_size)
 
     def windows(self, world: World, shuffle_files: int, phase: int | None = None) -> list[Window]:
         """What this rank reads, in order."""
-        pieces = deal(self.counts, self.seed, self.epoch, world)
+        ranges = deal(self.counts, self.seed, self.epoch, world)
         number = self.phase if phase is None else phase
-        key = (self.seed, 2, self.epoch, world.rank, world.size, number)
+        key = (self.seed, int(Stream.ROWS), self.epoch, world.rank, world.size, number)
         return [
-            Window(tuple(pieces[start : start + shuffle_files]), (*key, start))
-            for start in range(0, len(pieces), shuffle_files)
+            Window(tuple(ranges[start : start + shuffle_files]), (*key, start))
+            for start in range(0, len(ranges), shuffle_files)
         ]
 
-    def rows_of(self, piece: Piece) -> slice | Rows:
-        """Where in its file the rows of a piece are."""
-        left = self.left[piece.file]
-        return slice(piece.start, piece.end) if left is None else left[piece.start : piece.end]
+    def rows_of(self, part: RowRange) -> slice | Rows:
+        """The positions in its file of a range's rows."""
+        left = self.left[part.file]
+        return slice(part.start, part.end) if left is None else left[part.start : part.end]
 
     def _take(self, number: int, phase: Phase) -> None:
-        """Leave out what `phase` used: of each of its ranks the first rows of that rank's order."""
+        """Leave out what `phase` used: the first rows in the order of each of its ranks."""
         used: dict[int, list[Rows]] = {}
         for rank in range(phase.ranks):
             count = min(phase.steps * phase.batch_size, rows_per_rank(self.rows, phase.ranks))
@@ -143,10 +149,10 @@ class EpochOrder:
                 taken[slice(None) if count >= window.rows else window.permutation()[:count]] = True
                 count -= window.rows
                 start = 0
-                for piece in window.pieces:
-                    size = piece.end - piece.start
-                    used.setdefault(piece.file, []).append(
-                        piece.start + np.flatnonzero(taken[start : start + size]).astype(np.int64)
+                for part in window.ranges:
+                    size = part.end - part.start
+                    used.setdefault(part.file, []).append(
+                        part.start + np.flatnonzero(taken[start : start + size]).astype(np.int64)
                     )
                     start += size
         for file, parts in used.items():

@@ -1,0 +1,100 @@
+"""Starting the ranks and waiting for them: one process of the launcher, judged by the reports and files it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import posixpath
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from ncf_dist.config import Config
+from ncf_dist.errors import Preempted, TrainingFailed
+from ncf_dist.files import exists, make_dirs, write_atomic
+from ncf_dist.stopping import SIGNALS
+from ncf_dist.train.launchers import LAUNCHERS, others, rank_environment, threads, world_size
+from ncf_dist.train.processes import dying_with_us, end_tree
+from ncf_dist.train.reports import raise_reported, reports_in
+from ncf_dist.train.worker import SPEC, STOP, Spec
+
+log = logging.getLogger(__name__)
+
+RANKS = "ranks"
+"""The folder, in a run's, of the spec and the reports."""
+STOP_S = 20.0
+"""What the ranks have, once asked, to save and end."""
+FAILED_S = 8.0
+"""What the others have to end by themselves once one has reported a failure."""
+
+
+def run_ranks(config: Config, spec: Spec, wanted: str) -> None:
+    """Start the ranks and wait until all have ended, leaving `wanted` in the run's folder. Raises what a rank reported,
+    or TrainingFailed. SIGTERM and SIGINT ask them to save and end."""
+    folder = posixpath.join(spec.run, RANKS)
+    path = posixpath.join(folder, SPEC)
+    make_dirs(folder)
+    spec.save(path)
+    command = LAUNCHERS[config.train.launcher](config, path)
+    log.info("starting %d rank(s): %s", world_size(config), shlex.join(command))
+    if config.train.nodes > 1:
+        log.info("%s", others(config))
+    environment = {**rank_environment(threads(config)), **os.environ}
+    # The ranks must not import modules from the folder that the job was started in.
+    environment["PYTHONSAFEPATH"] = "1"
+    with _asked_to_stop() as asked:
+        # The scheduler reads our stdout, so a rank's goes to stderr. A session of their own: a signal to our process
+        # group must reach us alone; we ask the ranks to save, and they must not end before they have.
+        process = subprocess.Popen(
+            dying_with_us(command, signal.SIGTERM), stdout=sys.stderr, env=environment, start_new_session=True
+        )
+        try:
+            _wait(process, folder, asked)
+        finally:
+            end_tree(process, grace_s=5)
+        raise_reported(folder)
+    if process.returncode != 0 or not exists(posixpath.join(spec.run, wanted)):
+        raise TrainingFailed(
+            f"training ended with code {process.returncode} and "
+            f"{'a' if exists(posixpath.join(spec.run, wanted)) else 'no'} {wanted}; its log is above"
+        )
+
+
+def _wait(process: subprocess.Popen[bytes], folder: str, asked: threading.Event) -> None:
+    """Wait until the ranks have ended, or their time to end after a failure or a request to stop is over."""
+    end = float("inf")
+    stopping = False
+    while process.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        if asked.is_set() and not stopping:
+            log.warning("asked to stop: the ranks save a checkpoint and end")
+            write_atomic(posixpath.join(folder, STOP), b"")
+            stopping, end = True, min(end, time.monotonic() + STOP_S)
+        if end == float("inf") and reports_in(folder):
+            end = time.monotonic() + FAILED_S
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set while inside; raises Preempted at the end where nothing else was raised.
+    Only the main thread can handle signals; in another one nothing sets the event."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in SIGNALS}
+    try:
+        yield asked
+        if asked.is_set():
+            raise Preempted(
+                "training was asked to stop and goes on from its latest checkpoint: run the job train again"
+            )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
