@@ -215,7 +215,7 @@ def on_executor(entry: str, *given: Any) -> Pass:
 
     The module is imported on the executor, so that a driver sends work which needs torch, and needs none itself:
 
-        map_in_arrow(rows, on_executor("ncf_dist.score.users:score_pass", spec), "stats string")
+        map_in_arrow(rows, on_executor("ncf_dist.score.ranker:score_pass", spec), "stats string")
     """
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -33,8 +33,8 @@ from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.pipeline import score
+from ncf_dist.score.ranker import score_pass
 from ncf_dist.score.spec import ScorePass
-from ncf_dist.score.users import score_pass
 from ncf_dist.spark_io import table_info
 from ncf_dist.stage import Outcome, stored
 from ncf_dist.train.pipeline import train

@@ -30,8 +30,8 @@ from ncf_dist.prepare.rows import RowSpec, read_one
 from ncf_dist.prepare.source import FORMATS, find_files, interactions_source
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.items import ItemLists
-from ncf_dist.score.pipeline import _Night as ScoreNight
 from ncf_dist.score.pipeline import score
+from ncf_dist.score.plan import Plan
 from ncf_dist.train.pipeline import train
 from tests.tables import small_config, table_of
 
@@ -217,8 +217,8 @@ def test_files_of_users_follow_the_numbers_given(tmp_path: Path) -> None:
     )
     config = small_config(tmp_path, Model())
     bundle = Bundle("", Model(), "m", 100, 1, "", {})
-    night = ScoreNight(config, prepared, prepared, bundle, contract, ItemLists())
-    assert (night.indexed, night.n_files) == (100, 16)
+    plan = Plan(config, prepared, prepared, bundle, contract, ItemLists())
+    assert (plan.indexed, plan.n_files) == (100, 16)
 
 
 # ---- the line ------------------------------------------------------------------------------------------------------

@@ -35,19 +35,19 @@ from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF
 from ncf_dist.parquet import TableInfo, read_table, write_parquet
 from ncf_dist.publish.pipeline import publish
-from ncf_dist.score import pipeline, users
+from ncf_dist.score import pipeline, plan, ranker
 from ncf_dist.score.forecasting import Forecast
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.pipeline import forecast, score
 from ncf_dist.score.popular import Popular
-from ncf_dist.score.rows import in_files, in_tasks
 from ncf_dist.score.spec import ScorePass
+from ncf_dist.score.task_rows import in_files, in_tasks
 from ncf_dist.scoring import Lists
 from ncf_dist.spark_io import Pass, on_executor, spark_session
 from ncf_dist.stage import Outcome
 
 DS = "2026-01-31"
-SCORE_PASS = "ncf_dist.score.users:score_pass"
+SCORE_PASS = "ncf_dist.score.ranker:score_pass"
 DAY = 86_400 * 10**6
 MIDNIGHT = int(np.datetime64(DS, "us").astype(int))
 ITEMS, K = 40, 5
@@ -441,14 +441,14 @@ def plant(monkeypatch: pytest.MonkeyPatch, name: str, mutate: Callable[[Any], An
 
     def planted(spec: ScorePass) -> Pass:
         def run(batches: Any) -> Iterator[pa.RecordBatch]:
-            from ncf_dist.score import users
+            from ncf_dist.score import ranker
 
-            real = getattr(users, name)
-            setattr(users, name, mutate(real))
+            real = getattr(ranker, name)
+            setattr(ranker, name, mutate(real))
             try:
-                yield from users.score_pass(spec)(batches)
+                yield from ranker.score_pass(spec)(batches)
             finally:
-                setattr(users, name, real)
+                setattr(ranker, name, real)
 
         return run
 
@@ -469,7 +469,7 @@ def test_mutant_mask_off_is_refused_by_both(line: Line, monkeypatch: pytest.Monk
     plant(monkeypatch, "seen_lists", off)
     with pytest.raises(ContractError, match="the recommendations of .* are not what the model gmf-.* says"):
         score(line.config(k=4), DS)
-    monkeypatch.setattr(pipeline, "_check", lambda *args: None)
+    monkeypatch.setattr(pipeline, "check_written", lambda *args: None)
     score(line.config(k=4), DS)
     assert "seen by item_idx or test_item_idx of history" in refused(line, k=4)
 
@@ -485,7 +485,7 @@ def test_mutant_item_map_off_by_one_is_refused(line: Line, monkeypatch: pytest.M
     plant(monkeypatch, "read_item_ids", shifted)
     with pytest.raises(ContractError, match=r"item \d+ has score .* the model gives this pair"):
         score(line.config(k=3), DS)
-    monkeypatch.setattr(pipeline, "_check", lambda *args: None)
+    monkeypatch.setattr(pipeline, "check_written", lambda *args: None)
     score(line.config(k=3), DS)
     assert "seen by item_idx or test_item_idx of history" in refused(line, k=3)
 
@@ -506,7 +506,7 @@ def test_mutant_wrong_model_is_refused(line: Line, monkeypatch: pytest.MonkeyPat
     plant(monkeypatch, "load_model", other)
     with pytest.raises(ContractError, match="users are not what the model .* needed its own scores: rerun"):
         score(line.config(k=2), DS)
-    monkeypatch.setattr(pipeline, "_check", lambda *args: None)
+    monkeypatch.setattr(pipeline, "check_written", lambda *args: None)
     score(line.config(k=2), DS)
     assert publish(line.config(k=2, table="mutant"), DS).status == "done", "the audit alone cannot see this one"
 
@@ -527,18 +527,18 @@ def test_mutant_lists_ignored_are_refused(line: Line, monkeypatch: pytest.Monkey
         return on_executor(SCORE_PASS, replace(spec, lists=ItemLists()))
 
     replace_pass(monkeypatch, ignoring)
-    monkeypatch.setattr(pipeline, "_check", lambda *args: None)
+    monkeypatch.setattr(pipeline, "check_written", lambda *args: None)
     score(line.config(**lists), DS)
     assert "needed an item that score.allow_items and score.deny_items permit" in refused(line, **lists)
 
 
 def test_mutant_inactive_users_are_refused(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pipeline.users_to_rank
+    real = plan.users_to_rank
 
     def everybody(spark: Any, prepare: Any, config: Score, ds: str) -> Any:
         return real(spark, prepare, config.model_copy(update={"active_since": None}), ds)
 
-    monkeypatch.setattr(pipeline, "users_to_rank", everybody)
+    monkeypatch.setattr(plan, "users_to_rank", everybody)
     score(line.config(active_since=3), DS)
     assert "is unknown; needed a user who is due" in refused(line, active_since=3)
 
@@ -574,7 +574,7 @@ def test_a_task_holds_one_files_rows(line: Line, tmp_path: Path) -> None:
             yield rows.slice(file * 6, 6)
             on_disk.append(len(list(tmp_path.glob("*.parquet"))))
 
-    (stats,) = users.score_pass(spec)(batches())
+    (stats,) = ranker.score_pass(spec)(batches())
     assert on_disk == [0, 1, 2, 3, 4]
     found = json.loads(stats.column("stats")[0].as_py())
     assert len(found["files"]) == files
@@ -604,17 +604,17 @@ def test_a_batch_of_long_histories_ends_by_its_bytes(spark: SparkSession, monkey
 
 def test_the_device_is_the_one_that_spark_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without CUDA the CPU, whatever Spark says; outside of a task as well."""
-    assert users.assigned_device() == torch.device("cpu")
+    assert ranker.assigned_device() == torch.device("cpu")
 
     class Context:
         def resources(self) -> Any:
             return {"gpu": type("Gpu", (), {"addresses": ["3"]})}
 
-    monkeypatch.setattr(users.TaskContext, "get", lambda: Context())
+    monkeypatch.setattr(ranker.TaskContext, "get", lambda: Context())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert users.assigned_device() == torch.device("cpu")
+    assert ranker.assigned_device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert users.assigned_device() == torch.device("cuda", 3)
+    assert ranker.assigned_device() == torch.device("cuda", 3)
 
 
 # ---- what it would take ------------------------------------------------------------------------------------

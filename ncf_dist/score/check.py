@@ -1,8 +1,8 @@
 """Does the table say what the model says? A few users' rows are read back from the written files and compared with the
-trained model, pair by pair: weights read and checked anew, ids looked up anew, no scorer in between.
+trained model, pair by pair. The weights are read and verified again, the ids looked up again, and no scorer is used.
 
-This is what catches scores of another model, a shifted item map or a scorer that ranks wrongly: publish cannot, since
-it reads no model.
+This finds scores of another model, a shifted item map and a scorer that ranks wrongly. publish reads no model, so it
+cannot find these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ncf_dist.spark_io import Pass
 
 ITEMS_A_CALL = 16_384
 TOLERANCE = {"fp32": 1e-4, "bf16": 2**-5}
-"""Of a user's largest score: sums are rounded in another order than the scorer's."""
+"""Relative to a user's largest score: the scorer adds up in another order, and so rounds differently."""
 
 
 def check_pass(spec: ScorePass, user_ids: dict[int, Any], files: tuple[str, ...]) -> Pass:
@@ -75,6 +75,6 @@ def _problem(spec: ScorePass, rows: pa.Table, scores: np.ndarray, may: np.ndarra
         off = ~(np.abs(given - needed) <= slack)  # A score that is not a number is off, too.
         if off.any():
             at = int(np.argmax(off))
-            found = f"item {rows['item_id'][at].as_py()!r} has score {given[at]:.6g} at rank {at + 1}"
-            return f"{found}; {of} {needed[at]:.6g}"
+            stored = f"item {rows['item_id'][at].as_py()!r} has score {given[at]:.6g} at rank {at + 1}"
+            return f"{stored}; {of} {needed[at]:.6g}"
     return None

@@ -1,7 +1,7 @@
 """Which items may be recommended: the config's lists, as the catalogue's indexes.
 
-The lists travel to the workers as they were given, and each works out the indexes from the catalogue it reads anyway:
-so the driver holds the lists and one file of the item index, not the catalogue.
+The lists go to the workers as they were given, and each worker computes the indexes from the catalogue, which it reads
+anyway. So the driver holds the lists and one file of the item index, not the catalogue.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ItemLists:
             raise InputError(
                 "score.allow_items and score.deny_items leave no item ("
                 + ", ".join(f"{name}: {fact['ids']} ids, {fact['unknown']} unknown" for name, fact in facts.items())
-                + "); needed at least one item of the catalogue: mend the lists"
+                + "); needed at least one item of the catalogue: correct the lists"
             )
         return {"eligible": eligible, **facts}
 

@@ -1,4 +1,4 @@
-"""The fallback: what was interacted with most, without what a user has seen."""
+"""The fallback: the items with most interactions, without those that the user has seen."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Popular:
 
     @classmethod
     def read(cls, files: Iterable[str], n_items: int, eligible: IntArray | None) -> Popular:
-        """From the popularity table: by recent interactions, among equals by all of them, then by item_idx.
-        Where nothing is recent, as in an old log, by all of them alone."""
+        """From the popularity table: by recent interactions, then by all interactions, then by item_idx. Where no
+        interaction is recent, as in an old log, by all of them alone."""
         table = pa.concat_tables([read_table(path) for path in files])
         recent, total = (np.zeros(n_items, dtype=np.int64) for _ in range(2))
         for counts, name in ((recent, "recent"), (total, "total")):
@@ -43,7 +43,7 @@ class Popular:
         """(scores, items), both (U, min(K, E)), of the most popular items that a user's list does not mask; -inf where
         nothing is left."""
         users, k = len(masked.offsets) - 1, min(k, len(self.items))
-        # So far down the list a user with the most masked items still finds K others, if there are any.
+        # Down to this depth even the user with the most masked items finds K others, if there are any.
         depth = min(len(self.items), k + int(np.diff(masked.offsets).max(initial=0)))
         place = self.place[masked.values]
         hidden = np.zeros((users, depth), dtype=bool)

@@ -1,4 +1,4 @@
-"""The job's own pass over a few users, for a while: what a forecast is made of."""
+"""The job's own pass over a few users, for a few seconds: a forecast is computed from it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ncf_dist.bundle import load_model
 from ncf_dist.files import remove
+from ncf_dist.score.ranker import Ranker, score_pass
 from ncf_dist.score.spec import ScorePass
-from ncf_dist.score.users import Ranker, score_pass
 from ncf_dist.spark_io import Pass
 
 
 def probe_pass(spec: ScorePass, seconds: float) -> Pass:
-    """`users.score_pass` over what it gets done in `seconds`, at least a block. Adds to its row `reload_s`, what it
-    takes a worker with torch and the files in its cache to load the model for another task, and `flops` a pair."""
+    """`ranker.score_pass` over as many blocks as it scores in `seconds`, one at least. Adds to its row `reload_s`, how
+    long a worker that has torch and the files in its cache loads the model for another task, and `flops` a pair."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         begun = time.perf_counter()
@@ -45,15 +45,15 @@ def _for_a_while(batches: Iterable[pa.RecordBatch], rows: int, seconds: float) -
     for batch in batches:
         for start in range(0, batch.num_rows, rows):
             if not first and time.perf_counter() > end:
-                continue  # The rest must be taken all the same: Spark waits until its rows are read.
+                continue  # Spark waits until all its rows are read, so the rest is read, too.
             yield batch.slice(start, rows)
             if first:
                 first, end = False, time.perf_counter() + seconds
 
 
 def flops_a_pair(spec: ScorePass, users: int = 16, items: int = 256) -> float:
-    """Floating-point operations of the matrix products that join a user with an item, as torch counts them.
-    What is computed once a user or once an item is not in it."""
+    """Floating-point operations of the matrix products that score a pair, as torch counts them, without what is
+    computed once a user or once an item."""
     model = load_model(spec.bundle)
     users, items = min(users, spec.bundle.n_users), min(items, spec.bundle.n_items)
     with torch.no_grad():

@@ -1,9 +1,8 @@
-"""Who is ranked, and what is popular: the Spark side of score.
+"""The rows that score's tasks get: who is ranked, in which file and task, and what is popular.
 
-Users with a model history are those with train or validation rows tonight. Everybody else who is known (users of
-earlier nights whose rows are gone, users of the side table that never interacted, users with nothing but test rows)
-has an embedding that no row of tonight trained, or none: they get what is popular, or nothing where `fallback_days`
-is None.
+The model ranks for users with train or validation rows tonight. Everybody else who is known (users of earlier nights
+whose rows are gone, users of the side table who never interacted, users with nothing but test rows) has an embedding
+that no row of tonight trained, or none. They get popular items, or nothing where `fallback_days` is None.
 """
 
 from __future__ import annotations
@@ -62,23 +61,24 @@ def users_to_rank(spark: SparkSession, prepare: Manifest, config: Score, ds: str
 
 
 def in_files(rows: DataFrame, files: int, indexed: int) -> DataFrame:
-    """Each user's file, a function of the user alone. Neighbours in the index share one, so that a task touches only
-    its own stretch of the model's (memory-mapped) user table; users without an index are dealt by a hash."""
+    """Each user's file, a function of the user alone. Neighbours in the index share a file, so that a task reads only
+    one stretch of the model's memory-mapped user table. Users without an index get a file by a hash."""
     stretch = F.floor(F.col("user_idx") / F.lit(max(1, -(-indexed // files))))
     file = F.when(F.col("user_idx") >= 0, stretch).otherwise(F.pmod(F.xxhash64("user_id"), F.lit(files)))
     return rows.select(file.cast("int").alias("_file"), "user_id", "user_idx", "item_idx", "test_item_idx", "by_model")
 
 
 def in_tasks(rows: DataFrame, tasks: int) -> DataFrame:
-    """File f in partition f mod `tasks`, sorted. Hashing the numbers of files would give some partitions several and
-    others none, and the job would take as long as the fullest: so each partition gets a key that hashes to it."""
+    """File f in partition f mod `tasks`, sorted by file and user. Spark places a row by the hash of its key, and hashes
+    of file numbers would leave some partitions empty and give others several files. So each partition has a key that
+    hashes to it, and a row gets the key of its partition."""
     number = F.col("id").cast("int")
-    # One partition: then Spark groups without a shuffle.
+    # In one partition, so that Spark groups without a shuffle.
     hashed = rows.sparkSession.range(0, 32 * tasks, 1, 1).groupBy(F.pmod(F.hash(number), F.lit(tasks)).alias("task"))
     keys = {row["task"]: row["key"] for row in hashed.agg(F.min(number).alias("key")).collect()}
-    # A partition that none of so many numbers hashes to, which is rare, shares another's.
+    # Rarely, none of so many numbers hashes to a partition; its files then go where its own number hashes to.
     key = F.lit([keys.get(task, task) for task in range(tasks)])[F.pmod("_file", F.lit(tasks))]
-    # Asked for by number: the optimiser must not merge a small input whose work is heavy into one task.
+    # With a number of partitions: Spark would else merge a small input into one task, and the work is heavy.
     return rows.repartition(tasks, key).sortWithinPartitions("_file", "user_id")
 
 

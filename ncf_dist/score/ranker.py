@@ -1,7 +1,7 @@
-"""Rank for a block of users on an executor and write their top K.
+"""Ranks for blocks of users on an executor and writes their top K.
 
-A task holds the item side of the model, the catalogue's ids, one block of users' scores and one output file's rows;
-none of it grows with the number of users.
+A task holds the item side of the model, the catalogue's ids, one block of users' scores and one output file's rows.
+None of it grows with the number of users.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def score_pass(spec: ScorePass) -> Pass:
         torch.set_num_threads(1)
         counts: Counter[str] = Counter()
         clock = _Clock()
-        # A file holds whole users; it is cut only by the number of files, never by rows.
+        # Never cut by rows: a file holds whole users, and the plan says how many files there are.
         sink = FileSink(spec.folder, spec.contract.schema, rows_per_file=2**31)
         ranker: Ranker | None = None
         for batch in batches:
@@ -67,7 +67,7 @@ def score_pass(spec: ScorePass) -> Pass:
 
 
 class _Clock:
-    """Where a task's time goes, and the most memory its process had after any step."""
+    """How long each step of a task takes, and the most memory its process had after any of them."""
 
     def __init__(self) -> None:
         self.seconds = {"load": 0.0, "score": 0.0, "write": 0.0}
@@ -75,7 +75,7 @@ class _Clock:
         self._since = time.perf_counter()
 
     def restart(self) -> None:
-        """What went by is not ours: Spark was handing over rows."""
+        """Leave out the time since the last step, in which Spark handed over rows."""
         self._since = time.perf_counter()
 
     def add(self, step: str) -> None:
@@ -116,7 +116,7 @@ class Ranker:
                 some = block if rows.all() else block.filter(pa.array(rows))
                 best, index = ranked(some)
                 values[rows, : best.shape[1]], items[rows, : best.shape[1]] = best, index
-        # Not isfinite: a score that is not a number must be seen by the audit, not left out.
+        # Not isfinite: the audit must see a score that is not a number.
         offered = values != -np.inf
         counts.update(
             users=len(by_model),
