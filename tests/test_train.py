@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ncf_dist import contracts, machine
 from ncf_dist.bundle import load_model, read_bundle, verify_weights
-from ncf_dist.config import Config, Loader, Model, Train
+from ncf_dist.config import Config, Loader, Model, Negatives, Train
 from ncf_dist.errors import ConfigError, ContractError, ExitCode, TrainingFailed
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
@@ -329,6 +329,28 @@ def test_patience_ends_the_run_and_the_best_epoch_comes_back() -> None:
     assert (len(history.epochs), history.best_epoch, history.best) == (4, 1, 0.4)
     assert torch.equal(kept, snapshots[1])
     assert not torch.equal(kept, snapshots[3])
+
+
+def test_validation_must_give_what_the_best_epoch_is_chosen_by() -> None:
+    """Figures of other names would keep the last epoch, and nobody would notice."""
+    torch.manual_seed(1)
+    loader: Any = Fixed(some_rows(8), 4, World())
+    trainer = Trainer(GMF(USERS, ITEMS, 4), loader, lambda model: {"ndcg@5": 0.1}, Train(epochs=2), World())
+    with pytest.raises(ValueError, match=r"validation gives ndcg@5; needed ndcg@10 or mse to choose by"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize(("source", "negatives", "draws"), [("table", 2, 2), ("online", 3, 0)])
+def test_how_many_draws_there_are_is_what_the_table_says(
+    tmp_path: Path, source: str, negatives: int, draws: int
+) -> None:
+    """A config that says otherwise would read columns that the table has not, or leave some of its draws unread. Online
+    draws are the config's."""
+    run = prepare_run(tmp_path, 8, 1, 2)
+    config = small_config(tmp_path, Model(), negatives=source)
+    config = config.model_copy(update={"negatives": Negatives(per_positive=3, draws=1)})
+    task = worker.task_of(config, run)
+    assert (task.negatives, task.draws) == (negatives, draws)
 
 
 def test_a_better_epoch_renews_patience() -> None:

@@ -1,12 +1,12 @@
-"""Progress on disk: a folder a checkpoint, of which a reader sees all or nothing.
+"""Checkpoints: a folder each, which a reader sees whole or not at all.
 
     <folder>/step-000001200/tensors.safetensors   weights, best weights, optimiser
-    <folder>/step-000001200/progress.json         where the training is
+    <folder>/step-000001200/progress.json         how far the training was
     <folder>/step-000001200/SHA256SUMS            of the two; `sha256sum -c` checks it too
 
-Written to a temporary folder, synced, then renamed; where a file system has no rename, SHA256SUMS is written last.
-What does not agree with its SHA256SUMS is no checkpoint: `latest` says so and takes the one before.
-Tensors and JSON only.
+A checkpoint is written to a temporary folder, synced, then renamed; in a store without renames, SHA256SUMS is written
+last. One that does not agree with its SHA256SUMS is damaged: `latest` logs it and takes the one before. Tensors and
+JSON only.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ from ncf_dist.config import Config
 WORKER = "ncf_dist.train.worker"
 SUPERVISOR = "ncf_dist.train.supervisor"
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""glibc's malloc gives what a step frees back to the system, and the next step pays for every page anew: up to a third
-of a large step's time. These keep it, up to 1 GiB; blocks above 32 MiB, the most that all versions take, excepted."""
+"""glibc's malloc returns the memory that a step frees to the system, and the next step pays for every page again: up to
+a third of a large step's time. With these settings it keeps up to 1 GiB, but for blocks above 32 MiB, the highest
+threshold that all versions accept."""
 
 
 def torchrun(config: Config, spec: str, node: int = 0) -> list[str]:

@@ -1,5 +1,5 @@
 """The learning-rate range test (Smith 2017, section 3.3): one step at each of a hundred rates from 1e-7 to 10, each a
-fixed factor above the last, until the loss leaves for good. Suggested is where the smoothed loss falls steepest."""
+fixed factor above the last, until the loss diverges. It suggests the rate at which the smoothed loss falls steepest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AWAY = 4.0
 
 
 def rate_curve(trainer: Trainer) -> list[tuple[float, float]]:
-    """(rate, mean loss of all ranks) of each step. The trainer's model is worn out afterwards."""
+    """(rate, mean loss of all ranks) of each step. The trainer's model is of no use afterwards."""
     trainer.config = trainer.config.model_copy(update={"schedule": "constant"})
     curve: list[tuple[float, float]] = []
     lowest = math.inf

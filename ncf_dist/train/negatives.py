@@ -1,4 +1,4 @@
-"""Negatives drawn where the model is, by the hash that prepare draws them with: the same examples, none stored.
+"""Negatives drawn on the model's device, by the hash that prepare draws them with: the same examples, and none stored.
 
 A positive's negatives in epoch e are those of draw e (`ncf_dist/sampling.py`): uniform over the items its user has not
 interacted with in train, found by rank in the user's sorted items. The train positives of all users are held on the
@@ -36,8 +36,8 @@ class OnlineNegatives:
 
 
 def shared_items(seed: int, epoch: int, rows_used: int, count: int, n_items: int, device: str) -> Tensor:
-    """(count,) items, uniform, that all rows of a step share, the same on all ranks. `rows_used`: of the epoch, by all
-    ranks, before the step: what tells one step from another whatever the world."""
+    """(count,) items, uniform, that all rows of a step share, the same on all ranks. rows_used: how many rows of the
+    epoch all ranks used before the step, which tells steps apart in any world."""
     slot = torch.arange(count, device=device)
     items: Tensor = hash64(slot, seed=hash64(seed, int(Purpose.SHARED_NEGATIVE), epoch, rows_used)) % n_items
     return items

@@ -1,5 +1,5 @@
-"""The interface that ranks talk over: loopback on one machine, else the one that faces the rendezvous. Never all of
-them, and never one that is found by this machine's own name, which may not resolve."""
+"""The network interface that ranks use: loopback on one machine, else the one that reaches the rendezvous. Never all
+interfaces, and never one that is looked up by this machine's own name, which may not resolve."""
 
 from __future__ import annotations
 

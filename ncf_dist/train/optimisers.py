@@ -4,8 +4,8 @@
 - adamw: Loshchilov & Hutter 2019, decay apart from the gradient
 - sgd: with momentum, L2 terms added to the gradient
 
-Every row of a table is updated in every step, also where its gradient is zero: a batch touches most rows of a
-catalogue, and Adam's moments decay as published.
+Every row of a table is updated in every step, also where its gradient is zero: Adam's moments then decay as published,
+and a batch uses most rows of a catalogue anyway.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ STATE = {
 
 
 def state_like(name: str, parameters: Mapping[str, Tensor], found: Collection[str]) -> dict[str, Tensor]:
-    """{"parameter/key": a tensor of the shape and type} of the whole state of those parameters of which `found` names
-    any part: one that no step has moved has none."""
+    """{"parameter/key": a tensor of the shape and type that this state has}, of every parameter that has any key in
+    `found`. A parameter that no step has updated has no state."""
     begun = {key.rpartition("/")[0] for key in found}
     return {
         f"{parameter}/{key}": torch.empty(()) if key == "step" else weight

@@ -31,10 +31,11 @@ _EXEC = (
 
 
 def dying_with_us(command: list[str], number: int) -> list[str]:
-    """`command` (a path and its arguments) so that the kernel sends it a signal when the thread that starts it ends.
+    """`command` (a path and its arguments), changed so that the kernel sends it a signal when the thread that starts it
+    ends.
 
-    No preexec_fn: Python code that runs between fork and exec also tidies up after the threads that it does not have,
-    and among these are py4j's, whose connections to Spark it shuts.
+    Not by preexec_fn: the Python code that then runs between fork and exec also cleans up after the parent's threads,
+    which the child does not have, and so closes py4j's connections to Spark.
     """
     if sys.platform != "linux":
         return command

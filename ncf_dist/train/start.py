@@ -1,9 +1,9 @@
-"""Where weights start when not afresh: NeuMF from a GMF and an MLP, or a model from an earlier one of its own kind.
+"""Starting from trained weights: NeuMF from a GMF and an MLP, or a model from an earlier one of its own kind.
 
-Only from a model whose index tonight's begins with (`ncf_dist/ancestry.py`): then the rows of an earlier table are the
-first rows of today's. Warm start: they are kept. A new row starts at the mean of the old ones plus its fresh initial
-value: an average user or item, yet unlike any other. The row of a forgotten user starts afresh. Everything else is
-kept. No state of an optimiser is taken over.
+Only from a model whose user and item index tonight's begin with (`ncf_dist/ancestry.py`): the rows of an earlier
+embedding table are then the first rows of today's. A warm start keeps them. A new row starts at the mean of the old
+ones plus its fresh initial value: an average user or item, yet unlike any other. The row of a forgotten user starts
+afresh. All other weights are kept, and no state of an optimiser.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The ranks of one machine: `python -m ncf_dist.train.supervisor --ranks N MODULE --spec FILE`.
 
-It starts N processes of MODULE, each with RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, and ends when they have:
-with 0 where all of them ended with 0. When one fails, the others are asked to end, and killed when they do not.
-SIGTERM and SIGINT are handed on, so that ranks save. A rank that a signal ended is reported for it. Ranks die with
-this process.
+It starts N processes of MODULE, each with RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, and ends when they have
+ended, with 0 if all of them did. When one fails, the others are asked to end, and killed if they do not. SIGTERM and
+SIGINT are passed on, so that ranks save. It writes the report of a rank that a signal ended. When this process dies,
+the ranks die, too.
 
 On one machine nothing can be reached from another: ranks meet in a file in a scratch folder that only this user can
 enter, and talk over loopback. With `--nodes`, the first machine's rank 0 listens at `--rendezvous`, at that address
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
 
 @contextlib.contextmanager
 def meeting(args: argparse.Namespace) -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
-    """(environment that tells the ranks where they meet, descriptors that they need for it). Raises ConfigError."""
+    """(environment that tells the ranks where they meet, descriptors that they inherit for it). Raises ConfigError."""
     if args.nodes == 1:
         with tempfile.TemporaryDirectory(prefix="ncf-ranks-") as folder:  # Its mode is 0700.
             yield {STORE: os.path.join(folder, "store"), **bound_to(interface_of("127.0.0.1"))}, ()
@@ -92,7 +92,7 @@ class Ranks:
         return {rank: process.poll() for rank, process in self.processes.items()}
 
     def send(self, number: int) -> None:
-        """To those that are still there; SIGKILL also to what they may have started."""
+        """Send a signal to the ranks that still run; SIGKILL also to processes that they started."""
         for process in self.processes.values():
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -114,7 +114,7 @@ class Ranks:
         return 0 if failed is None else failed
 
     def _first_failure(self, codes: dict[int, int | None], told: bool) -> int | None:
-        """The exit code of a rank that did not end well; one that a signal of somebody else ended is reported."""
+        """The exit code of a rank that failed. Reports a rank that somebody else's signal ended."""
         for rank, code in codes.items():
             if code is not None and code < 0 and not told:
                 log.error("rank %d was ended by %s", rank, signal.Signals(-code).name)
@@ -124,8 +124,8 @@ class Ranks:
 
 
 def _before_a_rank() -> None:
-    """In the new process: die with the supervisor, and keep signals waiting until the rank has imported what it needs
-    and listens for them."""
+    """In the new process: die with the supervisor, and block signals until the rank has imported its modules and
+    handles them."""
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 

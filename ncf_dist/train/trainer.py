@@ -3,11 +3,11 @@
 Objectives are in `losses.py`, optimisers in `optimisers.py`, schedules in `schedules.py`. The epoch with the best
 validation NDCG@10 (explicit feedback: the lowest MSE) is kept; test rows are never read here.
 
-A training is a function of (config, tables, seed, world): what a rank draws at random in a step is seeded by the step,
-so a training that goes on from a checkpoint is, to the bit, the one that was not interrupted.
+A training is a function of (config, tables, seed, world). What a rank draws at random in a step is seeded by the step,
+so a training that is resumed from a checkpoint gives the same bits as one that was not interrupted.
 
-A step with a loss or a gradient that is not finite ends the training on all ranks before any weight is updated: the
-rank whose loss is not finite sends NaN gradients, the mean over ranks makes them everybody's, and the norm shows them.
+A loss or a gradient that is not finite ends the training on all ranks before any weight is updated. The rank whose loss
+is not finite sends NaN gradients, the mean over ranks gives them to every rank, and the norm shows them.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from ncf_dist.train.validation import SELECT_BY
 from ncf_dist.train.world import World
 
 POINTS_AN_EPOCH = 50
-"""Points of the loss curve kept in the history, at most."""
+"""At most so many points of the loss curve are kept in the history."""
 
 Validate = Callable[[Recommender], dict[str, float]]
 
 
 @dataclass
 class History:
-    """What happened, epoch by epoch, and which one was kept (from 0). curve: (epoch, its step, rank 0's loss, rate)."""
+    """The figures of each epoch, and which epoch was kept (from 0). curve: (epoch, its step, rank 0's loss, rate)."""
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = -1
@@ -58,8 +58,8 @@ class History:
 
 @dataclass
 class Progress:
-    """Where a training is: `epoch`, and in it the phases run, the last one running. `updates` counts from the start;
-    `loss`, `rows`: this rank's sum of the epoch's losses, each times its rows, and these rows."""
+    """How far a training is: `epoch`, and the phases of it so far, the last of which is running. `updates` counts from
+    the start. `loss`, `rows`: this rank's sum of the epoch's losses, each times its rows, and these rows."""
 
     epoch: int = 0
     phases: list[Phase] = field(default_factory=list)
@@ -70,7 +70,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """progress.json of a checkpoint: where the training was. sums: each rank's `Progress.loss` and `rows`."""
+    """progress.json of a checkpoint: how far the training was. sums: each rank's `Progress.loss` and `rows`."""
 
     epoch: NonNegativeInt
     phases: list[Phase]
@@ -178,7 +178,7 @@ class Trainer:
         self._seed_step()
         alone = self.world.size == 1
         loss = self.objective(batch, () if alone else asked)
-        # What nn.Module.zero_grad does, without a walk over all modules in every step.
+        # As nn.Module.zero_grad, but without going through all modules in every step.
         for parameter in (*self.parameters, self.signals.signals):
             parameter.grad = None
         finite = loss.detach().isfinite()
@@ -200,7 +200,7 @@ class Trainer:
         return value, rate, [flag > 0 for flag in signals.tolist()]
 
     def _seed_step(self) -> None:
-        """Dropout draws what the seed, the update and the rank say."""
+        """Seed what dropout draws by the seed, the update and the rank."""
         if self.draws_random:
             torch.manual_seed(hash64(self.seed, Stream.DROPOUT, self.progress.updates, self.world.rank) & (2**63 - 1))
 
@@ -214,7 +214,7 @@ class Trainer:
         progress.phases[-1] = dataclasses.replace(progress.phases[-1], steps=step + 1)
 
     def _fail(self, batch: Batch, value: float) -> None:
-        """Raise TrainingFailed with the same story on all ranks."""
+        """Raise TrainingFailed with the same message on all ranks."""
         bad = batch.rating is not None and not bool(batch.rating.isfinite().all())
         mine = {"loss": value, "input": bad, "users": batch.user[:3].tolist(), "items": batch.items[:3, 0].tolist()}
         every = dict(enumerate(self.world.gather(mine)))
@@ -257,7 +257,7 @@ class Trainer:
                 )
 
     def save(self) -> str | None:
-        """Keep a checkpoint; all ranks come back when it is on disk. Returns its path."""
+        """Write a checkpoint; returns on all ranks once it is on disk. Returns its path."""
         if self.folder is None:
             return None
         sums = self.world.gather([self.progress.loss, self.progress.rows])
@@ -279,7 +279,7 @@ class Trainer:
         return tensors
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, in this world or another. Raises ContractError where it is not of this model."""
+        """Resume from a checkpoint, in this world or another. Raises ContractError where it is not of this model."""
         try:
             self._load(checkpoint)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -290,7 +290,7 @@ class Trainer:
             ) from None
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        """All is looked at before anything is taken over."""
+        """Check everything before anything is changed."""
         saved, parameters = typed(Saved, checkpoint.progress), dict(self.model.named_parameters())
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimiser": {}}
         for name, tensor in checkpoint.tensors.items():
@@ -307,7 +307,7 @@ class Trainer:
         self.best = {name: tensor.to(self.world.device) for name, tensor in parts["best"].items()}
         for name, tensor in parts["optimiser"].items():
             parameter, _, key = name.rpartition("/")
-            # Adam's count of steps stays where the fused kernel keeps it, beside the weights.
+            # Adam's step count, too: the fused kernel keeps it on the device of the weights.
             self.optimiser.state[parameters[parameter]][key] = tensor.to(self.world.device)
         self.history, same = saved.history, len(saved.sums) == self.world.size
         if same:
@@ -318,17 +318,21 @@ class Trainer:
 
 
 def in_few_pieces(tensors: list[Tensor]) -> list[Tensor]:
-    """The same numbers: what fills one piece of memory (as `compiled.py` leaves the gradients) as one tensor, so that
-    what is done with all of them is one operation."""
-    pieces: dict[int, list[Tensor]] = {}
+    """The same numbers in fewer tensors: tensors that together fill one allocation, as the gradients of `compiled.py`
+    do, become one, so that an operation on all of them is one call.
+
+    >>> [len(tensor) for tensor in in_few_pieces([*torch.ones(5).split([2, 3]), torch.ones(4)])]
+    [5, 4]
+    """
+    by_memory: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        pieces.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
-    found = []
-    for parts in pieces.values():
+        by_memory.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    pieces = []
+    for parts in by_memory.values():
         whole = sum(part.numel() for part in parts)
         filled = parts[0].untyped_storage().nbytes() == whole * parts[0].element_size()
-        found.extend([parts[0].as_strided((whole,), (1,), 0)] if filled else parts)
-    return found
+        pieces.extend([parts[0].as_strided((whole,), (1,), 0)] if filled else parts)
+    return pieces
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """One training rank: `python -m ncf_dist.train.worker --spec FILE`, whichever launcher runs it.
 
-Everything it needs is in the spec; everything it makes is under the run's folder. A failure is written to
-`error-<rank>.json` beside the spec, so that the job reports it as its own. SIGTERM, SIGINT, or a file `stop` beside the
-spec, ends all ranks after the step they are in, with a checkpoint.
+Everything it needs is in the spec, and everything it writes is in the run's folder. It reports a failure to the job
+(`reports.py`). On SIGTERM, SIGINT or a file `stop` beside the spec, all ranks save a checkpoint after their current
+step and end.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
         step = "one compiled call" if trainer.signals.compiled else "torch's operations"
         log.info("loss and gradients of a step: %s, %d threads", step, torch.get_num_threads())
     _go_on(trainer, world)
-    # What was imported stays: looking through it for garbage would stop a step for a tenth of a second now and then.
+    # The garbage collector no longer visits what was imported: it would stop a step for a tenth of a second at times.
     gc.freeze()
     history = trainer.fit()
     if world.is_main:
@@ -176,7 +176,7 @@ def run(path: str) -> NoReturn:
         stop = StopRequest(posixpath.join(posixpath.dirname(path), STOP), world)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop.on_signal)
-        # Those that came while we imported torch waited until now.
+        # Signals that came while torch was imported are delivered now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
         world.join(config.train.timeout_s)
         with Waiting():
@@ -192,7 +192,7 @@ def run(path: str) -> NoReturn:
         code = int(ExitCode.UNEXPECTED)
     logging.shutdown()
     sys.stderr.flush()
-    # No clean-up after a failure: the process group would wait for ranks that are waiting for us.
+    # At once, without Python's clean-up: after a failure the process group would wait for ranks that wait for us.
     os._exit(code)
 
 
