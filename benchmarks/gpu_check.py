@@ -43,7 +43,7 @@ from ncf_dist.config import Loader, Model, Train
 from ncf_dist.errors import Preempted
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import Recommender, build_model
-from ncf_dist.parquet import TableInfo, write_parquet
+from ncf_dist.parquet import write_parts
 from ncf_dist.scoring import Lists, ModelScorer, recommend
 from ncf_dist.train import checkpoints
 from ncf_dist.train.loaders import Batch, Task, TrainLoader
@@ -171,11 +171,9 @@ def train_table(folder: str, explicit: bool) -> Manifest:
     columns = [user[rows].astype(np.int32), item[rows].astype(np.int32)]
     if explicit:
         columns.append(np.where(item[rows] < ITEMS // 2, 5, 1).astype(np.float32))
-    infos = []
-    for number, part in enumerate(np.array_split(np.arange(len(rows)), 4)):
-        table = pa.table([column[part] for column in columns], schema=contract.schema)
-        infos.append(write_parquet(table, f"{folder}/train", f"part-{number}.parquet"))
-    tables = {"train": TableInfo("train", contract.fingerprint, tuple(infos))}
+    parts = np.array_split(np.arange(len(rows)), 4)
+    files = (pa.table([column[part] for column in columns], schema=contract.schema) for part in parts)
+    tables = {"train": write_parts(files, folder, contract)}
     return Manifest(
         stage="prepare", ds="2026-01-31", run_key="made-up", root=folder, config={}, inputs={}, tables=tables
     )

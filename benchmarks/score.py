@@ -58,10 +58,10 @@ from ncf_dist.lake import Lake
 from ncf_dist.machine import cores, processor
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import MF, Recommender, build_model
-from ncf_dist.parquet import write_parquet
+from ncf_dist.parquet import write_parts
 from ncf_dist.score.pipeline import score
 from ncf_dist.scoring import Lists, ModelScorer
-from ncf_dist.spark_io import spark_session, table_info
+from ncf_dist.spark_io import spark_session
 
 ROOT = Path(__file__).parent.parent
 DS, K, RANK = "2026-01-31", 10, 64
@@ -124,11 +124,7 @@ def prepare(lake: str, users: int, items: int) -> None:
     for contract, values in columns.items():
         table = pa.table([pa.array(v) for v in values], names=contract.schema.names).cast(contract.schema)
         step = -(-len(table) // FILES)
-        infos = [
-            write_parquet(table.slice(n * step, step), f"{run}/{contract.name}", f"part-{n:05d}.parquet")
-            for n in range(FILES)
-        ]
-        tables[contract.name] = table_info(contract, infos, run)
+        tables[contract.name] = write_parts((table.slice(n * step, step) for n in range(FILES)), run, contract)
     runs.finish(
         Manifest(
             stage="prepare",

@@ -48,7 +48,7 @@ from ncf_dist.config import Config, Negatives
 from ncf_dist.lake import Lake
 from ncf_dist.machine import cores, processor
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import TableInfo, write_parquet
+from ncf_dist.parquet import write_parts
 from ncf_dist.train.pipeline import train
 
 ROOT = Path(__file__).parent.parent
@@ -77,23 +77,18 @@ def negatives(user: Array, item: Array) -> Array:
 def prepare(lake: str, user: Array, item: Array, drawn: Array) -> None:
     """A finished prepare run with a train table and nothing held out."""
     runs = Lake(lake).stage(DS, "prepare")
-    root = Path(runs.begin("p1"))
+    root = runs.begin("p1")
     contract = contracts.train(N, 1)
     columns = np.column_stack([user, item, drawn]).astype(np.int32)
-    infos = [
-        write_parquet(pa.table(list(part.T), schema=contract.schema), str(root / "train"), f"part-{number:05d}.parquet")
-        for number, part in enumerate(np.array_split(columns, FILES))
-    ]
+    parts = (pa.table(list(part.T), schema=contract.schema) for part in np.array_split(columns, FILES))
     tables = {
-        "train": TableInfo("train", contract.fingerprint, tuple(infos)),
-        "validation": TableInfo("validation", contracts.VALIDATION.fingerprint, ()),
+        "train": write_parts(parts, root, contract),
+        "validation": write_parts([], root, contracts.VALIDATION),
     }
     facts = {"users": int(user.max()) + 1, "items": int(item.max()) + 1}
     config = {"negatives": Negatives(per_positive=N, draws=1).model_dump(mode="json")}
     runs.finish(
-        Manifest(
-            stage="prepare", ds=DS, run_key="p1", root=str(root), config=config, inputs={}, tables=tables, facts=facts
-        )
+        Manifest(stage="prepare", ds=DS, run_key="p1", root=root, config=config, inputs={}, tables=tables, facts=facts)
     )
 
 

@@ -44,7 +44,7 @@ from ncf_dist.config import Config, Negatives
 from ncf_dist.lake import Lake
 from ncf_dist.machine import cores, processor
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import TableInfo, write_parquet
+from ncf_dist.parquet import write_parts
 from ncf_dist.train.pipeline import train
 
 ROOT = Path(__file__).parent.parent
@@ -75,15 +75,10 @@ def prepare(lake: str, users: int, rows: int) -> None:
     runs = Lake(lake).stage(DS, "prepare")
     run = runs.begin("p1")
     contract = contracts.train(N, 0)
-    infos = [
-        write_parquet(
-            pa.table(list(part.astype(np.int32).T), schema=contract.schema), f"{run}/train", f"part-{n:05d}.parquet"
-        )
-        for n, part in enumerate(np.array_split(interactions(users, rows), FILES))
-    ]
+    pairs = np.array_split(interactions(users, rows).astype(np.int32), FILES)
     tables = {
-        "train": TableInfo("train", contract.fingerprint, tuple(infos)),
-        "validation": TableInfo("validation", contracts.VALIDATION.fingerprint, ()),
+        "train": write_parts((pa.table(list(part.T), schema=contract.schema) for part in pairs), run, contract),
+        "validation": write_parts([], run, contracts.VALIDATION),
     }
     config = {"negatives": NEGATIVES.model_dump(mode="json")}
     runs.finish(

@@ -131,11 +131,15 @@ class StageRuns:
         """The first of `production`. Raises ContractError where this stage has not finished for this ds."""
         found = self.production()
         if not found:
-            raise ContractError(
-                f"{self.root} has no finished run; needed the output of {self.stage} for ds {self.ds}: "
-                f"run the job {self.stage} first"
-            )
+            raise ContractError(self.what_is_missing())
         return found[0]
+
+    def what_is_missing(self) -> str:
+        """The message where this stage has not finished for this ds."""
+        return (
+            f"{self.root} has no finished run; needed the output of {self.stage} for ds {self.ds}: run the job "
+            f"{self.stage} first"
+        )
 
     def begin(self, run_key: str, keep: Sequence[str] = ()) -> str:
         """A folder for this run; what an attempt that died left there is removed, but for the names in `keep`."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ncf_dist.contracts import Contract
 from ncf_dist.files import filesystem, make_dirs, write_atomic
 
 
@@ -47,6 +49,13 @@ def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     fs, inner = filesystem(path)
     with fs.open(inner, "rb") as source:
         return pq.ParquetFile(source).read(columns=columns)
+
+
+def write_parts(parts: Iterable[pa.Table], run: str, contract: Contract) -> TableInfo:
+    """Write each part as a file of table `contract.name` under `run`: for tables that are made without Spark."""
+    folder = posixpath.join(run, contract.name)
+    files = [write_parquet(part, folder, f"part-{number:05d}-000.parquet") for number, part in enumerate(parts)]
+    return TableInfo(contract.name, contract.fingerprint, tuple(files))
 
 
 def write_parquet(table: pa.Table, folder: str, name: str) -> FileInfo:

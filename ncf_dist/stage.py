@@ -203,10 +203,7 @@ def _what_is_missing(lake: Lake, config: Config, ds: str, stage: str) -> str:
     runs = lake.stage(ds, stage)
     newest = next((run for run in runs.finished() if run.name in (None, config.run)), None)
     if newest is None:
-        return (
-            f"{runs.root} has no finished run; needed the output of {stage} for ds {ds}: run the job {stage} first"
-            + (f" (with --run {config.run}, or without it)" if config.run else "")
-        )
+        return runs.what_is_missing() + (f" (with --run {config.run}, or without it)" if config.run else "")
     found, wanted = (_flat(decisive(stage, tree)) for tree in (newest.config, stored(stage, config)))
     differing = [key for key in [*wanted, *found] if wanted.get(key) != found.get(key)]
     if not differing:

@@ -16,7 +16,7 @@ from ncf_dist import contracts
 from ncf_dist.config import Config
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import TableInfo, write_parquet
+from ncf_dist.parquet import write_parts
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.stage import stored
 
@@ -183,13 +183,7 @@ class Night:
     ) -> Manifest:
         runs = self.lake.stage(self.ds, stage)
         run = runs.begin(key)
-        written = {}
-        for contract, parts in tables.items():
-            files = [
-                write_parquet(part, f"{run}/{contract.name}", f"part-{i:05d}-000.parquet")
-                for i, part in enumerate(parts)
-            ]
-            written[contract.name] = TableInfo(contract.name, contract.fingerprint, tuple(files))
+        written = {contract.name: write_parts(parts, run, contract) for contract, parts in tables.items()}
         return runs.finish(
             Manifest(
                 stage=stage,

@@ -13,7 +13,7 @@ from ncf_dist import contracts
 from ncf_dist.config import Config, Model, Negatives
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
+from ncf_dist.parquet import TableInfo, write_parts
 
 DS = "2026-01-31"
 N, DRAWS = 2, 2
@@ -30,11 +30,7 @@ def some_rows(count: int) -> npt.NDArray[np.int64]:
 
 
 def table_of(folder: Path, contract: contracts.Contract, files: list[dict[str, Any]]) -> TableInfo:
-    infos: list[FileInfo] = [
-        write_parquet(pa.table(columns, schema=contract.schema), str(folder / contract.name), f"part-{number}.parquet")
-        for number, columns in enumerate(files)
-    ]
-    return TableInfo(contract.name, contract.fingerprint, tuple(infos))
+    return write_parts((pa.table(columns, schema=contract.schema) for columns in files), str(folder), contract)
 
 
 def validation_files(lists: list[list[tuple[int, int, list[int]]]]) -> list[dict[str, Any]]:

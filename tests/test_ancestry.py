@@ -24,7 +24,7 @@ from ncf_dist.errors import ContractError
 from ncf_dist.files import make_dirs, remove, write_bytes
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import TableInfo, read_table, write_parquet
+from ncf_dist.parquet import read_table, write_parts
 from ncf_dist.prepare.pipeline import _base
 from ncf_dist.train.start import start_bundle
 
@@ -66,10 +66,7 @@ class Nights:
             table = pa.table([list(index), list(index.values())], schema=contract.schema)
             cut = len(index) // 2
             parts = [table.slice(0, cut), table.slice(cut)]
-            files = tuple(
-                write_parquet(part, f"{run}/{contract.name}", f"part-{n}.parquet") for n, part in enumerate(parts)
-            )
-            tables[contract.name] = TableInfo(contract.name, contract.fingerprint, files)
+            tables[contract.name] = write_parts(parts, run, contract)
             digests[name] = joined(partial_digest(part) for part in parts)
         return runs.finish(
             Manifest(

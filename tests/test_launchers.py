@@ -96,9 +96,9 @@ def test_spark_trains_what_torchrun_trains(tmp_path: Path) -> None:
         prepared(config, 41)
         found[how] = losses(train(config, DS).outputs)
     assert found["spark"] == found["torchrun"]
-    (table,) = Path(runs["spark"].paths.lake).glob("runs/*/prepare/*/train/part-1.parquet")
+    (table,) = Path(runs["spark"].paths.lake).glob("runs/*/prepare/*/train/part-00001-000.parquet")
     table.write_bytes(table.read_bytes()[:-1])
     spark = runs["spark"]
     other = spark.model_copy(update={"train": spark.train.model_copy(update={"lr": 0.002})})
-    with pytest.raises(ContractError, match=r"part-1\.parquet has SHA-256 .*rerun the job prepare"):
+    with pytest.raises(ContractError, match=r"part-00001-000\.parquet has SHA-256 .*rerun the job prepare"):
         train(other, DS)

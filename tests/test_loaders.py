@@ -28,7 +28,7 @@ from ncf_dist.config import Loader
 from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.files import file_url
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import TableInfo, write_parquet
+from ncf_dist.parquet import write_parts
 from ncf_dist.train import loaders
 from ncf_dist.train.epoch_order import EpochOrder, Phase, deal, rows_per_rank, steps_per_epoch
 from ncf_dist.train.loaders import Batch, Columns, Task, TrainLoader, verify_files
@@ -45,14 +45,13 @@ def train_run(folder: Path, file_rows: Sequence[int]) -> Manifest:
     """A train table whose rows say who they are: row r has user r, item 1000 + r, and r·100 + d·10 + s as
     negative s of draw d.
     """
-    infos, first = [], 0
-    for number, rows in enumerate(file_rows):
+    parts, first = [], 0
+    for rows in file_rows:
         row = np.arange(first, first + rows, dtype=np.int32)
         negatives = [row * 100 + draw * 10 + slot for draw in range(DRAWS) for slot in range(N)]
-        table = pa.table([pa.array(column) for column in (row, 1000 + row, *negatives)], schema=CONTRACT.schema)
-        infos.append(write_parquet(table, str(folder / "train"), f"part-{number:05d}.parquet"))
+        parts.append(pa.table([pa.array(column) for column in (row, 1000 + row, *negatives)], schema=CONTRACT.schema))
         first += rows
-    tables = {"train": TableInfo("train", CONTRACT.fingerprint, tuple(infos))}
+    tables = {"train": write_parts(parts, str(folder), CONTRACT)}
     return Manifest(
         stage="prepare", ds="2026-01-31", run_key="p1", root=str(folder), config={}, inputs={}, tables=tables
     )
@@ -313,10 +312,7 @@ POSITIVES = sorted({(int(u), int(i)) for u, i in np.random.default_rng(5).intege
 
 def positives_run(folder: Path, contract: contracts.Contract, columns: dict[str, Any]) -> Manifest:
     table = pa.table([pa.array(columns[f.name]).cast(f.type) for f in contract.schema], schema=contract.schema)
-    infos = [
-        write_parquet(table.slice(start, 9), str(folder / "train"), f"{start}.parquet") for start in range(0, 36, 9)
-    ]
-    tables = {"train": TableInfo("train", contract.fingerprint, tuple(infos))}
+    tables = {"train": write_parts((table.slice(start, 9) for start in range(0, 36, 9)), str(folder), contract)}
     return Manifest(
         stage="prepare", ds="2026-01-31", run_key="p1", root=str(folder), config={}, inputs={}, tables=tables
     )
@@ -391,7 +387,9 @@ def test_an_index_past_the_end_is_refused(tmp_path: Path, cache: str, n_users: i
     """20 rows: users 0 to 19, items 1000 to 1019, negatives up to 1921."""
     run = train_run(tmp_path, [10, 10])
     config = Loader.model_validate({"cache": cache})
-    with pytest.raises(ContractError, match=rf"part-00001.parquet has {column} from \d+ to \d+; needed 0 to .*rerun"):
+    with pytest.raises(
+        ContractError, match=rf"part-00001-000.parquet has {column} from \d+ to \d+; needed 0 to .*rerun"
+    ):
         list(TrainLoader(run, CONTRACT, task_of(n_users=n_users, n_items=n_items), config, World()).epoch(0))
 
 
@@ -500,7 +498,7 @@ def test_a_file_that_is_not_the_manifests_is_refused(tmp_path: Path, damage: str
     else:
         path.write_bytes(Path(run.files("train")[0]).read_bytes())
     verify_files(run, CONTRACT, World(0, 2))  # files 0 and 2
-    with pytest.raises(ContractError, match=r"part-00001\.parquet .*rerun the job prepare"):
+    with pytest.raises(ContractError, match=r"part-00001-000\.parquet .*rerun the job prepare"):
         verify_files(run, CONTRACT, World(1, 2))
 
 
@@ -550,7 +548,7 @@ def test_nothing_else_in_the_folder_is_opened(tmp_path: Path, file_rows: list[in
     schema = CONTRACT.schema.with_metadata({b"dataset-toolkit.unischema.v1": pickle.dumps(Bomb(mark))})
     pq.write_metadata(schema, folder / "_common_metadata")
     pq.write_metadata(schema, folder / "_metadata")
-    (folder / "part-99999.parquet").write_bytes((folder / "part-00000.parquet").read_bytes())
+    (folder / "part-99999-000.parquet").write_bytes((folder / "part-00000-000.parquet").read_bytes())
     for reader in READERS:
         assert sorted(users(list(loader_of(run, backend=reader).epoch(0)))) == list(range(sum(file_rows)))
     assert not mark.exists()

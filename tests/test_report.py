@@ -24,7 +24,7 @@ from ncf_dist.evaluate.report.examples import example_users, examples
 from ncf_dist.evaluate.report.page import render, write_report
 from ncf_dist.evaluate.report.profile import long_tail, profile
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
+from ncf_dist.parquet import write_parts
 
 EVIL = "<script>alert(1)</script>\x00\"' onload=x \u202e"
 VOID = {"meta", "br", "wbr"}
@@ -481,9 +481,8 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]
     stored = {}
     for contract, body in tables.items():
         columns = [{n: row[n] for n in contract.schema.names} for row in body]
-        table = pa.Table.from_pylist(columns, schema=contract.schema)
-        info: FileInfo = write_parquet(table, str(root / contract.name), "part-0.parquet")
-        stored[contract.name] = TableInfo(contract.name, contract.fingerprint, (info,))
+        parts = [pa.Table.from_pylist(columns, schema=contract.schema)]
+        stored[contract.name] = write_parts(parts, str(root), contract)
     found = {"input": 175, "accepted": 90, "duplicates": 60, "quarantined": {"late": 20, EVIL: 5}}
     config = {
         "input": {"format": "csv", "columns": {"rating": "stars"}, "path": ["a", "b"], "items": {"path": "titles"}},

@@ -33,7 +33,7 @@ from ncf_dist.errors import ConfigError, ContractError, InputError
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF
-from ncf_dist.parquet import TableInfo, read_table, write_parquet
+from ncf_dist.parquet import read_table, write_parquet, write_parts
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score import pipeline, plan, ranker
 from ncf_dist.score.forecasting import Forecast
@@ -116,8 +116,7 @@ class Line:
         run, infos = runs.begin(key), {}
         for contract, columns in tables.items():
             arrays = [pa.array(list(c), f.type) for c, f in zip(columns, contract.schema, strict=True)]
-            file = write_parquet(pa.table(arrays, schema=contract.schema), f"{run}/{contract.name}", "part-0.parquet")
-            infos[contract.name] = TableInfo(contract.name, contract.fingerprint, (file,))
+            infos[contract.name] = write_parts([pa.table(arrays, schema=contract.schema)], run, contract)
         runs.finish(Manifest(stage="prepare", ds=DS, run_key=key, root=run, config=UNUSED, inputs={}, tables=infos))
 
     def train(self, key: str) -> GMF:

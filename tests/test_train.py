@@ -410,9 +410,9 @@ def test_ranks_start_equal_and_drop_units_of_their_own(ranks: Ranks, tmp_path: P
 @pytest.mark.parametrize("table", ["train", "validation"])
 def test_a_rank_reads_no_damaged_file(tmp_path: Path, table: str) -> None:
     spec = spec_of(tmp_path)
-    path = Path(spec.prepare) / table / "part-0.parquet"
+    path = Path(spec.prepare) / table / "part-00000-000.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(ContractError, match=rf"{table}/part-0\.parquet.*rerun the job prepare"):
+    with pytest.raises(ContractError, match=rf"{table}/part-00000-000\.parquet.*rerun the job prepare"):
         worker.train_rank(spec, World())
 
 
