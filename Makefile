@@ -16,7 +16,7 @@ TEST_WORKERS ?= 2
 python := .venv/bin/python
 log := .venv/install.log
 pip = $(python) -m pip --disable-pip-version-check --no-input
-failed = { tail -n 5 $(log); echo "ncf-dist: $(1) failed; the whole story is in $(log). Mend the cause and run make install again."; exit 2; } >&2
+failed = { tail -n 5 $(log); echo "ncf-dist: $(1) failed; the whole story is in $(log). Fix the cause and run make install again."; exit 2; } >&2
 # Recipes that start a JVM use the one that spark-submit.sh would use.
 java = JAVA_HOME="$$(./spark-submit.sh --java-home)"
 
@@ -62,7 +62,7 @@ check: install ## lint, format, types, import rules
 	$(python) -m mypy
 	.venv/bin/lint-imports
 
-format: install ## rewrite the code in the house format and mend what the linter can
+format: install ## rewrite the code in the house format and fix what the linter can
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
 

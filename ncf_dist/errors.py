@@ -1,4 +1,4 @@
-"""Every failure a person can mend, each with the exit code a scheduler acts on.
+"""Every failure a person can fix, each with the exit code a scheduler acts on.
 
 A message says what we got, what was needed and what to do. Anything that is not an `NcfError` is our own mistake:
 it exits 1 with its stack trace.
@@ -22,7 +22,7 @@ class ExitCode(IntEnum):
 
 
 class NcfError(Exception):
-    """Base of every error that a person can mend. `extra` goes into the job's last line as it is."""
+    """Base of every error that a person can fix. `extra` goes into the job's last line as it is."""
 
     exit_code = ExitCode.UNEXPECTED
     status = "failed"

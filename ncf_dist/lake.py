@@ -1,7 +1,9 @@
 """Where things live in the lake, and the rule that makes them trustworthy: `manifest.json` is written last.
 
-<lake>/runs/<ds>/<stage>/<run_key>/…             one immutable output a (config, inputs)
-<lake>/runs/<ds>/<stage>/<run_key>/manifest.json written last: without it the output does not exist
+    <lake>/runs/<ds>/<stage>/<run_key>/…             one immutable output a (config, inputs)
+    <lake>/runs/<ds>/<stage>/<run_key>/manifest.json written last: without it the output does not exist
+
+An attempt that died leaves a folder without a manifest, which the next attempt with that key empties first.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Lake:
         except OSError as error:
             raise InputError(
                 f"the lake {self.root} cannot be written ({error.strerror or error}); "
-                "needed a place this user may write: mend its permissions or set paths.lake"
+                "needed a place this user may write: fix its permissions or set paths.lake"
             ) from None
 
     def nights(self) -> list[str]:

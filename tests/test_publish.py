@@ -26,7 +26,7 @@ from ncf_dist.inputs import ids_digest
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
 from ncf_dist.publish import unseen
-from ncf_dist.publish.table import PublishedTable
+from ncf_dist.publish.table import Publication, PublishedTable
 from tests.published import COLUMNS, HELD_OUT, ITEMS, REQUIRED, SEEN, Night, Row, as_lists, changed, good
 
 REPO = Path(__file__).parents[1]
@@ -500,10 +500,8 @@ def test_other_columns_than_the_published_ones_are_refused(night: Night) -> None
         mine.holds(_night("2026-02-01"), [])
 
 
-def _night(ds: str) -> Any:
-    from ncf_dist.publish.table import Night as Planned
-
-    return Planned(ds, "s1", "m1", 2)
+def _night(ds: str) -> Publication:
+    return Publication(ds, "s1", "m1", 2)
 
 
 # ---- runs that are killed, and runs at once ----------------------------------------------------------------

@@ -29,7 +29,7 @@ def lake(paths: Paths) -> Check:
         return Check(
             "lake",
             "fail",
-            f"{root} cannot be opened ({error}): install its fsspec package or mend paths.lake",
+            f"{root} cannot be opened ({error}): install its fsspec package or fix paths.lake",
             "data",
         )
     return Check("lake", "ok", f"{root} is writable")
@@ -45,7 +45,7 @@ def work(paths: Paths) -> Check:
         return Check(
             "work",
             "fail",
-            f"{root} cannot be written ({error.strerror or error}): mend its permissions or set paths.work",
+            f"{root} cannot be written ({error.strerror or error}): fix its permissions or set paths.work",
             "data",
         )
     return Check("work", "ok", f"{root} is writable")
@@ -94,7 +94,7 @@ def inputs(config: Config) -> Iterator[Check]:
             yield Check(
                 name,
                 "fail",
-                f"{_shown(paths)} cannot be read ({error}): mend its permissions or set {key}",
+                f"{_shown(paths)} cannot be read ({error}): fix its permissions or set {key}",
                 "data",
             )
         else:

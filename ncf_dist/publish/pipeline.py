@@ -26,8 +26,8 @@ from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo
 from ncf_dist.publish import gates, leftovers
 from ncf_dist.publish.audit import Audit, Promise, audit, contract_of
-from ncf_dist.publish.files import restore
-from ncf_dist.publish.table import Night, PublishedTable
+from ncf_dist.publish.repair import restore
+from ncf_dist.publish.table import Publication, PublishedTable
 from ncf_dist.stage import Outcome, Upstream, find_upstream
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     runs = find_runs(lake, config, ds, given)
     score, promise = runs.score, Promise.of(runs.score)
     contract = contract_of(runs.prepare, promise.form)
-    night = Night(ds, score.run_key, promise.model_version, promise.k)
+    night = Publication(ds, score.run_key, promise.model_version, promise.k)
     table = PublishedTable(lake.path(config.publish.table), contract)
     infos = {table.path_of(night, info.path, info.sha256): info for info in score.table(contract).files}
     warnings: list[str] = []
@@ -112,7 +112,7 @@ def check_ahead(config: Config, ds: str) -> None:
     for place in places:
         if os.path.lexists(place) and not (os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)):
             raise InputError(
-                f"{place} is not a folder that this user may write; needed one for publishing ds {ds}: mend its "
+                f"{place} is not a folder that this user may write; needed one for publishing ds {ds}: fix its "
                 "permissions, or set publish.table or paths.work"
             )
     user_types, item_types = ID_TYPES[config.input.user_type], ID_TYPES[config.input.item_type]
@@ -180,7 +180,7 @@ def _restore(config: Config, table: PublishedTable, score: Manifest, infos: dict
 
 
 @contextlib.contextmanager
-def _stops_named(config: Config, table: PublishedTable, night: Night, infos: dict[str, Any]) -> Iterator[None]:
+def _stops_named(config: Config, table: PublishedTable, night: Publication, infos: dict[str, Any]) -> Iterator[None]:
     """An OSError becomes an InputError that says what readers see now."""
     try:
         yield
@@ -188,5 +188,5 @@ def _stops_named(config: Config, table: PublishedTable, night: Night, infos: dic
         said = " ".join(str(error).split())
         raise InputError(
             f"publishing ds {night.ds} stopped: {said}; {table.state(night, infos)}; needed room and write access in "
-            f"{table.root} and in paths.work ({config.paths.work}): mend that and run this again, which finishes it"
+            f"{table.root} and in paths.work ({config.paths.work}): fix that and run this again, which finishes it"
         ) from error

@@ -6,8 +6,8 @@
 
 A commit is a compare-and-swap: it succeeds only as the successor of the very version that the fence was
 checked against (delta-rs' own rebase would let an older night pass a newer one, so its retries are off).
-latest.json is derived from the log, after the commit, by whoever comes last; a run that died in between is
-mended by the next one.
+latest.json is derived from the log, after the commit, by whoever comes last; where a run died in between,
+the next one writes it.
 
 delta-rs does not fsync: on a local lake the files are synced before the commit and the log entry after it. It
 writes no checkpoints here, because a torn checkpoint would cost readers the table; a night is one small log
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Night:
+class Publication:
     """What is to be published for one ds."""
 
     ds: str
@@ -62,7 +62,7 @@ class PublishedTable:
         self.schema = Schema.from_arrow(contract.schema.insert(0, pa.field(PARTITION, pa.string(), nullable=False)))
         self.log = DeltaLog(root)
 
-    def path_of(self, night: Night, part: str, sha256: str) -> str:
+    def path_of(self, night: Publication, part: str, sha256: str) -> str:
         """Where a file of the score run is published, relative to the table."""
         stem = part.removesuffix(".parquet")
         name = "-".join(
@@ -71,7 +71,7 @@ class PublishedTable:
         )
         return f"{PARTITION}={night.ds}/{name}.parquet"
 
-    def holds(self, night: Night, files: Iterable[str]) -> bool:
+    def holds(self, night: Publication, files: Iterable[str]) -> bool:
         """Whether the log already has exactly these files for this ds.
 
         Raises StaleRun where a later ds is published, ContractError where the table has other columns.
@@ -88,7 +88,7 @@ class PublishedTable:
         found = self.log.explain(table, max(nights))
         return max(nights), found[1] if found else None
 
-    def copy(self, night: Night, files: Iterable[Audited]) -> None:
+    def copy(self, night: Publication, files: Iterable[Audited]) -> None:
         """Put audited files in place. Nobody reads them before the commit. Raises ContractError if one has
         changed meanwhile.
         """
@@ -102,7 +102,7 @@ class PublishedTable:
             for path in (folder, self.root, posixpath.dirname(self.root)):
                 sync(path)
 
-    def commit(self, night: Night, files: Iterable[Audited]) -> None:
+    def commit(self, night: Publication, files: Iterable[Audited]) -> None:
         """Replace this ds by `files` for every reader at once. Raises BusyRun where somebody else committed,
         StaleRun, ContractError.
         """
@@ -159,7 +159,7 @@ class PublishedTable:
                 post_commithook_properties=_HOOKS,
             )
 
-    def settle(self, night: Night) -> int:
+    def settle(self, night: Publication) -> int:
         """Make the log durable and latest.json true, also after a run that died; returns its version."""
         while True:
             table = self.log.opened()
@@ -180,7 +180,7 @@ class PublishedTable:
     def rows(self, ds: str) -> int:
         return sum(rows for _, rows in self.log.nights(self.log.opened()).get(ds, []))
 
-    def state(self, night: Night, files: Iterable[str]) -> str:
+    def state(self, night: Publication, files: Iterable[str]) -> str:
         """What readers see of `night`, after a run that was stopped."""
         try:
             table = self.log.open()
@@ -207,7 +207,7 @@ class PublishedTable:
         if ds not in nights:
             self._refuse_older(nights, ds, "this night")
 
-    def _fence(self, table: DeltaTable, night: Night, files: set[str]) -> bool:
+    def _fence(self, table: DeltaTable, night: Publication, files: set[str]) -> bool:
         if table.schema() != self.schema or table.metadata().partition_columns != [PARTITION]:
             self._refuse_columns(table)
         nights = self.log.nights(table)
@@ -233,7 +233,7 @@ class PublishedTable:
                 "ds; nothing was changed"
             )
 
-    def _action(self, night: Night, file: Audited) -> AddAction:
+    def _action(self, night: Publication, file: Audited) -> AddAction:
         stats = {
             "numRecords": file.info.rows,
             "minValues": file.least,

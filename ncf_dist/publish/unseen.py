@@ -1,13 +1,13 @@
-"""The rules that need tables joined: the users that were promised, no user twice, none forgotten, all the items that
-are due to each, none that the config masks, and the right reason.
+"""The rules of the audit that need a join: every user who is due has offers, in one place and as many as are due;
+nobody else has any; no offer is an item that the config masks; every reason is the right one.
 
-A hash join by hand, so that memory does not grow with users: rows are dealt to buckets on local disk by their
-user, and equal users meet again in one bucket. Offers and user_index meet by user_id, which gives user_idx;
-then offers and history meet by user_idx. Users of the side table that have no index get one for the occasion,
-after the last of user_index.
+The join is a hash join on local disk, so that memory does not grow with the number of users. Rows are written to
+buckets by a hash of their user, so all rows of a user are in one bucket, and one bucket at a time is read into memory.
+Offers are first joined with user_index on user_id, which gives their user_idx, then with history on user_idx. Users
+of the side table who have no index get numbers after the last one, for this audit only.
 
-Cost: offers, user_index and history are each read once and spilled once (before LZ4: about 28 bytes an offer
-with integer ids, 8 an interaction); memory is one bucket plus the item ids. Linear in rows, without Spark.
+Cost: offers, user_index and history are each read once and written to disk once (before LZ4: about 28 bytes an offer
+with integer ids, 8 an interaction). Memory is one bucket and the item ids. Time grows linearly with the rows. No Spark.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ROWS_PER_BUCKET = 2_000_000
 HISTORY_BYTES_PER_BUCKET = 16_000_000
 """Compressed bytes of history that are in memory at once."""
 MAX_BUCKETS = 400
-"""Bound of open files; tables beyond 400 times the two figures above make larger buckets."""
+"""Bound of open files. Tables of more than 400 buckets of the sizes above get larger buckets instead."""
 MASKED = {"all": ("item_idx", "test_item_idx"), "train": ("item_idx",)}
 """The columns of history that score masks."""
 HISTORY_BATCH = 8_192
@@ -52,7 +52,7 @@ OFFER = {"item_idx": pa.int32(), "file": pa.int32(), "by_model": pa.bool_()}
 
 
 class Buckets:
-    """Rows dealt to `count` files by number; each file can be read back alone."""
+    """Rows in `count` files on disk, each row in the file whose number it was given. A file can be read back alone."""
 
     def __init__(self, folder: str, name: str, schema: pa.Schema, count: int) -> None:
         self.count, self.schema = count, schema
@@ -161,8 +161,8 @@ class Offers:
     def _check_bucket(
         self, number: int, rows: pa.Table, history: pa.Table, there: np.ndarray, recent: np.ndarray | None
     ) -> tuple[int, int, int]:
-        """The users whose user_idx is `number` modulo the count of buckets; place p is user_idx number + p · count.
-        there: the numbers that have a user."""
+        """Check the users whose user_idx is `number` modulo the count of buckets: place p stands for user_idx
+        number + p · count. there: those of these numbers that have a user."""
         n = len(range(number, self._total, self.count))
         past = np.unique(_pairs(history, len(self.items)))
         again = _contains(past, _pairs(rows, len(self.items)))
@@ -207,7 +207,7 @@ class Offers:
         return marks
 
     def _active(self) -> Buckets | None:
-        """Users with an interaction since the day that is asked for, dealt by user_idx."""
+        """Users with an interaction since the day that is asked for, in buckets by user_idx."""
         if self.rules.active_since is None:
             return None
         since = day_start(self.rules.active_since)
@@ -218,7 +218,7 @@ class Offers:
         return active
 
     def _by_index(self, known_users: Buckets) -> Buckets:
-        """Offers with user_idx in place of user_id, dealt by it. known_users: gets every user_idx there is."""
+        """Offers with user_idx in place of user_id, in buckets by it. known_users: gets every user_idx there is."""
         index = self._buckets("index", user_id=self._user_id, user_idx=pa.int32())
         for path in self.prepare.files(USER_INDEX):
             part = read_table(path)
@@ -254,7 +254,7 @@ class Offers:
         return dealt
 
     def _seen(self) -> Buckets:
-        """History as (user_idx, item_idx, whether it is a train or validation row), dealt by user_idx."""
+        """History as (user_idx, item_idx, whether it is a train or validation row), in buckets by user_idx."""
         seen = self._buckets("seen", user_idx=pa.int32(), item_idx=pa.int32(), trained=pa.bool_())
         for batch in self._batches(HISTORY.name, ["user_idx", *self.masked], HISTORY_BATCH):
             for column in self.masked:
