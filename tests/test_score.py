@@ -35,7 +35,7 @@ from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF
 from ncf_dist.parquet import read_table, write_parquet, write_parts
 from ncf_dist.publish.pipeline import publish
-from ncf_dist.score import pipeline, plan, ranker
+from ncf_dist.score import pipeline, ranker
 from ncf_dist.score.forecasting import Forecast
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.pipeline import forecast, score
@@ -532,12 +532,12 @@ def test_mutant_lists_ignored_are_refused(line: Line, monkeypatch: pytest.Monkey
 
 
 def test_mutant_inactive_users_are_refused(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = plan.users_to_rank
+    real = pipeline.users_to_rank
 
     def everybody(spark: Any, prepare: Any, config: Score, ds: str) -> Any:
         return real(spark, prepare, config.model_copy(update={"active_since": None}), ds)
 
-    monkeypatch.setattr(plan, "users_to_rank", everybody)
+    monkeypatch.setattr(pipeline, "users_to_rank", everybody)
     score(line.config(active_since=3), DS)
     assert "is unknown; needed a user who is due" in refused(line, active_since=3)
 

@@ -1,29 +1,12 @@
 """The models. `base` says what every model is, each file holds models of one kind, `registry` builds one by name."""
 
-from ncf_dist.models.base import Embedding, RankingSide, Recommender, Side, Sides, YRange
+from ncf_dist.models.base import Embedding, RankingSide, Recommender, Side
 from ncf_dist.models.factorisation import GMF, MF, Product
-from ncf_dist.models.head import BatchNorm, Head
 from ncf_dist.models.registry import MODELS, build_model, parameter_count
 from ncf_dist.models.towers import MLP, EmbeddingNN, FirstLayer, NeuMF, Tower
 
+# fmt: off
 __all__ = [
-    "GMF",
-    "MF",
-    "MLP",
-    "MODELS",
-    "BatchNorm",
-    "Embedding",
-    "EmbeddingNN",
-    "FirstLayer",
-    "Head",
-    "NeuMF",
-    "Product",
-    "RankingSide",
-    "Recommender",
-    "Side",
-    "Sides",
-    "Tower",
-    "YRange",
-    "build_model",
-    "parameter_count",
+    "GMF", "MF", "MLP", "MODELS", "Embedding", "EmbeddingNN", "FirstLayer", "NeuMF", "Product", "RankingSide",
+    "Recommender", "Side", "Tower", "build_model", "parameter_count",
 ]

@@ -176,21 +176,20 @@ class Recommender(nn.Module):
 
     def ranking_users(self, user: Tensor) -> RankingSide:
         """(R,) int64 → the users' side in the form that ranks fast."""
-        side, met = self.user_side(user), self.item_bias is not None
-        columns = [side.dot, side.bias, *_ones(side, met), self.bias]
-        if self.head is None or not self.head.affine:
-            return _ranking_side(side, columns)
-        assert side.hidden is not None
-        return _ranking_side(side, [*columns, self.head.of_users(side.hidden), *_ones(side)], split=True)
+        side = self.user_side(user)
+        share = self._share(side.hidden, with_bias=True)
+        met = self.item_bias is not None
+        return _ranking_side(side, share, [side.dot, side.bias, met, self.bias, share, share is not None])
 
     def ranking_items(self, item: Tensor) -> RankingSide:
         """(R,) int64 → the items' side, likewise."""
-        side, met = self.item_side(item), self.user_bias is not None
-        columns = [side.dot, *_ones(side, met), side.bias, *_ones(side, self.bias is not None)]
-        if self.head is None or not self.head.affine:
-            return _ranking_side(side, columns)
-        assert side.hidden is not None
-        return _ranking_side(side, [*columns, *_ones(side), self.head.of_items(side.hidden)], split=True)
+        side = self.item_side(item)
+        share = self._share(side.hidden, with_bias=False)
+        met, meets_bias = self.user_bias is not None, self.bias is not None
+        return _ranking_side(side, share, [side.dot, met, side.bias, meets_bias, share is not None, share])
+
+    def _share(self, hidden: Tensor | None, with_bias: bool) -> Tensor | None:
+        return None if self.head is None or hidden is None else self.head.share(hidden, with_bias)
 
     def ranking_layers(self) -> Layers:
         """f; its last layer has one output. Nothing where H is 0."""
@@ -218,16 +217,11 @@ class Recommender(nn.Module):
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
 
-def _ones(side: Side, wanted: bool = True) -> list[Tensor]:
-    """A column of ones, as one number; nothing where it is not wanted."""
+def _ranking_side(side: Side, share: Tensor | None, columns: list[Tensor | bool | None]) -> RankingSide:
+    """columns: (R, ·) each; (1,), or True for a one, is the same number in every row; False and None are left out.
+    share: the side's share of an affine head, which stands for its hidden part."""
     part = next(part for part in side if part is not None)
-    return [part.new_ones(1)] if wanted else []
-
-
-def _ranking_side(side: Side, columns: list[Tensor | None], split: bool = False) -> RankingSide:
-    """columns: (R, ·) each, or (1,) for the same number in every row. split: `hidden` is in the columns already."""
-    part = next(part for part in side if part is not None)
-    wide = [column.expand(len(part), -1) for column in columns if column is not None]
-    none = part.new_empty(len(part), 0)
-    dot = torch.cat(wide, 1) if wide else none
-    return RankingSide(dot, none if side.hidden is None or split else side.hidden)
+    ones, none = part.new_ones(1), part.new_empty(len(part), 0)
+    given = [ones if column is True else column for column in columns]
+    dot = torch.cat([none, *(column.expand(len(part), -1) for column in given if isinstance(column, Tensor))], 1)
+    return RankingSide(dot, none if side.hidden is None or share is not None else side.hidden)

@@ -58,13 +58,13 @@ class Head:
             x = self.norms[number](x)
         return cast(Tensor, self.dropout(x)) if number < self.dropped else x
 
-    def of_users(self, hidden: Tensor) -> Tensor:
-        """(R, H) → (R, 1): the users' share of an affine head, W u + b. With `of_items` it adds up to the whole."""
-        return self.layers[0](hidden) if self.layers else hidden
-
-    def of_items(self, hidden: Tensor) -> Tensor:
-        """(R, H) → (R, 1): the items' share, W i."""
-        return nn.functional.linear(hidden, self.layers[0].weight) if self.layers else hidden
+    def share(self, hidden: Tensor, with_bias: bool) -> Tensor | None:
+        """(R, H) of one side → (R, 1): its share of an affine head, W x or W x + b, which is added to that of the other
+        side. None for any other head."""
+        if not self.affine or not self.layers:
+            return hidden if self.affine else None
+        [layer] = self.layers
+        return nn.functional.linear(hidden, layer.weight, layer.bias if with_bias else None)
 
     def ranking_layers(self) -> Layers:
         """The layers with nothing but ReLU before each: a trained batch norm only shifts and scales, so it is made part

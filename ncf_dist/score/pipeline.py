@@ -23,7 +23,7 @@ from ncf_dist.config import Config
 from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.score import forecasting
 from ncf_dist.score.plan import STAGE, Plan
-from ncf_dist.score.task_rows import in_files, in_tasks
+from ncf_dist.score.task_rows import in_files, in_tasks, popularity, users_to_rank
 from ncf_dist.score.written import check_written
 from ncf_dist.spark_io import (
     LIST_BATCH_ROWS,
@@ -47,31 +47,33 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     stage = StageRun(
         STAGE, config, ds, {"prepare": plan.prepare.run_key, "train": plan.train.run_key, **plan.lists.fingerprint}
     )
-    if done := stage.find():
-        log.info("already scored: %s", done.root)
-        return Outcome.of(done, "already-done")
+    if before := stage.find():
+        log.info("already scored: %s", before.root)
+        return Outcome.of(before, "already-done")
 
-    items, run = plan.eligible_items(), stage.begin()
+    items, run = plan.lists.count(plan.prepare.files("item_index")), stage.begin()
     tables: dict[str, TableInfo] = {}
     with spark_session("ncf-score", config.spark, LIST_BATCH_ROWS) as spark:
         spec = plan.spec(f"{run}/{plan.contract.name}", plan.products(spark))
         if config.score.fallback_days is not None:
             file = F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE))
-            popular = write_table(plan.popularity(spark), run, contracts.POPULARITY, file)
+            counts = popularity(spark, plan.prepare, config.score, ds)
+            popular = write_table(counts, run, contracts.POPULARITY, file)
             tables[popular.path], spec = popular, replace(spec, popularity_files=_paths(run, popular))
-        rows = in_tasks(in_files(plan.users(spark), plan.n_files, plan.indexed), plan.tasks)
+        users = users_to_rank(spark, plan.prepare, config.score, ds)
+        rows = in_tasks(in_files(users, plan.n_files, plan.indexed), plan.tasks)
         work = on_executor("ncf_dist.score.ranker:score_pass", spec)
         stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, work, "stats string").collect()]
         table = table_info(plan.contract, [FileInfo(**f) for task in stats for f in task["files"]], run)
         check_written(spark, plan.prepare, spec, _paths(run, table))
     tables[plan.contract.name] = table
-    counts = _total(task["counts"] for task in stats)
-    facts, metrics = _account(stats, counts, items, table.rows)
+    done = _total(task["counts"] for task in stats)
+    facts, metrics = _account(stats, done, items, table.rows)
     facts = plan.facts() | {"items": items, "products": spec.products.facts(stats)} | facts
     manifest = stage.finish(tables=tables, facts=facts, metrics=metrics)
     log.info(
         "scored %s users (%s by popularity, %s with fewer than %d items) in %.1f s: %s",
-        *(f"{counts[name]:,}" for name in ("users", "popular_users", "short_users")),
+        *(f"{done[name]:,}" for name in ("users", "popular_users", "short_users")),
         config.score.k, manifest.seconds, manifest.table_path(plan.contract.name),
     )  # fmt: skip
     return Outcome.of(manifest)
@@ -105,15 +107,15 @@ def forecast(config: Config, ds: str) -> Outcome:
     Raises what `score` raises before it starts."""
     start = time.monotonic()
     plan = Plan.of(config, ds)
-    items = plan.eligible_items()
+    items = plan.lists.count(plan.prepare.files("item_index"))
     with spark_session("ncf-score-forecast", config.spark, LIST_BATCH_ROWS) as spark:
         session_s, began = time.monotonic() - start, time.monotonic()
         # Files of this scheme live in the memory of the worker that writes them; the probe removes them.
         spec = plan.spec("memory://ncf-dist-probe", plan.products(spark))
-        rows = plan.users(spark)
+        rows = users_to_rank(spark, plan.prepare, config.score, ds)
         users = {bool(row["by_model"]): int(row["count"]) for row in rows.groupBy("by_model").count().collect()}
         if config.score.fallback_days is not None:
-            plan.popularity(spark).agg(F.sum("total")).collect()
+            popularity(spark, plan.prepare, config.score, ds).agg(F.sum("total")).collect()
         reading_s, began = time.monotonic() - began, time.monotonic()
         slots = forecasting.slots(spark)
         every = max(1, users.get(True, 0) // (slots * forecasting.USERS_A_SLOT))

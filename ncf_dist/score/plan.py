@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 
 from ncf_dist import contracts
 from ncf_dist.ancestry import index_sizes
@@ -20,7 +20,7 @@ from ncf_dist.parquet import read_schema
 from ncf_dist.products import Products
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.spec import ScorePass
-from ncf_dist.score.task_rows import active_from, popularity, users_to_rank
+from ncf_dist.score.task_rows import active_from
 from ncf_dist.spark_io import ROWS_PER_FILE, on_one_executor
 from ncf_dist.stage import Upstream, find_upstream
 
@@ -70,16 +70,6 @@ class Plan:
     @property
     def tasks(self) -> int:
         return self.config.score.tasks or self.n_files
-
-    def eligible_items(self) -> dict[str, Any]:
-        """Facts of the item lists against the catalogue. Raises InputError where they leave no item."""
-        return self.lists.count(self.prepare.files("item_index"))
-
-    def users(self, spark: SparkSession) -> DataFrame:
-        return users_to_rank(spark, self.prepare, self.config.score, self.prepare.ds)
-
-    def popularity(self, spark: SparkSession) -> DataFrame:
-        return popularity(spark, self.prepare, self.config.score, self.prepare.ds)
 
     def spec(self, folder: str, products: Products) -> ScorePass:
         """What the workers need to write into `folder`."""

@@ -177,15 +177,4 @@ def read_item_ids(files: tuple[str, ...]) -> pa.Array:
 
 def seen_lists(batch: pa.RecordBatch, columns: tuple[str, ...]) -> Lists:
     """What each user of the block must not be offered: the lists of `columns` together."""
-    rows, values = [], []
-    for name in columns:
-        column = batch.column(name)
-        sizes = column.value_lengths().to_numpy(zero_copy_only=False)
-        rows.append(np.repeat(np.arange(len(sizes)), sizes))
-        values.append(column.flatten().to_numpy().astype(np.int64))
-    row, value = np.concatenate(rows), np.concatenate(values)
-    order = np.argsort(row, kind="stable")
-    return Lists(
-        value[order],
-        np.concatenate([[0], np.cumsum(np.bincount(row, minlength=batch.num_rows))]).astype(np.int64),
-    )
+    return Lists.of(*(batch.column(name) for name in columns))

@@ -9,17 +9,8 @@ from ncf_dist.scoring.blocks import ModelScorer, PopularityScorer, Scorer
 from ncf_dist.scoring.ranking import Ranking, Scores, by_item, rank, recommend, scores_of
 from ncf_dist.scoring.topk import Lists, mask, top_k
 
+# fmt: off
 __all__ = [
-    "Lists",
-    "ModelScorer",
-    "PopularityScorer",
-    "Ranking",
-    "Scorer",
-    "Scores",
-    "by_item",
-    "mask",
-    "rank",
-    "recommend",
-    "scores_of",
-    "top_k",
+    "Lists", "ModelScorer", "PopularityScorer", "Ranking", "Scorer", "Scores", "by_item", "mask", "rank", "recommend",
+    "scores_of", "top_k",
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -31,6 +32,17 @@ class Lists:
 
     values: IntArray
     offsets: IntArray
+
+    @classmethod
+    def of(cls, *columns: pa.Array) -> Lists:
+        """From Arrow columns of lists: a user's lists of all columns, one after another."""
+        sizes = [column.value_lengths().to_numpy(zero_copy_only=False) for column in columns]
+        values = [column.flatten().to_numpy(zero_copy_only=False).astype(np.int64) for column in columns]
+        row = np.concatenate([np.repeat(np.arange(len(size)), size) for size in sizes])
+        return cls(
+            np.concatenate(values)[np.argsort(row, kind="stable")],
+            np.concatenate([[0], np.cumsum(sum(sizes))]).astype(np.int64),
+        )
 
     @property
     def row(self) -> IntArray:

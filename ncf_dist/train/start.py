@@ -85,15 +85,8 @@ def check_start(bundle: Bundle, model: settings.Model, n_users: int, n_items: in
             f"{n_users:,} and {n_items:,}; needed at least as many, the earlier ones first: "
             "take a bundle of this lake, or start afresh"
         )
-    if (
-        model.name == "embedding_nn"
-        and model.embedding_sizes is None
-        and (bundle.n_users, bundle.n_items)
-        != (
-            n_users,
-            n_items,
-        )
-    ):
+    grown = (bundle.n_users, bundle.n_items) != (n_users, n_items)
+    if grown and model.name == "embedding_nn" and model.embedding_sizes is None:
         raise ContractError(
             f"bundle {bundle.path} is for fewer users or items, and embedding_nn's sizes follow their number; "
             "needed fixed ones: train with model.embedding_sizes set from the first night on"
