@@ -258,10 +258,12 @@ def test_the_report_is_whole(judged: Judged) -> None:
     for protocol in ("full", "candidates"):
         for name, (low, high) in report["intervals"][protocol].items():
             assert low <= report[protocol][name] <= high, name
-    for kind in ("activity", "item_popularity", "month"):
+    for kind in ("activity", "item_popularity", "day"):
         assert report["segments"][kind]
         assert set(report["segments"][kind][0]) == {"name", "users", "full", "popularity", "intervals"}
-    assert [row["name"] for row in report["segments"]["month"]] == ["2023-11"]
+    days = [row["name"] for row in report["segments"]["day"]]
+    assert days == sorted(set(days))
+    assert "2023-11-14" <= days[0] <= days[-1] <= "2023-11-28"  # 29 times 40,000 seconds are 13 days.
     scores = report["scores"]
     assert len(scores["edges"]) - 1 == len(scores["all"]) <= 64
     assert (sum(scores["first"]), sum(scores["held_out"])) == (report["n_users"], report["n_rows"])

@@ -27,7 +27,8 @@ from ncf_dist.evaluate.bootstrap import interval, p_value, poisson_weights
 from ncf_dist.evaluate.figures import Ranks, file_sums, read_ranks, sum_up, with_other
 from ncf_dist.evaluate.histogram import BINS, Histogram, on_common_bins
 from ncf_dist.evaluate.lists import list_metrics, popularity_counts
-from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
+from ncf_dist.evaluate.periods import UNITS
+from ncf_dist.evaluate.segments import KINDS, PopularityDeciles, codes_of, name_of
 from ncf_dist.evaluate.spec import FiguresPass
 from ncf_dist.evaluate.summary import by_segment, comparisons, flat_metrics, of_scorer
 from ncf_dist.evaluate.users import Score, Users, blocks, model_scores, popularity_scores, rank_users
@@ -364,7 +365,7 @@ def spec_of(**changes: Any) -> FiguresPass:
     deciles = PopularityDeciles.of(*np.unique(COUNTS, return_counts=True))
     found: dict[str, Any] = {
         "files": (), "stats_files": (), "deciles": deciles, "ks": (5, 10), "lead_k": 10, "explicit": False,
-        "segments": KINDS, "seed": 1, "replicates": 20,
+        "segments": (*KINDS, *UNITS[:-1]), "seed": 1, "replicates": 20,
     }  # fmt: skip
     return FiguresPass(**{**found, **changes})
 
@@ -375,8 +376,9 @@ def test_segments_leave_nobody_out(several: bool) -> None:
     segments weighed by users is the mean over all."""
     ranks = Ranks.of(ranks_table("model", 200, several))
     sums = file_sums({"model": ranks}, COUNTS, spec_of())
-    report = by_segment(sums, KINDS, spec_of().deciles)
-    assert list(report) == list(KINDS)
+    kinds = (*KINDS, *UNITS[:-1])
+    report = by_segment(sums, kinds, spec_of().deciles)
+    assert list(report) == list(kinds)
     for kind, rows in report.items():
         users = sum(row["users"] for row in rows)
         if kind == "activity" or not several:
@@ -560,9 +562,15 @@ def test_names_of_segments() -> None:
         "0–4 items", "0–4 items", "5–19 items", "5–19 items", "20–49 items", "200–499 items", "500+ items", "500+ items"
     ]  # fmt: skip
     times = np.array([0, JUNE, JULY, -1])
-    assert [segments.month_name(m) for m in segments.month_codes(times).tolist()] == [
-        "1970-01", "2025-06", "2025-07", "1969-12"
-    ]  # fmt: skip
+    wanted = {
+        "day": ["1970-01-01", "2025-06-15", "2025-07-08", "1969-12-31"],
+        "week": ["1969-12-29", "2025-06-09", "2025-07-07", "1969-12-29"],
+        "month": ["1970-01", "2025-06", "2025-07", "1969-12"],
+        "year": ["1970", "2025", "2025", "1969"],
+    }
+    for unit, names in wanted.items():
+        codes = codes_of(unit, times, times, times, spec_of().deciles)
+        assert [name_of(unit, code, spec_of().deciles) for code in codes.tolist()] == names
 
 
 # ---- histograms --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pyspark.sql import SparkSession
 from ncf_dist import demo
 from ncf_dist.bundle import WEIGHTS, load_model, read_bundle, save_bundle
 from ncf_dist.config import Config, Model, Score
-from ncf_dist.contracts import TEST, recommendations
+from ncf_dist.contracts import TEST, TEST_SPLIT, recommendations
 from ncf_dist.errors import ContractError
 from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.files import remove
@@ -450,12 +451,14 @@ def test_errors_of_predicted_ratings_are_those_of_the_model(spark: SparkSession,
             "negatives": {"candidates": 3},
             "model": {"name": "mf", "factors": 4, "biases": True, "y_range": [0.5, 5.5]},
             "train": {"launcher": "none", "device": "cpu", "batch_size": 64, "lr": 0.02, "epochs": 3},
+            "evaluate": {"als_rank": 2, "als_iterations": 2},
             "spark": {"master": "local[2]", "shuffle_partitions": 2},
         }
     )
     prepared = prepare(config, DS)
     train(config, DS)
-    metrics = evaluate(config, DS).metrics
+    evaluated = evaluate(config, DS)
+    metrics = evaluated.metrics
     test = pd.concat([pd.read_parquet(path) for path in Path(prepared.outputs["test"]).iterdir()])
     model = load_model(read_bundle(str(Lake(config.paths.lake).stage(DS, "train").newest().root + "/bundle")))
     with torch.inference_mode():
@@ -464,4 +467,13 @@ def test_errors_of_predicted_ratings_are_those_of_the_model(spark: SparkSession,
     assert metrics["rating.mse"] == pytest.approx(float((error**2).mean()), rel=1e-5)
     assert metrics["rating.mae"] == pytest.approx(float(np.abs(error).mean()), rel=1e-5)
     assert metrics["rating.rmse"] == pytest.approx(metrics["rating.mse"] ** 0.5)
+    rows = pd.concat([pd.read_parquet(path) for path in Path(prepared.outputs["interactions"]).iterdir()])
+    mean = rows.loc[rows["split"] != TEST_SPLIT, "rating"].mean()
+    assert metrics["mean.rating.mse"] == pytest.approx(float(((mean - test["rating"]) ** 2).mean()), rel=1e-4)
+    # Ratings are a function of user times item: no sum of offsets tells them, and 2 factors tell little more.
+    assert 0 < metrics["biases.rating.rmse"] < 3
+    assert 0 < metrics["als.rating.rmse"] < 3
+    page = Path(evaluated.outputs["report"]).read_text()
+    for name in ("the mean", "biases", "ALS"):
+        assert name in re.search("<h1>(.*)</h1>", page)[1]  # type: ignore[index]
     assert len(test) > 50

@@ -450,6 +450,6 @@ def test_figures_are_the_same_for_the_same_numbers() -> None:
     epochs = [{"epoch": e, "loss": 1 / (e + 1), "ndcg@10": e / 10, "mrr": 0.1} for e in range(3)]
     history = {"epoch": 2, "epochs": epochs, "curve": [[e, s, 1.0, 0.1] for e in range(3) for s in range(4)]}
     assert history_figure(history) == history_figure(history)
-    assert b"ndcg@10" in history_figure(history)
+    assert b"NDCG@10" in history_figure(history)
     curve = [(10.0**i, 3.0 - i) for i in range(-5, 1)]
     assert b"suggested: 0.01" in rate_figure(curve, [loss for _, loss in curve], 0.01)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,31 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from ncf_dist.contracts import HISTORY, INTERACTIONS, ITEM_STATS, QUARANTINE, Contract, item_index, items, user_index
-from ncf_dist.evaluate.report import charts, text
+from ncf_dist.charts import svg, text
+from ncf_dist.contracts import (
+    DAY,
+    HISTORY,
+    INTERACTIONS,
+    ITEM_STATS,
+    QUARANTINE,
+    Contract,
+    item_index,
+    items,
+    user_index,
+)
+from ncf_dist.evaluate.periods import LONGEST, UNITS, period_codes, period_name, unit_of
 from ncf_dist.evaluate.report.data import report_data, thinned
 from ncf_dist.evaluate.report.examples import example_users, examples
-from ncf_dist.evaluate.report.page import render, write_report
-from ncf_dist.evaluate.report.profile import long_tail, profile
+from ncf_dist.evaluate.report.page import OPTIONAL, render, write_report
+from ncf_dist.evaluate.report.profile import by_period, long_tail, profile
+from ncf_dist.evaluate.report.verdict import Verdict, verdicts
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import write_parts
+from tests import reports
 
 EVIL = "<script>alert(1)</script>\x00\"' onload=x \u202e"
 VOID = {"meta", "br", "wbr"}
@@ -91,7 +105,7 @@ def implicit() -> dict[str, Any]:
             "long_tail": [[1, 0.1], [10, 0.44], [100, 1.0]],
             "activity": {"edges": [1, 2, 5], "users": [1000, 234]},
             "item_counts": {"edges": [1, 2, 5, 10], "items": [1, 300, 20]},
-            "by_month": [["2000-01", 50000], ["2000-03", 48765]],
+            "by_time": {"unit": "month", "counts": [["2000-01", 50000], ["2000-02", 0], ["2000-03", 48765]]},
         },
         "training": {
             "epochs": [{"epoch": e, "loss": 0.5 - e / 10, "ndcg@10": 0.3 + e / 10, "hr@10": 0.6} for e in range(3)],
@@ -132,7 +146,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.attributes: list[tuple[str, str, str | None]] = []
         self.values: dict[str, tuple[str, str]] = {}
-        """<data> elements: data-key to (value, text)."""
+        """<data> elements: each key of data-key to (value, text)."""
         self.texts: list[str] = []
         self._key: tuple[str, str] | None = None
         self.feed(html)
@@ -166,8 +180,8 @@ class Page(HTMLParser):
         if self.open and self.open[-1] == "style":
             return
         if self._key and self.open[-1] == "data":
-            key, value = self._key
-            self.values[key] = (value, data)
+            keys, value = self._key
+            self.values |= dict.fromkeys(keys.split(), (value, data))  # Metrics that say the same share a cell.
         self.texts.append(data)
 
 
@@ -262,6 +276,238 @@ def test_without_intervals_it_says_so() -> None:
     assert "bootstrap" not in found
 
 
+# ---- the verdict names everybody ------------------------------------------------------------------------------------
+
+OTHERS = ("popularity", "ease", "item_knn", "als", "neumf-0123456789ab")
+SIDES = {"beaten": 0.02, "level": 0.002, "ahead": -0.02}
+"""The gain over another, beside an interval of ± 0.005."""
+
+
+def with_outcomes(sides: dict[str, str], protocol: str = "full") -> dict[str, Any]:
+    """A report in which the model stands so to each of the others."""
+    data = reports.night({})
+    sign, metric = 1, "ndcg@10"
+    if protocol == "rating":
+        data["rating"] = {"mse": 0.75, "rmse": 0.75**0.5, "mae": 0.68}
+        sign, metric = -1, "rmse"
+    for name, side in sides.items():
+        gain = SIDES[side]
+        if "-" not in name:  # A model of another run has comparisons only.
+            value = data[protocol][metric] - sign * gain
+            data["baselines"][name] = {protocol: {metric: value}, "lists": {}}
+        data["comparisons"].append(reports.comparison(name, protocol, metric, sign * gain, 0.005))
+    return data
+
+
+def named_in(title: str) -> tuple[list[str], list[str]]:
+    """(whom the title says the model beats, whom it does not), in words."""
+
+    def names(part: str) -> list[str]:
+        return [name for name in re.split(r", | and | or ", part) if name]
+
+    body = title.removeprefix("The model ")
+    for start in ("does not beat ", "is not clearly better than ", "is worse than "):
+        if body.startswith(start):
+            return [], names(body.removeprefix(start))
+    beaten, _, unbeaten = body.removeprefix("beats ").removesuffix(", but not in every metric").partition("; not ")
+    return names(beaten), names(unbeaten)
+
+
+@given(st.dictionaries(st.sampled_from(OTHERS), st.sampled_from(list(SIDES)), min_size=1),
+       st.sampled_from(["full", "rating"]))  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_the_verdict_names_each_of_the_others_once_and_on_its_side(sides: dict[str, str], protocol: str) -> None:
+    html = render(with_outcomes(sides, protocol))
+    title = re.search(r"<h1>(.*)</h1>", html)[1]  # type: ignore[index]
+    beaten, unbeaten = named_in(title)
+    wanted = {name: text.in_prose(name) for name in sides}
+    assert sorted(beaten) == sorted(wanted[name] for name, side in sides.items() if side == "beaten")
+    assert sorted(unbeaten) == sorted(wanted[name] for name, side in sides.items() if side != "beaten")
+    words = {"beaten": "beaten", "level": "not clearly beaten", "ahead": "ahead of the model"}
+    listed = re.findall(r'<li class="(\w+)"><b>([^<]+)</b>(?: [\d.]+)?, ([a-z ]+): <b>', html)
+    if len(sides) > 1:
+        assert sorted((name.lower(), side, word) for side, name, word in listed) == sorted(
+            (wanted[name].lower(), side, words[side]) for name, side in sides.items()
+        )
+
+
+@pytest.mark.parametrize(
+    ("sides", "title"),
+    [
+        ({"popularity": "beaten", "ease": "ahead", "als": "level"}, "The model beats popularity; not EASE or ALS"),
+        ({"popularity": "beaten", "ease": "beaten"}, "The model beats popularity and EASE"),
+        ({"popularity": "level", "ease": "ahead"}, "The model does not beat popularity or EASE"),
+        ({"ease": "ahead", "als": "ahead"}, "The model is worse than EASE and ALS"),
+    ],
+)
+def test_how_the_verdict_reads(sides: dict[str, str], title: str) -> None:
+    assert f"<h1>{title}</h1>" in render(with_outcomes(sides))
+
+
+def test_ratings_head_the_page_of_a_model_that_predicts_them() -> None:
+    """Lower is better there; the ranking follows with a verdict of its own."""
+    data = reports.night(explicit=True)
+    found = Page(render(data)).text
+    assert "The model beats the mean and biases; not ALS" in found
+    assert "RMSE over the held-out ratings is 0.8667 (lower is better)" in found
+    assert "In ranking the model beats popularity. NDCG@10 over the full catalogue is" in found
+    assert found.index("RMSE over the") < found.index("NDCG@10 over the")
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.booleans())
+def test_a_side_is_what_the_interval_leaves(difference: float, half: float, rating: bool) -> None:
+    data = with_outcomes({"ease": "level"}, "rating" if rating else "full")
+    data["comparisons"][-1] |= {"difference": difference, "interval": [difference - half, difference + half]}
+    verdict: Verdict = verdicts({**OPTIONAL, **data}, {"full": {}, "rating": {}})[0]
+    low, high = (-difference - half, -difference + half) if rating else (difference - half, difference + half)
+    assert verdict.standings[0].side == ("beaten" if low > 0 else "ahead" if high < 0 else "level")
+
+
+# ---- rows that say the same -----------------------------------------------------------------------------------------
+
+
+def test_metrics_that_say_the_same_share_a_row() -> None:
+    """One held-out item a user: Recall is HR; at K = 1 NDCG, MAP and Precision are, too. Nothing is lost."""
+    data = reports.night(ks=(1, 10))
+    for values in (data["full"], data["baselines"]["popularity"]["full"]):
+        values |= dict.fromkeys(("ndcg@1", "hr@1", "recall@1", "precision@1", "map@1"), values["hr@1"])
+    html = render(data)
+    rows = re.findall(r'<th scope="row">([^<]+)((?: <small>= [^<]+</small>)+)</th>', html)
+    folded = {name: re.findall("= ([^<]+)<", same) for name, same in rows}
+    assert folded == {"NDCG@1": ["HR@1", "MAP@1", "Recall@1", "Precision@1"], "HR@10": ["Recall@10"]}
+    values = Page(html).values
+    assert all(float(values[f"model.full.{name}"][0]) == value for name, value in data["full"].items())
+
+
+@pytest.mark.parametrize("change", [{"n_rows": 6041}, {"n_rows": None}, {"differs": True}])
+def test_metrics_that_could_differ_keep_their_rows(change: dict[str, Any]) -> None:
+    data = reports.night()
+    if change.pop("differs", False):
+        data["baselines"]["popularity"]["full"]["recall@10"] += 0.01
+    else:
+        data |= change
+    assert "= Recall@10" not in render(data)
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.integers(-200_000, 200_000), st.integers(1, 10**6), min_size=1, max_size=40))
+def test_periods_hold_every_interaction_in_order(by_day: dict[int, int]) -> None:
+    """Years before and after 1970; only a log of more years than are shown loses the first ones."""
+    found = by_period(by_day)
+    names = [name for name, _ in found["counts"]]
+    assert len(set(names)) == len(names) <= 200
+    total = sum(count for _, count in found["counts"])
+    years = (max(by_day) - min(by_day)) / 365
+    assert total == sum(by_day.values()) if years < 190 else total <= sum(by_day.values())
+
+
+@pytest.mark.parametrize(
+    ("days", "unit", "first", "periods"),
+    [(1, "day", "2000-01-01", 1), (3, "day", "2000-01-01", 3), (42, "week", "1999-12-27", 7),
+     (365, "month", "2000-01", 12), (5 * 365, "month", "2000-01", 60), (20 * 365, "year", "2000", 20)],
+)  # fmt: skip
+def test_a_span_decides_the_unit(days: int, unit: str, first: str, periods: int) -> None:
+    found = by_period({reports.FIRST_DAY + day: 2 for day in range(days)})
+    assert (found["unit"], found["counts"][0][0], len(found["counts"])) == (unit, first, periods)
+
+
+@given(st.integers(-(10**17), 10**17), st.sampled_from(UNITS))
+def test_a_period_s_name_is_a_day_in_it(time: int, unit: str) -> None:
+    code = int(period_codes(np.array([time]), unit)[0])
+    name = np.datetime64(period_name(code, unit), "D").astype(np.int64)
+    assert int(period_codes(np.array([name * DAY]), unit)[0]) == code
+
+
+@given(st.integers(0, 10**16), st.integers(0, 10**16))
+def test_the_unit_is_the_finest_that_holds_the_span(first: int, span: int) -> None:
+    fits = [unit for unit in UNITS if span <= LONGEST.get(unit, math.inf)]
+    assert unit_of(first, first + span) == fits[0]
+
+
+@pytest.mark.parametrize("kind", ["three_days", "six_weeks", "one"])
+def test_the_page_names_the_unit(kind: str) -> None:
+    unit = {"three_days": "day", "six_weeks": "week", "one": "month"}[kind]
+    found = Page(render(reports.kinds()[kind])).text
+    for wanted in (f"By {unit} of the held-out item", f"Interactions by {unit}", f"Users in a {unit}: "):
+        assert wanted in found
+    assert ("A week is named by its Monday." in found) == (unit == "week")
+
+
+# ---- any kind of night ----------------------------------------------------------------------------------------------
+
+
+def running_text(html: str) -> str:
+    """What a reader sees: tags of words are nothing, all others end a line."""
+    html = re.sub(r"<(style|code|svg)\b.*?</\1>", "", html, flags=re.S)
+    html = re.sub(r"</?(b|data|bdi|a|i)\b[^>]*>", "", html)
+    return unescape(re.sub(r"<[^>]+>", "\n", html))
+
+
+@pytest.mark.parametrize("kind", [*reports.KINDS, "empty", "implicit", "behind"])
+def test_no_space_is_missing_and_none_is_too_many(kind: str) -> None:
+    """Templates eat spaces around their tags: after a mark a word needs one, before a mark there is none."""
+    data = implicit() if kind in ("implicit", "behind") else reports.kinds()[kind]
+    if kind == "behind":
+        data["comparisons"][0] |= {"interval": [-0.01, 0.21]}
+        data["full"]["map@5"] = 0.0
+    text = re.sub(r"\w+\.(dat|json)", "FILE", running_text(render(data)))
+    text = re.sub(r"\d+(?:[.,]\d+)*", "1", text)
+    assert re.findall(r"\S*[.,;:?!)%][A-Za-z]\S*", text) == []
+    assert re.findall(r"\S*[a-z][A-Z]\S*|\S*[A-Za-z][+−]\d\S*", re.sub("kNN|MiB|KiB|GiB|nDCG", "", text)) == []
+    assert re.findall(r"\w+[ \n]+[.,;:](?:\s|$)", text) == []
+    assert re.findall(r"[.,;:]{2}", text.replace("…", "")) == []
+
+
+@pytest.mark.parametrize("kind", [*reports.KINDS, "empty"])
+def test_every_figure_names_its_axes_and_keeps_within_itself(kind: str) -> None:
+    """Two axes of a line or column figure, one of a row of dots; no text is wider than a phone."""
+    for figure in re.findall(r"<svg.*?</svg>", render(reports.kinds()[kind]), flags=re.S):
+        axes = re.findall(r'class="axis">([^<]+)<', figure)
+        assert len(axes) == (1 if "<circle" in figure else 2), figure[:200]
+        for x, anchor, words in re.findall(r'<text x="([\d.-]+)"[^>]*text-anchor="(\w+)"[^>]*>([^<]*)<', figure):
+            width = len(unescape(words)) * svg.CHARACTER
+            left = float(x) - {"start": 0, "middle": width / 2, "end": width}[anchor]
+            assert left >= -1
+            assert left + width <= svg.WIDTH * 1.02, words
+
+
+@pytest.mark.parametrize(
+    ("replicates", "read"), [(1000, "< 0.002"), (999, "≤ 0.002"), (200, "< 0.010"), (5000, "< 0.0004")]
+)
+def test_the_floor_of_the_bootstrap_is_named_as_a_bound(replicates: int, read: str) -> None:
+    """p is never below 2 / (B + 1): what is printed must not say that it was found to be that."""
+    data = reports.night()
+    data["lineage"]["config"]["evaluate"]["bootstrap"] = replicates
+    for row in data["comparisons"]:
+        row["p"] = 2 / (replicates + 1)
+    found = Page(render(data)).text
+    assert f"p {read}" in found
+
+
+@given(st.integers(20, 10**5), st.floats(0, 0.4))
+def test_a_bound_on_p_holds(replicates: int, share: float) -> None:
+    smaller = int(share * replicates)
+    p = 2 * (smaller + 1) / (replicates + 1)
+    read = text.p_text(p, 2 / (replicates + 1))
+    bound = float(read.strip("<≤\xa0"))
+    assert p <= bound + 1e-12 if read[0] in "<≤" else p == pytest.approx(bound, abs=0.000501)
+    assert (read[0] in "<≤") == (smaller == 0 or p < 0.001)
+
+
+def test_segments_show_how_many_users_they_have() -> None:
+    data = reports.night()
+    html = render(data)
+    for row in (*data["segments"]["activity"], *data["segments"]["item_popularity"]):
+        assert f">n {row['users']:,}<" in html
+
+
+def test_a_user_who_rated_nothing_well_has_no_best_films() -> None:
+    found = Page(render(reports.night())).text
+    assert "User u0 Rated best Nothing rated well. Held out" in found
+
+
 # ---- sections ------------------------------------------------------------------------------------------------------
 
 SECTIONS = {
@@ -292,7 +538,7 @@ def test_with_nothing_but_what_every_evaluation_has(page: Page) -> None:
     assert {f"model.full.{name}" for name in explicit()["full"]} <= set(found.values)
 
 
-@pytest.mark.parametrize("name", ["long_tail", "activity", "item_counts", "by_month", "quarantine_samples"])
+@pytest.mark.parametrize("name", ["long_tail", "activity", "item_counts", "by_time", "quarantine_samples"])
 def test_an_empty_part_of_the_profile_is_left_out(name: str) -> None:
     data = implicit()
     empty: dict[str, Any] = {"activity": {"edges": [], "users": []}, "item_counts": {"edges": [], "items": []}}
@@ -304,7 +550,7 @@ def test_one_epoch_and_one_month_and_no_curve_can_be_drawn() -> None:
     data = implicit()
     data["training"] = {"epochs": data["training"]["epochs"][:1], "curve": [], "best_epoch": 0}
     data["segments"]["month"] = data["segments"]["month"][:1]
-    data["profile"]["by_month"] = [["1999-12", 3]]
+    data["profile"]["by_time"] = {"unit": "month", "counts": [["1999-12", 3]]}
     assert "nan" not in render(data)
 
 
@@ -329,9 +575,7 @@ def with_evil_text(value: Any) -> Any:
 @pytest.mark.parametrize("name", ["examples", "profile", "segments", "lineage", "model_version", "resources"])
 def test_text_from_a_log_stays_text(name: str) -> None:
     data = implicit()
-    months = data["profile"]["by_month"]
     data[name] = with_evil_text(data[name])
-    data["profile"]["by_month"] = months
     html = render(data)
     found = Page(html)
     assert found.tags == Page(render(implicit())).tags
@@ -400,9 +644,10 @@ def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(2, 6))
+@example(1.0, 400_401.0, 2)  # Twice 200,000 is not far enough, and a step of 500,000 is wider than the figure.
 def test_ticks_are_within_and_evenly_spaced(low: float, width: float, about: int) -> None:
     high = low + width
-    found = charts.ticks(low, high, about)
+    found = svg.ticks(low, high, about)
     slack = 1e-6 * max(1.0, abs(low), abs(high))
     assert 1 <= len(found) <= about + 1
     assert low - slack <= found[0] <= found[-1] <= high + slack
@@ -517,7 +762,11 @@ def test_the_profile_of_a_night(spark: SparkSession, night: tuple[Manifest, Mani
     assert found["density"] == 90 / (USERS * 3)
     assert found["activity"] == {"edges": [2, 5], "users": [30]}  # 2, 3 or 4 interactions
     assert found["item_counts"] == {"edges": [10, 20, 50], "items": [1, 2]}  # 30, 20 and 10 rows
-    assert found["by_month"] == [["1970-01", 60], ["1970-02", 20], ["1970-03", 10]]
+    # 1 January, 1 February and 4 March 1970, 62 days apart: weeks, from the Mondays before.
+    weeks = dict(found["by_time"]["counts"])
+    assert found["by_time"]["unit"] == "week"
+    assert {name: n for name, n in weeks.items() if n} == {"1969-12-29": 60, "1970-01-26": 20, "1970-03-02": 10}
+    assert len(weeks) == 10
     samples = found["quarantine_samples"]
     assert len(samples) == 10
     assert [row["reason"] for row in samples[:4]] == [EVIL, "late"] * 2
@@ -543,7 +792,8 @@ def test_a_night_on_a_page(spark: SparkSession, night: tuple[Manifest, Manifest]
     shown = examples(spark, prepare, ranks, seed=3, k=2)
     for user in shown:
         index = user["user_id"] - 1000
-        assert [row["rating"] for row in user["liked"]] == [1.0 + i for i in reversed(range(index % 3 + 1))]
+        # Rated 1 to 3 in all, 1.67 in the mean: what was rated 1 is not liked.
+        assert [row["rating"] for row in user["liked"]] == [1.0 + i for i in reversed(range(1, index % 3 + 1))]
         assert user["held_out"] == [{"item_id": "sku-5", "title": f"{EVIL}5", "rank": index + 1}]
         assert [(row["rank"], row["item_id"], row["title"]) for row in user["recommended"]] == [
             (1, "sku-5", f"{EVIL}5"),

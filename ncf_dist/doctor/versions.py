@@ -15,7 +15,6 @@ WINDOW = {
     "filelock": ("3.12", None),
     "fsspec": ("2024.2", None),
     "jinja2": ("3.1", None),
-    "matplotlib": ("3.8", None),
     "numpy": ("1.26", "2"),
     "pandas": ("2.1", "3"),
     "petastorm": ("0.13.1", "0.13.2"),

@@ -65,7 +65,11 @@ class Ranks:
 def sum_up(spark: SparkSession, spec: FiguresPass, partitions: int) -> Sums:
     """Every sum over all users, by name."""
     files = spark.range(0, len(spec.files), 1, min(partitions, len(spec.files)))
-    parts: DataFrame = map_in_arrow(files, _file_sums(spec), SUMS)
+    return added_up(map_in_arrow(files, _file_sums(spec), SUMS), partitions)
+
+
+def added_up(parts: DataFrame, partitions: int) -> Sums:
+    """Rows of SUMS, a sum a file, to the sum over all files by name."""
     ordered = parts.repartition(partitions, "name").sortWithinPartitions("name", "file")
     rows = map_in_arrow(ordered, _in_order, SUMS).collect()
     return {row["name"]: np.frombuffer(row["sums"], dtype=np.float64) for row in rows}
@@ -77,7 +81,7 @@ def _file_sums(spec: FiguresPass) -> Pass:
         for batch in batches:
             for file in batch.column(0).to_pylist():
                 sums = file_sums(read_ranks(spec.files[file], spec.explicit), counts, spec)
-                yield _batch(list(sums), [file] * len(sums), list(sums.values()))
+                yield sums_batch(list(sums), [file] * len(sums), list(sums.values()))
 
     return run
 
@@ -92,13 +96,14 @@ def _in_order(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
                 total = total + sums
                 continue
             if name is not None:
-                yield _batch([name], [0], [total])
+                yield sums_batch([name], [0], [total])
             name, total = found, sums
     if name is not None:
-        yield _batch([name], [0], [total])
+        yield sums_batch([name], [0], [total])
 
 
-def _batch(names: list[str], files: list[int], sums: list[FloatArray]) -> pa.RecordBatch:
+def sums_batch(names: list[str], files: list[int], sums: list[FloatArray]) -> pa.RecordBatch:
+    """Rows of SUMS."""
     columns = {"name": names, "file": files, "sums": [values.tobytes() for values in sums]}
     types = {"name": pa.string(), "file": pa.int64(), "sums": pa.binary()}
     return pa.RecordBatch.from_pydict({name: pa.array(columns[name], kind) for name, kind in types.items()})
@@ -129,6 +134,11 @@ def file_sums(ranks: dict[str, Ranks], train_count: IntArray, spec: FiguresPass)
         if name in (MODEL, POPULARITY):
             values |= segment_values(rows, train_count, spec)
         columns |= {f"{name}/{metric}": column for metric, column in values.items()}
+    return totals(columns, users, spec)
+
+
+def totals(columns: dict[str, FloatArray], users: IntArray, spec: FiguresPass) -> Sums:
+    """Columns of users (U,) → (1 + B,): the sum, and its bootstrap replicates where an interval is wanted."""
     found = {name: np.array([column.sum()]) for name, column in columns.items()}
     if spec.replicates:
         wanted = {name: columns[name] for name in sorted(columns) if _with_interval(name)}

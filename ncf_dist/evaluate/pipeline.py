@@ -22,12 +22,13 @@ from ncf_dist.bundle import Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config, Evaluate
 from ncf_dist.engines import choose
 from ncf_dist.errors import ConfigError, ContractError
-from ncf_dist.evaluate import summary
+from ncf_dist.evaluate import ratings, summary
 from ncf_dist.evaluate.als import fit_als
 from ncf_dist.evaluate.compare import check_same_rows, find_run, judged_on
 from ncf_dist.evaluate.figures import sum_up, with_other
 from ncf_dist.evaluate.histogram import Histogram, on_common_bins
 from ncf_dist.evaluate.lists import list_metrics, popularity_counts
+from ncf_dist.evaluate.periods import unit_of
 from ncf_dist.evaluate.report.data import report_data
 from ncf_dist.evaluate.report.examples import examples
 from ncf_dist.evaluate.report.page import REPORT, headline_k, write_report
@@ -98,10 +99,10 @@ def evaluate(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         night = Night(spark, config, prepare, bundle, run, products)
         try:
             fitted, als_users = night.fit_baselines()
-            ranks, scores, timed = night.rank(fitted, als_users)
+            ranks, scores, unit = night.rank(fitted, als_users)
         finally:
             remove(night.fits)
-        report = {"ds": ds, **night.report(ranks, other, timed), "scores": on_common_bins(scores, SCORE_BINS)}
+        report = {"ds": ds, **night.report(ranks, other, unit), "scores": on_common_bins(scores, SCORE_BINS)}
         seen = read_files(spark, night.paths(ranks), contracts.RANKS.schema).where(F.col("scorer") == "model")
         page = report_data(
             spark,
@@ -191,8 +192,9 @@ class Night:
 
     def rank(
         self, fitted: Mapping[str, tuple[str, ...]], als_users: DataFrame | None
-    ) -> tuple[TableInfo, dict[str, Histogram], bool]:
-        """(the table `ranks`, histograms of the model's scores by name, whether held-out items have timestamps)."""
+    ) -> tuple[TableInfo, dict[str, Histogram], str | None]:
+        """(the table `ranks`, histograms of the model's scores by name, the unit that suits the times of the held-out
+        items, if they have any)."""
         files = max(MIN_FILES, -(-self.prepare.tables["history"].rows // USERS_A_FILE))
         spec = EvaluationPass(
             self.bundle,
@@ -213,12 +215,13 @@ class Night:
             for name, body in task["scores"].items():
                 histograms.setdefault(name, Histogram()).merge(Histogram.from_json(body))
         table = table_info(contracts.RANKS, [FileInfo(**info) for task in stats for info in task["files"]], self.run)
-        return table, histograms, any(task["timed"] for task in stats)
+        times = [time for task in stats for time in task["times"]]
+        return table, histograms, unit_of(min(times), max(times)) if times else None
 
     def paths(self, table: TableInfo) -> list[str]:
         return [posixpath.join(self.run, table.path, info.path) for info in table.files]
 
-    def report(self, ranks: TableInfo, other: Manifest | None, timed: bool) -> dict[str, Any]:
+    def report(self, ranks: TableInfo, other: Manifest | None, unit: str | None) -> dict[str, Any]:
         """`metrics.json` but for the histograms."""
         settings = self.config.evaluate
         explicit = self.prepare.facts.get("feedback") == "explicit"
@@ -234,7 +237,7 @@ class Night:
             ks=settings.ks,
             lead_k=headline_k({"ks": settings.ks}),
             explicit=explicit,
-            segments=tuple(kind for kind in KINDS if kind != "month" or timed),
+            segments=(*KINDS, unit) if unit else KINDS,
             seed=self.config.seed,
             replicates=settings.bootstrap,
         )
@@ -244,6 +247,9 @@ class Night:
             spec = with_other(spec, name, other.files(contracts.RANKS.name))
             others.append(name)
         sums = sum_up(self.spark, spec, self.config.spark.shuffle_partitions)
+        rated = ratings.NAMES if explicit else ()
+        if explicit:
+            sums |= ratings.sums(self.spark, self.prepare, settings, self.config.seed, spec)
         lists = list_metrics(read_files(self.spark, paths, contracts.RANKS.schema), stats, settings.ks, popularity)
         report: dict[str, Any] = {
             "model_version": self.bundle.model_version,
@@ -253,8 +259,11 @@ class Night:
             "n_rows": int(sums["model/rows/n"][0]),
             **summary.of_scorer(sums, "model"),
             "lists": lists["model"],
-            "baselines": {name: {**summary.of_scorer(sums, name), "lists": lists[name]} for name in settings.baselines},
-            "comparisons": summary.comparisons(sums, others),
+            "baselines": {
+                name: summary.of_scorer(sums, name) | ({"lists": lists[name]} if name in lists else {})
+                for name in dict.fromkeys((*rated, *settings.baselines))
+            },
+            "comparisons": summary.comparisons(sums, list(dict.fromkeys((*rated, *others)))),
             "segments": summary.by_segment(sums, spec.segments, deciles),
         }
         if "popularity" in report["baselines"]:
@@ -291,10 +300,12 @@ def _log_comparison(report: dict[str, Any]) -> None:
     baselines = report["baselines"]
     for protocol in ("full", "candidates"):
         for name, value in report[protocol].items():
-            beside = "   ".join(f"{b} {values[protocol][name]:.4f}" for b, values in baselines.items())
+            beside = "   ".join(f"{b} {v[protocol][name]:.4f}" for b, v in baselines.items() if protocol in v)
             log.info("%-10s %-12s %.4f   %s", protocol, name, value, beside)
     if "rating" in report:
-        log.info("%s", "   ".join(f"{name} {value:.4f}" for name, value in report["rating"].items()))
+        for name, value in report["rating"].items():
+            beside = "   ".join(f"{b} {v['rating'][name]:.4f}" for b, v in baselines.items() if "rating" in v)
+            log.info("%-10s %-12s %.4f   %s", "rating", name, value, beside)
     for row in report["comparisons"]:
         if row["protocol"] == "full" and row.get("p") is not None and row["with"] not in baselines:
             values = (row["metric"], row["difference"], row["with"], *row["interval"], row["p"])

@@ -4,7 +4,8 @@
 - item_popularity: deciles of interactions. Items in order of popularity, cut where they hold 10 %, 20 % … of the train
   and validation interactions; items with equally many share a decile. (Deciles of items would put nearly all held-out
   interactions into the first.)
-- month (UTC) of the held-out interaction; none where the log has no timestamps.
+- day, week, month or year (UTC) of the held-out interaction, by how long these span; none where the log has no
+  timestamps.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ncf_dist.evaluate.periods import UNITS, period_codes, period_name
+
 IntArray = npt.NDArray[np.int64]
 
 ACTIVITY = (0, 5, 20, 50, 100, 200, 500)
 """Where the segments by activity begin."""
-KINDS = ("activity", "item_popularity", "month")
+KINDS = ("activity", "item_popularity")
+"""Beside them one of periods.UNITS, where times are known."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +73,6 @@ def activity_name(code: int) -> str:
     return f"{ACTIVITY[code]}–{ACTIVITY[code + 1] - 1} items"
 
 
-def month_codes(timestamp: IntArray) -> IntArray:
-    """Months since January 1970 of microseconds since 1970."""
-    months = timestamp.astype("datetime64[us]").astype("datetime64[M]").astype(np.int64)
-    found: IntArray = months
-    return found
-
-
-def month_name(code: int) -> str:
-    return str(np.datetime64(code, "M"))
-
-
 def regroup(code: IntArray, offsets: IntArray) -> tuple[IntArray, IntArray, IntArray]:
     """Held-out items of one segment and one user together: (order (S,) of the items, offsets (G+1,), code (G,)).
 
@@ -93,15 +86,15 @@ def regroup(code: IntArray, offsets: IntArray) -> tuple[IntArray, IntArray, IntA
 
 
 def name_of(kind: str, code: int, deciles: PopularityDeciles) -> str:
-    if kind == "item_popularity":
-        return deciles.name(code)
-    return activity_name(code) if kind == "activity" else month_name(code)
+    if kind in UNITS:
+        return period_name(code, kind)
+    return activity_name(code) if kind == "activity" else deciles.name(code)
 
 
 def codes_of(
     kind: str, seen_items: IntArray, train_count: IntArray, timestamp: IntArray, deciles: PopularityDeciles
 ) -> IntArray:
     """(S,) the segment of each held-out item, by what is known of it, (S,) each."""
-    if kind == "item_popularity":
-        return deciles.codes(train_count)
-    return activity_codes(seen_items) if kind == "activity" else month_codes(timestamp)
+    if kind in UNITS:
+        return period_codes(timestamp, kind)
+    return activity_codes(seen_items) if kind == "activity" else deciles.codes(train_count)

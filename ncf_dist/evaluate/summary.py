@@ -73,7 +73,7 @@ def comparisons(sums: Sums, others: list[str]) -> list[dict[str, Any]]:
 
 def _compared(metric: str) -> bool:
     """One of each kind: recall, precision and MAP of one held-out item say what HR and NDCG say."""
-    return metric.partition("@")[0] in ("hr", "ndcg", "recall", "mrr", "auc", "mse", "mae")
+    return metric.partition("@")[0] in ("hr", "ndcg", "recall", "mrr", "auc", "mse", "rmse", "mae")
 
 
 def by_segment(sums: Sums, kinds: tuple[str, ...], deciles: PopularityDeciles) -> dict[str, list[dict[str, Any]]]:

@@ -73,25 +73,26 @@ class Users:
 
 def evaluation_pass(spec: EvaluationPass) -> Pass:
     """For mapInArrow: rows (_file, …) as `Users.of` reads them, ascending in (_file, user_idx), in; one row `stats`
-    (JSON: files written, histograms of the model's scores, whether any timestamp is set) a task out."""
+    (JSON: files written, histograms of the model's scores, first and last timestamp if any is set) a task out."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         torch.set_num_threads(1)
         sink = FileSink(spec.folder, RANKS.schema, rows_per_file=2**31)
         histograms = {"all": Histogram(), "held_out": Histogram(), "first": Histogram()}
         scorers: dict[str, Score] = {}
-        timed = False
+        times: list[int] = []
         for file, table in blocks(batches, kernel.USERS):
             scorers = scorers or make_scorers(spec)
             users = Users.of(table)
-            timed |= bool(users.timestamp.to_numpy().any())
+            known = users.timestamp.to_numpy()[users.timestamp.to_numpy() != 0]
+            times = [*times, int(known.min()), int(known.max())] if len(known) else times
             rows = [
                 rank_users(name, score, users, spec.longest, histograms if name == "model" else None)
                 for name, score in scorers.items()
             ]
             sink.add(file, pa.concat_tables(rows).sort_by([(column, "ascending") for column in RANKS.key]))
         stats = {
-            "timed": timed,
+            "times": [min(times), max(times)] if times else [],
             "files": [vars(info) for info in sink.close()],
             "scores": {name: histogram.as_json() for name, histogram in histograms.items()},
         }

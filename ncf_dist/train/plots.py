@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-STEADY: dict[Any, Any] = {"svg.hashsalt": "ncf-dist", "svg.fonttype": "none", "font.size": 9}
+from ncf_dist.charts.svg import Series, document, plot
+from ncf_dist.charts.training import training_figures
 
 
-def history_figure(history: dict[str, Any]) -> bytes:
+def history_figure(history: Mapping[str, Any]) -> bytes:
     """Loss over updates, and the validation metrics of each epoch with the one that was kept."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     epochs = history["epochs"]
     names = [name for name in epochs[-1] if "@" in name or name in ("mrr", "mse", "mae")]
-    with rc_context(STEADY):
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        steps: dict[int, int] = {}
-        for epoch, step, *_ in history["curve"]:
-            steps[epoch] = max(steps.get(epoch, 0), step + 1)
-        points = [(epoch + step / steps[epoch], loss) for epoch, step, loss, _ in history["curve"]]
-        left.plot(*zip(*points, strict=True), color="#9bbcd6", linewidth=0.8, label="a step of rank 0")
-        left.plot(
-            [e["epoch"] + 1 for e in epochs],
-            [e["loss"] for e in epochs],
-            "o-",
-            color="#1f4e79",
-            label="mean of the epoch",
-        )
-        left.set(xlabel="epochs", ylabel="loss")
-        left.legend(frameon=False)
-        for name in names:
-            right.plot([e["epoch"] + 1 for e in epochs], [e[name] for e in epochs], "o-", label=name)
-        right.axvline(history["epoch"] + 1, color="#888888", linestyle=":", label="kept")
-        right.set(xlabel="epochs", ylabel="validation")
-        right.legend(frameon=False)
-        return _svg(figure)
+    return document([figure for _, figure in training_figures(epochs, history["curve"], history["epoch"], names)])
 
 
 def rate_figure(curve: Sequence[Sequence[float]], smooth: Sequence[float], suggestion: float) -> bytes:
     """Loss over learning rate, and the rate that is suggested."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(STEADY):
-        figure = Figure(figsize=(5.5, 3.2), layout="constrained")
-        axes = figure.subplots()
-        axes.plot(*zip(*curve, strict=True), color="#9bbcd6", linewidth=0.8, label="a step")
-        axes.plot([rate for rate, _ in curve], smooth, color="#1f4e79", label="smoothed")
-        axes.axvline(suggestion, color="#c0504d", linestyle=":", label=f"suggested: {suggestion:.2g}")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss", ylim=(min(smooth) * 0.9, smooth[0] * 1.5))
-        axes.legend(frameon=False)
-        return _svg(figure)
-
-
-def _svg(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    powers = [math.log10(rate) for rate, _ in curve]
+    steps = Series("", [(power, loss) for power, (_, loss) in zip(powers, curve, strict=True)], "faint")
+    line = Series("", list(zip(powers, smooth, strict=True)))
+    figure = plot(
+        f"Loss by learning rate; suggested: {suggestion:.2g}", [steps, line], ("learning rate (log scale)", "loss"),
+        lambda power: f"{10**power:.0e}", range(math.ceil(powers[0]), math.floor(powers[-1]) + 1),
+        mark=(math.log10(suggestion), f"suggested: {suggestion:.2g}"), scale_by=[1], highest=smooth[0] * 1.5,
+    )  # fmt: skip
+    return document([figure])

@@ -27,7 +27,7 @@ SHOWN = 5
 @dataclass(frozen=True)
 class History:
     """Item indexes and ratings: of the best-rated, then latest, train and validation items, and of the latest test
-    items."""
+    items. What was rated below `well_rated` is not liked, even where the user rated nothing better."""
 
     liked: tuple[tuple[int, float], ...]
     held_out: tuple[tuple[int, float], ...]
@@ -62,8 +62,9 @@ def example_users(spark: SparkSession, prepare: Manifest, seed: int, count: int 
 
 def histories(spark: SparkSession, prepare: Manifest, users: Sequence[int]) -> dict[int, History]:
     """What is shown of each user's past, in the order of `users`."""
-    rows = read_table(spark, prepare, contracts.INTERACTIONS).where(F.col("user_idx").isin(list(users)))
+    every = read_table(spark, prepare, contracts.INTERACTIONS)
     test = (F.col("split") == contracts.TEST_SPLIT).alias("test")
+    rows = every.where(F.col("user_idx").isin(list(users)) & (test | (F.col("rating") >= well_rated(every))))
     best = F.when(~test, F.col("rating")).otherwise(0.0).desc()
     place = F.row_number().over(Window.partitionBy("user_idx", test).orderBy(best, F.desc("timestamp"), "item_idx"))
     shown = rows.select("user_idx", "item_idx", "rating", test, place.alias("place")).where(F.col("place") <= SHOWN)
@@ -71,6 +72,16 @@ def histories(spark: SparkSession, prepare: Manifest, users: Sequence[int]) -> d
     for row in shown.orderBy("user_idx", "test", "place").collect():
         found.setdefault((row["user_idx"], row["test"]), []).append((row["item_idx"], row["rating"]))
     return {user: History(tuple(found.get((user, False), ())), tuple(found.get((user, True), ()))) for user in users}
+
+
+def well_rated(interactions: DataFrame) -> float:
+    """The least rating of train and validation that counts as liking: the middle of the scale in use, or the mean where
+    that is lower, as it is of counts with a long tail. Where all ratings are the same, that one."""
+    rating = F.col("rating")
+    learned = interactions.where(F.col("split") != contracts.TEST_SPLIT)
+    row = learned.select(F.min(rating), F.max(rating), F.avg(rating)).first()
+    lowest, highest, mean = row if row and row[0] is not None else (0.0, 0.0, 0.0)
+    return min((lowest + highest) / 2, round(mean, 3))  # A mean depends on the order of its sum in the last digits.
 
 
 def offers(ranks: DataFrame, users: Sequence[int], k: int) -> dict[int, Offer]:

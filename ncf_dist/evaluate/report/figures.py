@@ -7,9 +7,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ncf_dist.evaluate.report import charts
-from ncf_dist.evaluate.report.charts import Dot, Series
-from ncf_dist.evaluate.report.text import called, compact, metric_text, percent_text
+from ncf_dist.charts.svg import Dot, Series, bars, dots, plot
+from ncf_dist.charts.text import called, compact, count_text, metric_text, percent_text
+from ncf_dist.charts.training import training_figures
+from ncf_dist.evaluate.periods import UNITS
+from ncf_dist.evaluate.report.verdict import Verdict
 
 SEGMENTS = {
     "activity": ("By activity of the user", "Items in train and validation."),
@@ -17,62 +19,72 @@ SEGMENTS = {
         "By popularity of the held-out item",
         "Each decile holds a tenth of the interactions, the first by the most popular items.",
     ),
-    "month": ("By month of the held-out item", ""),
+    **{unit: (f"By {unit} of the held-out item", "") for unit in UNITS},
 }
 """Kind of segment: title, note."""
-MOST_MONTHS = 120
+MOST_PERIODS = 120
+MOST_DATES = 4
+"""Dates that stand side by side below a figure."""
+WEEKS = " A week is named by its Monday."
 
 
-def figures(data: Mapping[str, Any], k: int) -> dict[str, Any]:
+def figures(data: Mapping[str, Any], k: int, verdict: Verdict) -> dict[str, Any]:
     """Every drawing by name; those without data are None or empty."""
     return {
-        "systems": _systems(data, k),
+        "systems": _systems(data, verdict),
         "segments": _segments(data, k),
-        "months": _held_out_months(data, k),
+        "times": _held_out_times(data, k),
         "scores": _scores(data),
         "training": _training(data["training"] or {}, k),
         **_profile(data["profile"] or {}),
     }
 
 
-def _systems(data: Mapping[str, Any], k: int) -> Markup | None:
-    name, baselines = f"ndcg@{k}", data["baselines"]
-    rows = [Dot("Model", data["full"][name], _pair(data["intervals"].get("full", {}).get(name)))]
-    for system, found in baselines.items():
-        if name in found.get("full", {}):
-            interval = _pair(found.get("intervals", {}).get("full", {}).get(name))
-            rows.append(Dot(called(system), found["full"][name], interval, model=False))
+def _systems(data: Mapping[str, Any], verdict: Verdict) -> Markup | None:
+    """The verdict's metric of the model and of everything that has one."""
+    protocol, name = verdict.protocol, verdict.metric
+    rows = [Dot("Model", verdict.model, _pair(data["intervals"].get(protocol, {}).get(name)))]
+    for system, found in data["baselines"].items():
+        if name in found.get(protocol, {}):
+            interval = _pair(found.get("intervals", {}).get(protocol, {}).get(name))
+            rows.append(Dot(called(system), found[protocol][name], interval, model=False))
     rows = [row._replace(text=metric_text(row.value)) for row in rows]
-    label = f"{called(name)} over the full catalogue: " + ", ".join(f"{r.name} {r.text}" for r in rows)
-    return charts.dots(label, rows) if len(rows) > 1 else None
+    label = f"{called(name)} over {verdict.where}: " + ", ".join(f"{r.name} {r.text}" for r in rows)
+    return dots(label, rows, called(name), from_zero=protocol != "rating") if len(rows) > 1 else None
 
 
 def _segments(data: Mapping[str, Any], k: int) -> list[tuple[str, str, Markup]]:
     name, drawn = f"ndcg@{k}", []
     for kind, segments in data["segments"].items():
-        if not segments or (kind == "month" and len(segments) > 2):
+        if not segments or (kind in UNITS and len(segments) > 2):
             continue
         rows = [
             Dot(s["name"], s["full"][name], _pair(s.get("intervals", {}).get(name)), True,
-                s.get("popularity", {}).get(name), metric_text(s["full"][name]))
+                s.get("popularity", {}).get(name), metric_text(s["full"][name]), f"n {count_text(s['users'])}")
             for s in segments
         ]  # fmt: skip
         title, note = SEGMENTS.get(kind, (f"By {kind}", ""))
-        drawn.append((title, note, charts.dots(f"{title}: {called(name)} of the model and of popularity", rows)))
+        label = f"{title}: {called(name)} of the model and of popularity"
+        drawn.append((title, note, dots(label, rows, called(name))))
     return drawn
 
 
-def _held_out_months(data: Mapping[str, Any], k: int) -> Markup | None:
-    name, months = f"ndcg@{k}", data["segments"].get("month", [])[-MOST_MONTHS:]
-    if len(months) < 3:
+def _held_out_times(data: Mapping[str, Any], k: int) -> tuple[str, str, Markup] | None:
+    """(title, note, figure) by the time of the held-out item, where that is three periods or more."""
+    name = f"ndcg@{k}"
+    unit, times = next(((u, data["segments"][u][-MOST_PERIODS:]) for u in UNITS if data["segments"].get(u)), ("", []))
+    if len(times) < 3:
         return None
-    bands = [_pair(m.get("intervals", {}).get(name)) or (m["full"][name],) * 2 for m in months]
-    series = [Series("model", [(i, m["full"][name]) for i, m in enumerate(months)], "model", bands)]
-    if all(name in m.get("popularity", {}) for m in months):
-        series.insert(0, Series("popularity", [(i, m["popularity"][name]) for i, m in enumerate(months)], "other"))
-    ends = [0, len(months) - 1]
-    label = f"{called(name)} by month of the held-out item, {months[0]['name']} to {months[-1]['name']}"
-    return charts.plot(label, series, lambda i: months[int(i)]["name"], ends, from_zero=True)
+    bands = [_pair(at.get("intervals", {}).get(name)) or (at["full"][name],) * 2 for at in times]
+    series = [Series("model", [(i, at["full"][name]) for i, at in enumerate(times)], "model", bands)]
+    if all(name in at.get("popularity", {}) for at in times):
+        series.insert(0, Series("popularity", [(i, at["popularity"][name]) for i, at in enumerate(times)], "other"))
+    title, users = SEGMENTS[unit][0], [at["users"] for at in times]
+    note = f"Users in a {unit}: {count_text(min(users))} to {count_text(max(users))}.{WEEKS if unit == 'week' else ''}"
+    label = f"{called(name)} by {unit} of the held-out item, {times[0]['name']} to {times[-1]['name']}"
+    figure = plot(label, series, (f"{unit} of the held-out item", called(name)), lambda i: times[int(i)]["name"],
+                  [0, len(times) - 1], from_zero=True)  # fmt: skip
+    return title, note, figure
 
 
 def _scores(data: Mapping[str, Any]) -> Markup | None:
@@ -93,74 +105,46 @@ def _scores(data: Mapping[str, Any]) -> Markup | None:
             series.append(Series(name, [(edges[0], 0.0), *steps, (edges[-1], 0.0)], style,
                                  label_at=2 * shares.index(max(shares)) + 1))  # fmt: skip
     label = "Distribution of scores: all unseen items, held-out items, and the first of each list"
-    return charts.plot(label, series, y_text=percent_text, from_zero=True) if series else None
+    return plot(label, series, ("score", "share"), y_text=percent_text, from_zero=True) if series else None
 
 
 def _training(found: Mapping[str, Any], k: int) -> list[tuple[str, Markup]]:
-    """Loss, and at most two validation metrics, each on a scale of its own."""
+    """Loss, and at most two validation metrics."""
     epochs = found.get("epochs") or []
     if not epochs:
         return []
-    best, across = found["best_epoch"], [0.0, *charts.ticks(1, len(epochs))]
-    across = [at for at in across if at == round(at)]
-    steps: dict[int, int] = {}
-    for epoch, step, *_ in found["curve"]:
-        steps[epoch] = max(steps.get(epoch, 0), step + 1)
-    curve = [(epoch + step / steps[epoch], loss) for epoch, step, loss, *_ in found["curve"]]
-    series = [Series("", curve, "faint")] if curve else []
-
-    def drawn(name: str, below: Sequence[Series] = ()) -> Markup:
-        points = [(e["epoch"] + 1, e[name]) for e in epochs if name in e]
-        kept = f"epoch {best + 1}, kept: {metric_text(epochs[best][name])}"
-        return charts.plot(f"{called(name)} by epoch; {kept}", [*below, Series("", points)], compact, across,
-                           mark=(best + 1, kept), scale_by=[len(below)])  # fmt: skip
-
     names = [name for name in (f"ndcg@{k}", f"hr@{k}", "mse", "mae", "rmse") if name in epochs[-1]][:2]
-    return [("Training loss", drawn("loss", series)), *((f"Validation {called(name)}", drawn(name)) for name in names)]
+    return training_figures(epochs, found["curve"], found["best_epoch"], names)
 
 
-def _profile(found: Mapping[str, Any]) -> dict[str, Markup | None]:
-    made: dict[str, Markup | None] = dict.fromkeys(("long_tail", "activity", "item_counts", "by_month"))
+def _profile(found: Mapping[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = dict.fromkeys(("long_tail", "activity", "item_counts", "by_time"))
     if tail := found.get("long_tail"):
         points = [(0.0, 0.0), *((float(percent), share) for percent, share in tail)]
         shares = {int(percent): share for percent, share in tail}
         at = 10 if 10 in shares else int(tail[0][0])
         series = [Series("", [(0, 0), (100, 1)], "faint"), Series("", points, "data")]
         label = f"The most popular {at} % of the items hold {percent_text(shares[at])} of the interactions"
-        made["long_tail"] = charts.plot(label, series, lambda v: f"{v:.0f} %", [0, 20, 50, 100], percent_text, True,
-                                        mark=(at, f"top {at} % of items: {percent_text(shares[at])}"))  # fmt: skip
+        made["long_tail"] = plot(label, series, ("share of items, most popular first", "share of interactions"),
+                                 lambda v: f"{v:.0f} %", [0, 20, 50, 100], percent_text, True,
+                                 mark=(at, f"top {at} % of items: {percent_text(shares[at])}"))  # fmt: skip
     for key, values in (("activity", "users"), ("item_counts", "items")):
         if (bins := found.get(key)) and bins[values]:
             names = [compact(edge) for edge in bins["edges"]]
             label = f"{values.capitalize()} by number of interactions, {bin_text(bins, values)} most often"
-            made[key] = charts.bars(label, names, bins[values], every=-(-len(names) // 9))
-    if months := found.get("by_month"):
-        shown = _calendar(months)
-        label = f"Interactions by {'year' if len(shown[0][0]) == 4 else 'month'}, {shown[0][0]} to {shown[-1][0]}"
-        every = max(1, -(-len(shown) // 5))
-        made["by_month"] = charts.bars(label, [name for name, _ in shown], [n for _, n in shown], every)
+            axes = (f"interactions of {'a user' if values == 'users' else 'an item'}", values)
+            made[key] = bars(label, names, bins[values], axes, every=-(-len(names) // 9))
+    if times := found.get("by_time"):
+        made["by_time"] = _by_time(times["unit"], times["counts"])
     return made
 
 
-def _calendar(months: Sequence[Sequence[Any]]) -> list[tuple[str, int]]:
-    """Every month from the first to the last, empty ones too; years where there are more than MOST_MONTHS."""
-    counted: dict[str, int] = {}
-    first, last = (_month_number(months[i][0]) for i in (0, -1))
-    yearly = last - first >= MOST_MONTHS
-    for name, count in months:
-        counted[name.rpartition("-")[0] if yearly else name] = (
-            counted.get(name.rpartition("-")[0] if yearly else name, 0) + count
-        )
-    if yearly:
-        return list(counted.items())
-    return [
-        (name, counted.get(name, 0)) for name in (f"{n // 12:04d}-{n % 12 + 1:02d}" for n in range(first, last + 1))
-    ]
-
-
-def _month_number(name: str) -> int:
-    year, _, month = name.rpartition("-")
-    return int(year) * 12 + int(month) - 1
+def _by_time(unit: str, counts: Sequence[Sequence[Any]]) -> tuple[str, str, Markup]:
+    """(title, note, figure) of the interactions in each period."""
+    names = [name for name, _ in counts]
+    figure = bars(f"Interactions by {unit}, {names[0]} to {names[-1]}", names, [n for _, n in counts],
+                  (f"{unit} (UTC)", "interactions"), every=-(-len(counts) // MOST_DATES))  # fmt: skip
+    return f"Interactions by {unit}", WEEKS.strip() if unit == "week" else "", figure
 
 
 def bin_text(bins: Mapping[str, Any], values: str) -> str:

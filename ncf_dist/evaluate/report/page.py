@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,14 +17,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ncf_dist import metrics
-from ncf_dist.evaluate.report import text
+from ncf_dist.charts import svg, text
+from ncf_dist.charts.text import FAMILIES, called, in_prose, visible
 from ncf_dist.evaluate.report.figures import figures
-from ncf_dist.evaluate.report.text import FAMILIES, called, visible
+from ncf_dist.evaluate.report.verdict import verdicts
 from ncf_dist.files import write_atomic
 
 REPORT = "report.html"
-PROTOCOLS = {"full": "full catalogue", "candidates": "candidates", "rating": "predicted ratings"}
+PROTOCOLS = {"rating": "predicted ratings", "full": "full catalogue", "candidates": "candidates"}
 TABLES = ("full", "candidates", "rating", "lists")
+COMPARED = (("rating",), ("full", "candidates"))
+"""Protocols that have the same baselines share a table of comparisons."""
+SAME = {False: ("hr", "recall"), True: ("ndcg", "hr", "recall", "precision", "map")}
+"""Metrics that are one with one held-out item a user: at any K, and at K = 1. The first stands for the others."""
 OPTIONAL: dict[str, Any] = {
     **dict.fromkeys(("n_rows", "scores", "profile", "training", "peak_memory_bytes", "lineage")),
     **{name: {} for name in ("candidates", "rating", "lists", "intervals", "baselines", "segments")},
@@ -63,6 +69,8 @@ def _environment() -> Environment:
         "signed": text.signed_text,
         "p": text.p_text,
         "called": called,
+        "in_prose": in_prose,
+        "capital": lambda words: words[:1].upper() + words[1:],
         "interval": text.interval_text,
         "cut": lambda found, most: found if len(found) <= most else found[: most - 1] + "…",
         "json": lambda value: json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False),
@@ -75,19 +83,24 @@ def view(data: Mapping[str, Any]) -> dict[str, Any]:
     data = {**OPTIONAL, **data}
     k = headline_k(data)
     systems = ["model", *data["baselines"]]
+    folded = {name: folded_metrics(data, name) for name in TABLES}
+    told = verdicts(data, folded)
+    config = (data["lineage"] or {}).get("config", {})
+    replicates = config.get("evaluate", {}).get("bootstrap")
     return {
         "data": data,
-        "verdict": verdict(data),
-        "figures": figures(data, k),
+        "verdicts": told,
+        "ranking": next(verdict for verdict in told if verdict.protocol == "full"),
+        "figures": figures(data, k, told[0]),
         "tiles": tiles(data, k),
-        "tables": {name: metric_table(data, name, systems, k) for name in TABLES},
-        "comparisons": comparison_table(data, k),
-        "candidates": (data["lineage"] or {}).get("config", {}).get("negatives", {}).get("candidates"),
+        "tables": {name: metric_table(data, name, systems, k, folded[name]) for name in TABLES},
+        "comparisons": [table for protocols in COMPARED if (table := comparison_table(data, k, folded, protocols))],
+        "protocols": PROTOCOLS,
+        "chart_style": Markup(svg.STYLE),
+        "p_floor": 2 / (replicates + 1) if replicates else None,
+        "candidates": config.get("negatives", {}).get("candidates"),
         "log_has_ratings": any(item.get("rating") is not None for e in data["examples"] for item in e["liked"]),
     }
-
-
-# ---- the verdict ---------------------------------------------------------------------------------------------------
 
 
 def headline_k(data: Mapping[str, Any]) -> int:
@@ -95,32 +108,9 @@ def headline_k(data: Mapping[str, Any]) -> int:
     return metrics.headline_k(data["ks"])
 
 
-def verdict(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Did the model beat popularity: `state` (ahead, behind, level, alone), a title, the figures, and in which metrics
-    of the full catalogue the model is not ahead. An interval that holds 0 is no victory."""
-    _, name = metrics.headline(data["ks"])
-    model, popular = data["full"][name], data["baselines"].get("popularity", {}).get("full", {})
-    if name not in popular:
-        return {"state": "alone", "title": "How the model did", "metric": name, "model": model, "behind": []}
-    compared = {c["with"]: c for c in data["comparisons"] if (c["protocol"], c["metric"]) == ("full", name)}
-    found = compared.pop("popularity", None)
-    difference = found["difference"] if found else model - popular[name]
-    low, high = found["interval"] if found and found.get("interval") else (difference, difference)
-    behind = [m for m, value in data["full"].items() if m in popular and value <= popular[m]]
-    state = "ahead" if low > 0 else "behind" if high < 0 else "level"
-    title = {
-        "ahead": "The model beats popularity" + (", but not in every metric" if behind else ""),
-        "behind": "The model is worse than popularity",
-        "level": "The model is not clearly better than popularity",
-    }[state]
-    ratio = model / popular[name] if popular[name] else None
-    return {"state": state, "title": title, "metric": name, "model": model, "popularity": popular[name],
-            "difference": difference, "interval": (found or {}).get("interval"), "p": (found or {}).get("p"),
-            "ratio": ratio, "behind": behind, "others": list(compared.values())}  # fmt: skip
-
-
 def tiles(data: Mapping[str, Any], k: int) -> list[dict[str, Any]]:
-    """The handful of figures that matter; each {label, key, value, interval, baseline}."""
+    """The handful of figures that matter; each {label, key, value, interval, and name and value of the first baseline
+    that has it}."""
     wanted = [("rating", "rmse"), ("full", f"ndcg@{k}"), ("full", f"hr@{k}")]
     wanted += [("candidates", f"ndcg@{k}"), ("candidates", f"hr@{k}"), ("lists", f"coverage@{k}")]
     return [
@@ -130,7 +120,9 @@ def tiles(data: Mapping[str, Any], k: int) -> list[dict[str, Any]]:
             "key": f"{group}.{name}",
             "value": data[group][name],
             "interval": data["intervals"].get(group, {}).get(name),
-            "baseline": data["baselines"].get("popularity", {}).get(group, {}).get(name),
+            "baseline": next(
+                ((in_prose(b), v[group][name]) for b, v in data["baselines"].items() if name in v.get(group, {})), None
+            ),
         }
         for group, name in wanted
         if name in data[group]
@@ -140,18 +132,37 @@ def tiles(data: Mapping[str, Any], k: int) -> list[dict[str, Any]]:
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def metric_table(data: Mapping[str, Any], group: str, systems: Sequence[str], k: int) -> dict[str, Any] | None:
-    """Every metric of a group, the model's with its interval, beside the baselines'."""
+def folded_metrics(data: Mapping[str, Any], group: str) -> dict[str, str]:
+    """{metric: the one that says the same}. With one held-out item a user Recall is HR, and at K = 1 so are NDCG, MAP
+    and Precision."""
+    if data["n_rows"] != data["n_users"]:
+        return {}
+    systems = [data[group], *(values.get(group, {}) for values in data["baselines"].values())]
+    found = {}
+    for name, value in data[group].items():
+        family, _, at = name.partition("@")
+        leader = next((f"{f}@{at}" for f in SAME[at == "1"] if f"{f}@{at}" in data[group]), name)
+        alike = all(values.get(name) == values.get(leader) for values in systems)
+        if family in SAME[at == "1"] and leader != name and alike and math.isfinite(value):
+            found[name] = leader
+    return found
+
+
+def metric_table(
+    data: Mapping[str, Any], group: str, systems: Sequence[str], k: int, folded: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Every metric of a group, the model's with its interval, beside the baselines'; metrics that say the same share a
+    row."""
     if not data[group]:
         return None
     values = {"model": data[group], **{s: data["baselines"][s].get(group, {}) for s in systems[1:]}}
     shown = [s for s in systems if values[s]]
     intervals = data["intervals"].get(group, {})
-    names = sorted(data[group], key=_order)
+    names = sorted((name for name in data[group] if name not in folded), key=_order)
     rows = [
         {
-            "name": name,
-            "strong": name == f"ndcg@{k}",
+            "names": [name, *sorted((same for same, leader in folded.items() if leader == name), key=_order)],
+            "strong": name == ("rmse" if group == "rating" else f"ndcg@{k}"),
             "first": number > 0 and name.split("@")[0] != names[number - 1].split("@")[0],
             "interval": intervals.get(name),
             "cells": [(system, values[system].get(name)) for system in shown],
@@ -161,15 +172,23 @@ def metric_table(data: Mapping[str, Any], group: str, systems: Sequence[str], k:
     return {"group": group, "systems": shown, "rows": rows, "intervals": bool(intervals)}
 
 
-def comparison_table(data: Mapping[str, Any], k: int) -> dict[str, Any]:
+def comparison_table(
+    data: Mapping[str, Any], k: int, folded: Mapping[str, Mapping[str, str]], protocols: Sequence[str]
+) -> dict[str, Any] | None:
     """One row a (protocol, metric) at the headline's K or without one, one column a system that the model was compared
-    with."""
-    shown = [c for c in data["comparisons"] if c["metric"].partition("@")[2] in ("", str(k))]
+    with in these protocols."""
+    shown = [
+        c
+        for c in data["comparisons"]
+        if c["protocol"] in protocols
+        and c["metric"].partition("@")[2] in ("", str(k))
+        and c["metric"] not in folded[c["protocol"]]
+    ]
     found = {(c["protocol"], c["metric"], c["with"]): c for c in shown}
     systems = list(dict.fromkeys(system for *_, system in found))
     rows = sorted({key[:2] for key in found}, key=lambda row: (list(PROTOCOLS).index(row[0]), _order(row[1])))
     cells = [(*row, [found.get((*row, system)) for system in systems]) for row in rows]
-    return {"systems": systems, "rows": cells, "count": len(found)}
+    return {"systems": systems, "rows": cells, "count": len(found)} if found else None
 
 
 def _order(name: str) -> tuple[int, str, int]:

@@ -6,6 +6,8 @@ interactions is counted by Spark.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,16 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
+from ncf_dist.contracts import DAY
+from ncf_dist.evaluate.periods import period_codes, period_name, unit_of
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_table as read_file
 from ncf_dist.spark_io import read_table
 
 TOP_PERCENTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 80, 100)
 SAMPLES = 10
+MOST_PERIODS = 200
+"""Years that are shown at most, the last ones; a span in a finer unit has fewer periods anyway."""
 EDGES = [m * 10**power for power in range(12) for m in (1, 2, 5)]
 """Bins of counts: 1, 2–4, 5–9, 10–19, …"""
 
@@ -40,7 +46,7 @@ def profile(spark: SparkSession, prepare: Manifest) -> dict[str, Any]:
         "long_tail": long_tail(counts),
         "activity": activity(history),
         "item_counts": _binned(counts),
-        "by_month": by_month(read_table(spark, prepare, contracts.INTERACTIONS)),
+        "by_time": by_time(read_table(spark, prepare, contracts.INTERACTIONS)),
     }
 
 
@@ -69,11 +75,26 @@ def activity(history: DataFrame) -> dict[str, list[int]]:
     return {"edges": edges, "users": found}
 
 
-def by_month(interactions: DataFrame) -> list[list[Any]]:
-    """["2000-01", interactions] in order; empty where the log has no times."""
-    month = F.date_format(F.timestamp_micros("timestamp"), "yyyy-MM")
-    rows = interactions.where("timestamp != 0").groupBy(month.alias("month")).count().collect()
-    return sorted([row["month"], row["count"]] for row in rows)
+def by_time(interactions: DataFrame) -> dict[str, Any]:
+    """`by_period` of the log's interactions; {} where it has no times."""
+    day = F.floor(F.col("timestamp") / F.lit(DAY)).cast("long")
+    rows = interactions.where("timestamp != 0").groupBy(day.alias("day")).count().collect()
+    return by_period({row["day"]: row["count"] for row in rows})
+
+
+def by_period(by_day: Mapping[int, int]) -> dict[str, Any]:
+    """Counts by day since 1970 → {"unit": "month", "counts": [["2000-01", interactions], …]}: every period from the
+    first to the last, empty ones too, but for a log with years that cannot be right; {} without any."""
+    if not by_day:
+        return {}
+    unit = unit_of(min(by_day) * DAY, max(by_day) * DAY)
+    codes = period_codes(np.array(list(by_day), dtype=np.int64) * DAY, unit).tolist()
+    held: Counter[int] = Counter()
+    for code, count in zip(codes, by_day.values(), strict=True):
+        held[code] += count
+    periods = range(min(held), max(held) + 1)
+    shown = periods if len(periods) <= MOST_PERIODS else sorted(held)[-MOST_PERIODS:]
+    return {"unit": unit, "counts": [[period_name(code, unit), held[code]] for code in shown]}
 
 
 def quarantine_samples(spark: SparkSession, prepare: Manifest) -> list[dict[str, Any]]:

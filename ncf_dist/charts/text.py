@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-NAMES = {"popularity": "Popular", "ease": "EASE", "item_knn": "Item kNN", "als": "ALS", "model": "Model"}
+NAMES = {
+    "popularity": "Popular",
+    "ease": "EASE",
+    "item_knn": "Item kNN",
+    "als": "ALS",
+    "mean": "Mean",
+    "biases": "Biases",
+    "model": "Model",
+}
+"""At the head of a column."""
+PROSE = {"popularity": "popularity", "item_knn": "item kNN", "mean": "the mean", "biases": "biases"}
+"""In a sentence, where it differs."""
 FAMILIES = {
     "ndcg": "NDCG",
     "hr": "HR",
@@ -48,6 +59,11 @@ def called(name: str) -> str:
     return FAMILIES.get(family, NAMES.get(family, family)) + at + k
 
 
+def in_prose(name: str) -> str:
+    """popularity stays so, ease → EASE; a model's version stays as it is."""
+    return PROSE.get(name, NAMES.get(name, name))
+
+
 def _missing(value: float | None) -> bool:
     return value is None or not math.isfinite(value)
 
@@ -68,8 +84,15 @@ def interval_text(interval: Sequence[float] | None) -> str:
     return (" to " if min(interval) < 0 else "–").join(metric_text(end) for end in interval)
 
 
-def p_text(value: float | None) -> str:
-    return NONE if _missing(value) else "<\xa00.001" if value < 0.001 else f"{value:.3f}"  # type: ignore[operator]
+def p_text(value: float | None, floor: float | None = None) -> str:
+    """0.042; `< 0.002` for the floor, the smallest p that so many replicates can give (2 of 1,001: 0.001998)."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if floor is not None and value <= floor:
+        digits = max(3, -math.floor(math.log10(floor)))
+        above = math.ceil(round(floor * 10**digits, 6)) / 10**digits
+        return f"{'<' if floor < above else '≤'}\xa0{above:.{digits}f}"
+    return "<\xa00.001" if value < 0.001 else f"{value:.3f}"
 
 
 def count_text(value: float | None) -> str:
