@@ -29,11 +29,15 @@ import pyarrow.parquet as pq
 
 from ncf_dist.config import Config, Input
 from ncf_dist.errors import InputError
-from ncf_dist.prepare import files
+from ncf_dist.prepare import input_files
 from ncf_dist.prepare.chunks import UNREADABLE
-from ncf_dist.prepare.records import settle
-from ncf_dist.prepare.rows import RowSpec, read_one
-from ncf_dist.prepare.source import FORMATS, Piece, Source, id_types, interactions_source
+from ncf_dist.prepare.columns import interactions_source
+from ncf_dist.prepare.formats import FORMATS
+from ncf_dist.prepare.id_types import id_types
+from ncf_dist.prepare.ingest import read_one
+from ncf_dist.prepare.interactions import RowSpec
+from ncf_dist.prepare.records import read_ranges
+from ncf_dist.prepare.source import FileRange, Source
 
 ROOT = Path(__file__).parent.parent
 NAMED = {"user": "u", "item": "i", "rating": "r", "timestamp": "t"}
@@ -163,7 +167,7 @@ def write_parquet(kinds: Sequence[str], lines: int, seed: int, folder: Path, **o
 
 
 @dataclass(frozen=True)
-class Found:
+class Rows:
     """What came of a log: rows and rejects by reason, and a digest of all their values, in order."""
 
     accepted: int
@@ -175,21 +179,21 @@ class Found:
         return self.accepted + sum(self.reasons.values())
 
 
-def read(config: Input, staging: Path, range_bytes: int | None = None) -> Found:
+def read(config: Input, staging: Path, range_bytes: int | None = None) -> Rows:
     """The log as prepare's tasks read it, in ranges of `range_bytes` where that is given."""
     path = str(config.path)
-    source = interactions_source(config, files.Found((path,)))
+    source = interactions_source(config, input_files.InputFiles((path,)))
     if range_bytes:
         size = Path(path).stat().st_size
-        pieces = [(Piece(0, at, min(size, at + range_bytes)),) for at in range(0, size, range_bytes)]
-        source = replace(source, units=tuple(pieces))
-    types = id_types(config, files.Found((path,)))
+        ranges = [(FileRange(0, at, min(size, at + range_bytes)),) for at in range(0, size, range_bytes)]
+        source = replace(source, units=tuple(ranges))
+    types = id_types(config, input_files.InputFiles((path,)))
     spec = RowSpec(source, *types, config.time_unit, 2**62, config.rating_range, str(staging))
 
     def each(known: Source, units: Sequence[int]) -> list[dict[str, Any]]:
         return [read_one(replace(spec, source=known), unit) for unit in units]
 
-    units = settle(source, each)
+    units = read_ranges(source, each)
     digest = hashlib.sha256()
     counts = dict.fromkeys(("rows", "rejects"), 0)
     for kind in counts:
@@ -204,10 +208,10 @@ def read(config: Input, staging: Path, range_bytes: int | None = None) -> Found:
     total = sum(unit["rows"] for unit in units)
     assert total == counts["rows"] + counts["rejects"], f"{total} rows became {counts}"
     assert sum(reasons.values()) == counts["rejects"], f"{reasons} are not {counts['rejects']} rejects"
-    return Found(counts["rows"], dict(sorted(reasons.items())), digest.hexdigest())
+    return Rows(counts["rows"], dict(sorted(reasons.items())), digest.hexdigest())
 
 
-def check_text(name: str, lines: int, seed: int, folder: Path) -> tuple[Input, Found]:
+def check_text(name: str, lines: int, seed: int, folder: Path) -> tuple[Input, Rows]:
     """Raises AssertionError where a row was lost, or came out otherwise in ranges; others are a reader's fault."""
     config, rows = write_text(name, lines, seed, folder)
     found = read(config, folder / "whole")
@@ -219,7 +223,7 @@ def check_text(name: str, lines: int, seed: int, folder: Path) -> tuple[Input, F
     return config, found
 
 
-def check_parquet(lines: int, seed: int, folder: Path) -> tuple[Input, Found]:
+def check_parquet(lines: int, seed: int, folder: Path) -> tuple[Input, Rows]:
     """Every type in every column once; returns what came of the usual ones. A type that the driver refuses is fine."""
     for shift, kind in enumerate(TYPES):
         kinds = [list(TYPES)[(shift + k) % len(TYPES)] for k in (0, 3, 7, 11)]
@@ -235,7 +239,7 @@ def check_parquet(lines: int, seed: int, folder: Path) -> tuple[Input, Found]:
     return config, found
 
 
-def check_prepare(config: Input, found: Found, folder: Path) -> dict[str, Any]:
+def check_prepare(config: Input, found: Rows, folder: Path) -> dict[str, Any]:
     """The accounting of a whole night."""
     from ncf_dist.prepare.pipeline import prepare
 

@@ -25,7 +25,7 @@ from ncf_dist.files import make_dirs, remove, write_bytes
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_table, write_parts
-from ncf_dist.prepare.pipeline import _base
+from ncf_dist.prepare.index import base_run
 from ncf_dist.train.start import start_bundle
 
 DAYS = [f"2024-06-0{day}" for day in range(1, 7)]
@@ -46,7 +46,7 @@ class Nights:
 
     def prepare(self, ds: str, users: Iterable[int], forget: Iterable[int] = (), variant: int = 0) -> Manifest:
         """Extend the night's base as prepare does. variant: a setting that changes the run and not the index."""
-        base = _base(self.lake, ds)
+        base = base_run(self.lake, ds)
         sizes = dict(zip(INDEXES, index_sizes(base) if base else (0, 0), strict=True))
         inputs = {"index": {"ds": base.ds, "run_key": base.run_key} if base else None}
         what = json.dumps([ds, sorted(users), sorted(forget), variant, inputs])

@@ -33,10 +33,11 @@ from ncf_dist import contracts
 from ncf_dist.config import Config, Input, Split
 from ncf_dist.errors import InputError, NcfError
 from ncf_dist.lake import Lake
-from ncf_dist.prepare import clean, source
+from ncf_dist.prepare import filters, source
+from ncf_dist.prepare.interactions import LATE
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.prepare.rows import LATE
-from ncf_dist.prepare.splits import Cutoff, SplitRule
+from ncf_dist.prepare.splits import Cutoff, SplitRule, value_at
+from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import Purpose, hash64, negatives_of, prefix, weighted_gaps
 from tests.nights import Night, run
 
@@ -228,7 +229,7 @@ def strike(place):
     if mode == "tasks":
         os._exit(9)
 
-from ncf_dist.prepare import layout, rows, users
+from ncf_dist.prepare import ingest, layout, user_tables
 from ncf_dist import spark_io
 
 def dying(module, name, place):
@@ -238,8 +239,8 @@ def dying(module, name, place):
         return whole(*args, **kwargs)
     setattr(module, name, run)
 
-dying(rows, "read_one", "read")
-dying(users, "deduplicate", "users")
+dying(ingest, "read_one", "read")
+dying(user_tables, "deduplicate", "users")
 dying(layout, "runs_of", "layout")
 
 from ncf_dist.config import Config
@@ -470,7 +471,7 @@ def test_the_core_is_the_fixed_point(
     spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, pairs: set[tuple[str, str]], k: int
 ) -> None:
     rows = spark.createDataFrame(sorted(pairs), "user_id string, item_id string")
-    kept, size = clean.k_core(spark, rows, len(pairs), k, str(tmp_path_factory.mktemp("core")))
+    kept, size = filters.k_core(Workspace(spark, str(tmp_path_factory.mktemp("core"))), rows, len(pairs), k)
     assert {tuple(row) for row in kept.collect()} == core_by_hand(pairs, k)
     assert size == len(core_by_hand(pairs, k))
 
@@ -478,11 +479,11 @@ def test_the_core_is_the_fixed_point(
 def test_the_cap_keeps_a_users_latest_rows(spark: SparkSession) -> None:
     rows = [("a", f"i{n}", n // 3) for n in range(12)] + [("b", "x", 1)]
     frame = spark.createDataFrame(rows, "user_id string, item_id string, timestamp long")
-    kept = [tuple(row) for row in clean._cap(frame, 5, SEED).collect()]
+    kept = [tuple(row) for row in filters.cap_users(frame, 5, SEED).collect()]
     assert sorted(t for u, _, t in kept if u == "a") == [2, 2, 3, 3, 3], "of time 2, two of three: a hash says which"
     assert [row for row in kept if row[0] == "b"] == [("b", "x", 1)]
     shuffled = frame.orderBy(F.rand(1)).repartition(3)
-    assert sorted(map(tuple, clean._cap(shuffled, 5, SEED).collect())) == sorted(kept)
+    assert sorted(map(tuple, filters.cap_users(shuffled, 5, SEED).collect())) == sorted(kept)
 
 
 def test_only_allowed_items_and_numbers_where_ids_are_numbers(spark: SparkSession, tmp_path: Path) -> None:
@@ -619,7 +620,7 @@ def test_nothing_in_train_is_later_than_the_cutoff(rows: list[tuple[int, int, in
 def test_the_value_at_a_position_is_that_of_a_sort(spark: SparkSession, values: list[int], data: st.DataObject) -> None:
     frame = spark.createDataFrame([(value,) for value in values], "v long")
     position = data.draw(st.integers(0, len(values) - 1))
-    assert clean.value_at(frame, F.col("v"), position) == sorted(values)[position]
+    assert value_at(frame, F.col("v"), position) == sorted(values)[position]
 
 
 # ---- weighted negatives ------------------------------------------------------------------------------------

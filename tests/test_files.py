@@ -16,19 +16,19 @@ from deltalake import DeltaTable, write_deltalake
 
 from ncf_dist.config import SideTable
 from ncf_dist.errors import InputError
-from ncf_dist.prepare.files import Found, find_files
+from ncf_dist.prepare.columns import side_files, side_source
 from ncf_dist.prepare.formats import FORMATS
-from ncf_dist.prepare.source import side_files, side_source
+from ncf_dist.prepare.input_files import InputFiles, find_files
 from tests.test_spellings import an_input, read
 
 CSV = "u,i,r,t\n"
 
 
-def found(path: Path | str, form: str = "csv") -> Found:
+def found(path: Path | str, form: str = "csv") -> InputFiles:
     return find_files(str(path), FORMATS[form], form)
 
 
-def names(files: Found, root: Path) -> list[str]:
+def names(files: InputFiles, root: Path) -> list[str]:
     return [str(Path(path).relative_to(root)) for path in files.paths]
 
 

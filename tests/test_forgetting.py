@@ -22,12 +22,15 @@ from ncf_dist.errors import ConfigError, InputError
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import build_model
+from ncf_dist.prepare.columns import interactions_source
 from ncf_dist.prepare.forget import Forget
-from ncf_dist.prepare.given import _line
+from ncf_dist.prepare.formats import FORMATS
+from ncf_dist.prepare.given_candidates import _line
 from ncf_dist.prepare.index import extend_index
+from ncf_dist.prepare.ingest import read_one
+from ncf_dist.prepare.input_files import find_files
+from ncf_dist.prepare.interactions import RowSpec
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.prepare.rows import RowSpec, read_one
-from ncf_dist.prepare.source import FORMATS, find_files, interactions_source
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.pipeline import score
@@ -168,7 +171,7 @@ def live(spark: SparkSession, nights: list[tuple[set[int], set[int]]], folder: P
         forget = Forget.read(a_list(folder, *listed, name=f"{night}.txt"), pa.int64())
         old = spark.createDataFrame(list(index.items()), "user_id long, user_idx int") if night else None
         frame = spark.createDataFrame([(key,) for key in keys - listed], "user_id long")
-        kept = forget.leave(old, "user_id") if old is not None else None
+        kept = forget.leave_out(old, "user_id") if old is not None else None
         longer, after = extend_index(spark, frame, kept, size, "user_id", "user_idx")
         found = {row["user_id"]: row["user_idx"] for row in longer.collect()}
         survivors = index.keys() - listed

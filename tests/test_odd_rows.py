@@ -18,10 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import fuzz_rows
-from ncf_dist.prepare import given as given_candidates
-from ncf_dist.prepare import reading, sides, values
+from ncf_dist.prepare import charset, given_candidates, reading, side_tables, values
+from ncf_dist.prepare.charset import NOT_IN_CHARSET
 from ncf_dist.prepare.chunks import SLICE, UNREADABLE, Chunk, Raw, row_by_row
-from ncf_dist.prepare.reading import CHARSET
 from ncf_dist.prepare.source import Source, plan
 from tests.test_reading import csv_input, log, read
 
@@ -40,9 +39,9 @@ def reasons(tmp_path: Path, config: Any) -> list[tuple[int, str]]:
 # ---- text --------------------------------------------------------------------------------------------------
 
 JSON = {
-    '{"u": "moon\\ud83d", "i": 2, "r": 3, "t": 4}': CHARSET,
-    '{"u": 1, "i": "\\ude00\\ud83d", "r": 3, "t": 4}': CHARSET,
-    '{"u": 1, "i": 2, "r": 3, "t": "\\udfff"}': CHARSET,
+    '{"u": "moon\\ud83d", "i": 2, "r": 3, "t": 4}': NOT_IN_CHARSET,
+    '{"u": 1, "i": "\\ude00\\ud83d", "r": 3, "t": 4}': NOT_IN_CHARSET,
+    '{"u": 1, "i": 2, "r": 3, "t": "\\udfff"}': NOT_IN_CHARSET,
     f'{{"u": 1, "i": 2, "r": 3, "t": 4, "x": {DEEP}': "JSON is nested too deeply",
     DEEP: "JSON is nested too deeply",
     f'{{"u": {DEEP + "]" * 30_000}, "i": 2, "r": 3, "t": 4}}': "JSON is nested too deeply",
@@ -129,7 +128,7 @@ def test_parquet_text_that_is_not_utf8_is_rejected_as_in_csv(tmp_path: Path, kin
     found, bad = read(tmp_path, config)
     assert [row["ui".index(column)] for row in found] == ["1", "2"]
     name = {"u": "user", "i": "item"}[column]
-    assert [row[:2] for row in bad] == [(1, CHARSET), (2, f"{name} id is null")]
+    assert [row[:2] for row in bad] == [(1, NOT_IN_CHARSET), (2, f"{name} id is null")]
     assert json.loads(bad[0][2])[column] in ("caf\N{REPLACEMENT CHARACTER}", str(b"caf\xe9")), "shown for people"
 
 
@@ -208,13 +207,13 @@ def test_what_is_no_row_s_fault_ends_the_read(error: type[Exception]) -> None:
         list(row_by_row(chunk_of(["a", "b"]), work))
 
 
-@pytest.mark.parametrize("where", ["values.floats", "reading.json.JSONDecoder.decode", "reading._objects"])
+@pytest.mark.parametrize("where", ["values.floats", "json_lines.json.JSONDecoder.decode", "reading.json_fields"])
 def test_a_row_on_which_our_own_code_raises_is_quarantined_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """A fault of ours that nobody has thought of: a RuntimeError at the rating 777,777."""
     owner, name = where.rsplit(".", 1)
-    target: Any = {"values": values, "reading": reading, "reading.json.JSONDecoder": json.JSONDecoder}[owner]
+    target: Any = {"values": values, "reading": reading, "json_lines.json.JSONDecoder": json.JSONDecoder}[owner]
     real = getattr(target, name)
 
     def fragile(*given: Any, **named: Any) -> Any:
@@ -236,9 +235,9 @@ def side_rows(path: Path, kind: str, **columns: pa.DataType) -> list[dict[str, A
     wanted: dict[str, Any] = {"id": "id", "title": "title", **{f"column {name}": name for name in columns}}
     files = (str(path),)
     source = Source(files, kind, (wanted,), plan(files, kind))
-    spec = sides.SideSpec(source, pa.string(), {"title": pa.string(), **columns})
+    spec = side_tables.SideSpec(source, pa.string(), {"title": pa.string(), **columns})
     units = [pa.RecordBatch.from_pydict({"id": [0]})]
-    return [row for batch in sides.side_pass(spec)(units) for row in batch.to_pylist()]
+    return [row for batch in side_tables.side_pass(spec)(units) for row in batch.to_pylist()]
 
 
 def test_a_bad_title_is_counted_not_fatal(tmp_path: Path) -> None:
@@ -309,17 +308,17 @@ def test_an_odd_value_does_not_send_its_neighbours_the_slow_way(kind: str, monke
 
 def test_a_broken_byte_does_not_send_its_neighbours_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    real = reading._is_utf8
+    real = charset._is_utf8
 
     def counted(value: bytes) -> bool:
         nonlocal calls
         calls += 1
         return real(value)
 
-    monkeypatch.setattr(reading, "_is_utf8", counted)
+    monkeypatch.setattr(charset, "_is_utf8", counted)
     values = [b"value %d" % n for n in range(ROWS)]
     values[777], values[40_000] = b"\xff", "ü".encode()[:1]
-    broken = reading.broken_text(pa.array(values))
+    broken = charset.not_utf8(pa.array(values))
     assert broken is not None
     assert np.flatnonzero(broken).tolist() == [777, 40_000]
     assert calls <= 2 * SLICE
@@ -367,7 +366,7 @@ def test_a_thousand_mutated_lines_are_each_a_row_or_a_reject(tmp_path: Path, for
 
 def test_a_thousand_mutated_values_of_parquet_columns_of_every_type(tmp_path: Path) -> None:
     _, found = fuzz_rows.check_parquet(1_000, 7, tmp_path)
-    assert found.reasons[CHARSET] > 20
+    assert found.reasons[NOT_IN_CHARSET] > 20
     assert found.total == 1_000
 
 

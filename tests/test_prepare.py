@@ -30,11 +30,13 @@ from ncf_dist.inputs import Listing
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import read_manifest
 from ncf_dist.prepare import index, layout
-from ncf_dist.prepare.files import select_files
 from ncf_dist.prepare.formats import FORMATS
+from ncf_dist.prepare.input_files import select_files
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.prepare.splits import SplitRule
-from ncf_dist.prepare.users import Block, UserPass, deduplicate, order_bucket, user_pass, whole_users
+from ncf_dist.prepare.user_blocks import Block, deduplicate, whole_users
+from ncf_dist.prepare.user_tables import UserPass, order_bucket, user_pass
+from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import Purpose, hash64, negatives
 from tests.nights import Night, run
 
@@ -758,7 +760,11 @@ def test_a_bucket_may_lie_in_many_files(spark: SparkSession, tmp_path: Path, buc
     counts = np.bincount(order_bucket(np.array(hashes)), minlength=4096)
     assert {n: int(size) for n, size in enumerate(counts) if size} == buckets
     table = layout.write_train(
-        spark, frame, counts, str(tmp_path), contract, Layout(min_files=1, rows_per_file=15, world_sizes=(1,))
+        Workspace(spark, str(tmp_path)),
+        frame,
+        counts,
+        contract,
+        Layout(min_files=1, rows_per_file=15, world_sizes=(1,)),
     )
     assert [file.rows for file in table.files] == [14, 14, 14, 15, 14, 14, 15]
     stored = [pq.ParquetFile(tmp_path / "train" / file.path).read().to_pylist() for file in table.files]

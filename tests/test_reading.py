@@ -28,11 +28,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ncf_dist.config import Columns, Input
+from ncf_dist.contracts import day_start
 from ncf_dist.errors import ConfigError, InputError
 from ncf_dist.prepare import reading, source
-from ncf_dist.prepare.records import settle, whole_lines
-from ncf_dist.prepare.rows import LATE, RowSpec, day_start, read_one
-from ncf_dist.prepare.source import FORMATS, find_files, id_types, interactions_source
+from ncf_dist.prepare.columns import interactions_source
+from ncf_dist.prepare.formats import FORMATS
+from ncf_dist.prepare.id_types import id_types
+from ncf_dist.prepare.ingest import read_one
+from ncf_dist.prepare.input_files import find_files
+from ncf_dist.prepare.interactions import LATE, RowSpec
+from ncf_dist.prepare.records import read_ranges, whole_lines
 from ncf_dist.prepare.values import floats, integers, iso_times
 
 law = settings(deadline=None, max_examples=150)
@@ -89,7 +94,7 @@ def read(tmp_path: Path, config: Input, until: int = UNTIL) -> tuple[Rows, Rows]
         interactions_source(config, files), *id_types(config, files), config.time_unit, until, config.rating_range,
         str(tmp_path / "staging"),
     )  # fmt: skip
-    stats = settle(spec.source, lambda source, units: [read_one(replace(spec, source=source), n) for n in units])
+    stats = read_ranges(spec.source, lambda source, units: [read_one(replace(spec, source=source), n) for n in units])
     good, bad = ([path for unit in stats for path in unit["files"][kind]] for kind in ("rows", "rejects"))
     rows = [tuple(row.values())[:4] for path in good for row in pq.ParquetFile(path).read().to_pylist()]
     rejects = [tuple(row.values())[1:] for path in bad for row in pq.ParquetFile(path).read().to_pylist()]

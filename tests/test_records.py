@@ -16,9 +16,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ncf_dist.prepare import reading, records, source
-from ncf_dist.prepare.files import Found
-from ncf_dist.prepare.records import Quotes, settle, uncut, whole_records
-from ncf_dist.prepare.source import Piece, Source, interactions_source
+from ncf_dist.prepare.columns import interactions_source
+from ncf_dist.prepare.input_files import InputFiles
+from ncf_dist.prepare.records import Quotes, read_ranges, whole_records, with_whole_files
+from ncf_dist.prepare.source import FileRange, Source
 from tests.test_reading import _split, csv_input, log, read
 
 law = settings(deadline=None, max_examples=100)
@@ -30,7 +31,7 @@ SIZES = st.sampled_from([1, 2, 3, 5, 8, 13, 21, 10**6])
 
 def cut(data: bytes, quotes: Quotes, size: int, block: int) -> list[tuple[int, bytes]]:
     """(offset, record) of data that is read in ranges of `size` bytes, in blocks of `block`."""
-    pieces = [(Piece(0, at, min(at + size, len(data))),) for at in range(0, len(data), size)]
+    ranges = [(FileRange(0, at, min(at + size, len(data))),) for at in range(0, len(data), size)]
 
     def range_of(known: Source, number: int) -> dict[str, Any]:
         [piece] = known.units[number]
@@ -44,14 +45,14 @@ def cut(data: bytes, quotes: Quotes, size: int, block: int) -> list[tuple[int, b
             try:
                 offset, lines, starts, ends = next(ranges)
             except StopIteration as done:
-                return {"unit": number, "seams": [(first, done.value)], "found": found}
+                return {"unit": number, "spans": [(first, done.value)], "found": found}
             found += [(offset + s, lines[s:e]) for s, e in zip(starts.tolist(), ends.tolist(), strict=True)]
 
     def each(known: Source, units: Sequence[int]) -> list[dict[str, Any]]:
         return [range_of(known, number) for number in units]
 
-    whole = Source(("x",), "text", ({},), tuple(pieces), quote=True)
-    return [record for stats in settle(whole, each) for record in stats["found"]]
+    whole = Source(("x",), "text", ({},), tuple(ranges), quote=True)
+    return [record for stats in read_ranges(whole, each) for record in stats["found"]]
 
 
 def written(rows: Sequence[Sequence[str]], quoting: Any, end: str, separator: str = ",") -> str:
@@ -231,27 +232,27 @@ def test_a_range_is_read_again_only_where_its_guess_was_wrong(tmp_path: Path, mo
     for notes, rounds in ((["plain"] * 2_000, 1), ([row[4] for row in rows], 1), (["x\n1,2,3,4,5\n"] * 2_000, 2)):
         lines = [[*row[:4], note] for row, note in zip(rows, notes, strict=True)]
         path = log(tmp_path, written([["u", "i", "r", "t", "note"], *lines], csv.QUOTE_MINIMAL, "\n"))
-        made = interactions_source(csv_input(path), Found((path,)))
+        made = interactions_source(csv_input(path), InputFiles((path,)))
         reads: list[int] = []
 
         def each(known: Source, units: Sequence[int], reads: list[int] = reads) -> list[dict[str, Any]]:
             reads.append(len(units))
             found = []
             for n in units:
-                seams: list[records.Seam] = []
-                total = sum(len(chunk.place) for chunk in reading.read_unit(known, known.units[n], seams))
-                found.append({"unit": n, "seams": seams, "rows": total})
+                spans: list[records.RecordSpan] = []
+                total = sum(len(chunk.place) for chunk in reading.read_unit(known, known.units[n], spans))
+                found.append({"unit": n, "spans": spans, "rows": total})
             return found
 
-        assert sum(stats["rows"] for stats in settle(made, each)) == 2_000
+        assert sum(stats["rows"] for stats in read_ranges(made, each)) == 2_000
         assert reads[0] == len(made.units) > 40
         assert len(reads) == rounds
 
 
 def test_files_of_a_side_table_with_quotes_stay_whole() -> None:
     """Nobody reads their ranges again."""
-    units = ((Piece(0, 0, 5),), (Piece(0, 5, 9), Piece(1, 0, 3)), (Piece(2),))
+    units = ((FileRange(0, 0, 5),), (FileRange(0, 5, 9), FileRange(1, 0, 3)), (FileRange(2),))
     cut_up = Source(("a", "b", "c"), "text", ({},) * 3, units, quote=True)
-    assert uncut(cut_up).units == ((Piece(0, 0, 9),), (Piece(1, 0, 3),), (Piece(2),))
+    assert with_whole_files(cut_up).units == ((FileRange(0, 0, 9),), (FileRange(1, 0, 3),), (FileRange(2),))
     plain = Source(("a", "b", "c"), "text", ({},) * 3, units)
-    assert uncut(plain) is plain
+    assert with_whole_files(plain) is plain

@@ -20,10 +20,12 @@ import pytest
 from ncf_dist.config import Input
 from ncf_dist.errors import InputError
 from ncf_dist.prepare import source
-from ncf_dist.prepare.files import find_files
+from ncf_dist.prepare.columns import interactions_source
 from ncf_dist.prepare.formats import FORMATS
-from ncf_dist.prepare.rows import RowSpec, read_one
-from ncf_dist.prepare.source import id_types, interactions_source
+from ncf_dist.prepare.id_types import id_types
+from ncf_dist.prepare.ingest import read_one
+from ncf_dist.prepare.input_files import find_files
+from ncf_dist.prepare.interactions import RowSpec
 from ncf_dist.prepare.values import iso_times
 
 UNTIL = 2**62

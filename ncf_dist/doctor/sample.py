@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ncf_dist.config import Config, SideTable
-from ncf_dist.contracts import QUARANTINE
+from ncf_dist.contracts import QUARANTINE, day_start
 from ncf_dist.doctor.check import Check, Status
 from ncf_dist.errors import NcfError
 from ncf_dist.inputs import NoInput
@@ -76,11 +76,13 @@ def samples(config: Config, ds: str) -> Iterator[Check]:
 
 
 def _log(config: Config, ds: str) -> Iterator[Check]:
-    from ncf_dist.prepare.files import find_files
+    from ncf_dist.prepare.columns import interactions_source
     from ncf_dist.prepare.formats import FORMATS
     from ncf_dist.prepare.hints import hint, time_warnings
-    from ncf_dist.prepare.rows import LATE, RowSpec, day_start, typed
-    from ncf_dist.prepare.source import id_types, interactions_source, place_of
+    from ncf_dist.prepare.id_types import id_types
+    from ncf_dist.prepare.input_files import find_files
+    from ncf_dist.prepare.interactions import LATE, RowSpec, typed
+    from ncf_dist.prepare.source import place_of
     from ncf_dist.prepare.values import YEAR_1995
 
     section = config.input
@@ -120,8 +122,8 @@ def _log(config: Config, ds: str) -> Iterator[Check]:
 
 
 def _side(config: Config, kind: str, side: SideTable) -> Iterator[Check]:
-    from ncf_dist.prepare.sides import SideSpec, side_columns, typed
-    from ncf_dist.prepare.source import side_files, side_source
+    from ncf_dist.prepare.columns import side_files, side_source
+    from ncf_dist.prepare.side_tables import SideSpec, side_columns, typed
 
     family, key = config.input.format, f"input.{kind}"
     source = side_source(kind, side, family, side_files(kind, side, family))

@@ -1,7 +1,7 @@
-"""A chunk: some rows of one file as columns, on their way from text to types, with what is wrong with each so far.
+"""A chunk: rows of one file as columns, between text and types, with the first thing wrong with each row so far.
 
-One row never ends the night: work on a chunk that raises is done again on its halves, until the rows that raise alone
-are known.
+One row never ends the night: where work on a chunk raises, it is repeated on the halves of the chunk, down to the rows
+that raise by themselves. These are rejected.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 SLICE = 1_024
-"""Rows that are looked at together where the whole chunk holds something odd: it costs its neighbours little."""
+"""Rows of a slice. Where a chunk holds an odd value, only the slice with that value takes the slow path."""
 RAW_LIMIT = 1_000
 """Characters of a rejected line that the quarantine keeps."""
 UNREADABLE = "unreadable"
-"""Of a row whose parsing raised: the last resort."""
+"""The reason of last resort: for a row whose parsing raised."""
 
 Mask = npt.NDArray[np.bool_]
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class Chunk:
     """R rows of one file. place: (R,) where each begins; raw: what it looked like; columns: name → (R,) text, null
     where it is missing, or a typed Parquet column; reason: (R,) object, None where nothing is wrong yet; spoiled:
-    whether anything is (a look at all reasons costs as much as typing a column)."""
+    whether any row has a reason (searching `reason` for one takes as long as typing a column)."""
 
     file: int
     place: npt.NDArray[np.int64]
@@ -91,7 +91,7 @@ def row_by_row(chunk: Chunk, work: Callable[[Chunk], Result]) -> Iterator[Result
 
 
 def _raises(work: Callable[[Chunk], object], chunk: Chunk) -> bool:
-    """Whether not even no row can be read: a column is of a type that nothing is made of."""
+    """Whether work raises on this chunk; on one without rows it does where a column's type cannot be read."""
     try:
         work(chunk)
     except Exception:
@@ -100,12 +100,13 @@ def _raises(work: Callable[[Chunk], object], chunk: Chunk) -> bool:
 
 
 class Raw:
-    """What rows looked like, made only for those that are rejected."""
+    """What rows looked like, as text; made only for rows that are rejected."""
 
     def __init__(self, lines: pa.Array | None = None, table: pa.RecordBatch | None = None) -> None:
         self.lines, self.table = lines, table
 
     def take(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """The text of some rows, each cut at RAW_LIMIT characters."""
         if self.lines is not None:
             return [line[:RAW_LIMIT] for line in self.lines.take(pa.array(rows)).to_pylist()]
         assert self.table is not None
@@ -125,7 +126,7 @@ class Raw:
 
 
 def _shown_value(value: pa.Scalar) -> Any:
-    """A value for people, also one that Python has no object for: text in no charset, a time beyond the year 9999."""
+    """A value to show, also one that Python cannot hold: text not in its charset, a time after the year 9999."""
     with contextlib.suppress(Exception):
         return value.as_py()
     if isinstance(value, pa.DictionaryScalar):
@@ -138,7 +139,8 @@ def _shown_value(value: pa.Scalar) -> Any:
 
 
 def as_mask(values: Any) -> Mask:
+    """A NumPy mask of a NumPy or Arrow one; null is False."""
     if isinstance(values, np.ndarray):
         return values
-    found: Mask = pc.fill_null(values, False).to_numpy(zero_copy_only=False)
-    return found
+    mask: Mask = pc.fill_null(values, False).to_numpy(zero_copy_only=False)
+    return mask

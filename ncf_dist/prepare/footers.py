@@ -1,4 +1,4 @@
-"""What a Parquet file says of itself at its end: its columns, how many rows, how they are grouped."""
+"""The footer of a Parquet file: its columns, how many rows it has, and its row groups."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class Footer:
         return list(self.schema.names)
 
     def type_of(self, column: str) -> pa.DataType | None:
-        """The type of a column, dictionaries unpacked; `a.b` is that column, or field b of struct a; None: none."""
+        """The type of a column, of its values where it is dictionary-encoded; `a.b` is the column of that name, else
+        field b of struct a. None where there is no such column."""
         if column in self.schema.names:
             return plain_type(self.schema.field(column).type)
         parts = column.split(".")
@@ -38,7 +39,7 @@ class Footer:
         return plain_type(kind)
 
     def all_null(self, column: str) -> bool:
-        """Whether no row has a value. pandas writes such a column as floats: that is no evidence of numbers."""
+        """Whether no row has a value, by the statistics. pandas writes such a column as floats, whatever it was."""
         leaves = [n for n in range(self.metadata.num_columns) if self.metadata.schema.column(n).path == column]
         chunks = [(group, group.column(leaf)) for group in map(self._group, self.groups) for leaf in leaves]
         counts = [(group.num_rows, chunk.statistics) for group, chunk in chunks]

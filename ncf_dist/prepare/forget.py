@@ -1,7 +1,7 @@
-"""Who is to be forgotten (input.forget): their rows reach no table, and their ids no manifest, log or plan of Spark.
+"""Users to be forgotten (input.forget): their rows reach no table, and their ids no manifest, log or Spark plan.
 
-An id on the list stands for the user id that is equal to it as this log types ids: as an integer, or as text without
-the spaces at its ends, which the list cannot have.
+An id on the list is compared with user ids as this log types them: as integers, or as text without the spaces at its
+ends, which the list cannot hold.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 
 @dataclass(frozen=True)
 class Forget:
-    """Travels to the workers. ids: those on the list, of the log's type. digest: of the list, None without one."""
+    """The list, sent to the workers. ids: those on it, of the log's type. digest: of the list, None without one."""
 
     ids: pa.Array | None = field(default=None, repr=False)
     digest: str | None = None
@@ -56,8 +56,8 @@ class Forget:
         return as_mask(pc.is_in(ids, value_set=self.ids, skip_nulls=True))
 
     def hides(self, ids: pa.Array) -> Mask:
-        """(R,) of rejected rows with these user ids, which have a text that must not be kept: where the id cannot be
-        read, the text may name anybody."""
+        """(R,) which rejected rows must be kept without their text: those whose user id cannot be read, as the text may
+        then name anybody. ids: (R,) their user ids."""
         if self.ids is None:
             return np.zeros(len(ids), dtype=bool)
         hidden = as_mask(pc.is_null(ids))
@@ -66,7 +66,7 @@ class Forget:
         blank = as_mask(pc.equal(pc.utf8_trim_whitespace(ids), ""))
         return hidden | blank | as_mask(pc.match_substring(ids, "\0"))
 
-    def leave(self, frame: DataFrame, column: str) -> DataFrame:
+    def leave_out(self, frame: DataFrame, column: str) -> DataFrame:
         """`frame` without the rows of those users."""
         if self.ids is None:
             return frame

@@ -1,4 +1,4 @@
-"""How each format of `input.format` is written, and which files of a folder are of it."""
+"""The formats of `input.format`: how each is written, and which files of a folder have it."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ Field = str | int
 PAPERS = (
     "readme", "readme.txt", "license", "license.txt", "checksums.txt", "*.md", "*.html", "*.pdf", "*.pl", "*.sh",
 )  # fmt: skip
-"""What is packed beside data and is not data: left out without a warning."""
+"""Files that are packed beside data and are not data: left out without a warning."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a family of files is written, and what its files are called in a folder (in lower case)."""
+    """How a family of files is written, and how its files are named (in lower case)."""
 
     kind: str
     """text | jsonl | parquet"""
     patterns: tuple[str, ...]
     others: tuple[str, ...] = ()
-    """Files of the family that are no interactions."""
+    """Names of the family's files that hold no interactions."""
     separator: str = ","
     header: bool | None = False
     """None: the first line is a header if it holds the known names."""
     quote: bool = False
     fields: Mapping[str, Field] | None = None
-    """Known places of user, item, rating and timestamp; None: the config names them."""
+    """Where user, item, rating and timestamp are; None: the config says it."""
     count: int | None = None
     numbers: bool = False
-    """Whether ids are numbers where the config does not say."""
+    """Whether ids are integers where the config does not say."""
     example: str = ""
 
     def holds(self, path: str) -> bool:
-        """Whether a file is of this format, by its name; .CSV is .csv, and text may be compressed."""
+        """Whether a file has this format, by its name; case and the ending of a compression do not matter."""
         name = _plain_name(path)
         return not self.companion(path) and any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
@@ -95,7 +95,7 @@ def compression(path: str) -> str | None:
 
 
 def _plain_name(path: str) -> str:
-    """In lower case, without the ending of a compression; Parquet's, which is inside the file, stays."""
+    """The name in lower case, without the ending of a compression. `.parquet.gz` stays: Parquet compresses inside."""
     name = posixpath.basename(path).lower()
     stem = posixpath.splitext(name)[0] if compression(name) else name
     return name if stem.endswith(".parquet") else stem

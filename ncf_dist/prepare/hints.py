@@ -1,4 +1,4 @@
-"""What of the config to look at when rows do not fit, by the reason they were rejected for."""
+"""Advice on the config when rows do not fit, by the reason for which they were rejected."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ncf_dist.config import Input
+from ncf_dist.contracts import day_start
 from ncf_dist.prepare.formats import FORMATS
-from ncf_dist.prepare.rows import FAR, LATE, day_start
+from ncf_dist.prepare.interactions import FAR, LATE
 from ncf_dist.prepare.values import MICROSECONDS, YEAR_1995
 
 _DATE = re.compile(r"\b\d{4}-\d{2}-\d{2}\b")
@@ -18,7 +19,7 @@ _YEAR = 366 * 86_400_000_000
 
 
 def hint(config: Input, reasons: Mapping[str, int], raw: str, key: str = "input") -> str:
-    """Advice for the commonest reason. raw: a line that was rejected. key: the section of the config."""
+    """Advice for the most common reason. raw: a line that was rejected; key: the section of the config."""
     judged = {reason: n for reason, n in reasons.items() if reason != LATE}
     reason = max(sorted(judged), key=lambda r: judged[r])
     side = reason.removeprefix("empty ").partition(" ")[0]
@@ -54,7 +55,7 @@ def hint(config: Input, reasons: Mapping[str, int], raw: str, key: str = "input"
 
 
 def _finer(unit: str) -> str:
-    """The units that a too large number may count."""
+    """The smaller units, which a number that is too large may count."""
     scales = [name for name, scale in MICROSECONDS.items() if scale < MICROSECONDS.get(unit, 10**7)]
     return " or ".join(scales) or "what is in that column?"
 
@@ -67,24 +68,24 @@ def timed(config: Input) -> bool:
 def time_warnings(
     config: Input, stats: Iterable[Mapping[str, Any]], reasons: Counter[str], total: int, until: dt.date
 ) -> list[str]:
-    """What is odd about the times of most rows: from before 1995, or from after the night's window."""
+    """Warnings where most rows are from before 1995, or from after the night's window."""
     if not timed(config):
         return []
-    found = []
+    warnings = []
     early = sum(unit["early"] for unit in stats)
     if early > (total - sum(reasons.values())) / 2:
         latest = max(unit["latest"] for unit in stats)
         day = dt.date(1970, 1, 1) + dt.timedelta(microseconds=latest)
-        found.append(
+        warnings.append(
             f"{early:,} of {total:,} rows are from before 1995, and no row is later than {day}: "
             f"{_likely(config, latest, until)}"
         )
     if reasons[LATE] > total / 2:
-        found.append(
+        warnings.append(
             f"{reasons[LATE]:,} of {total:,} rows are from {until} on, after this night's window: are --ds, "
             f"input.until and input.time_unit ({config.time_unit}) right?"
         )
-    return found
+    return warnings
 
 
 def _likely(config: Input, latest: int, until: dt.date) -> str:

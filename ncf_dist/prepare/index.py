@@ -1,34 +1,125 @@
-"""Dense, append-only indexes without the driver and without a single-task window.
+"""The step index: dense, append-only indexes of users and items, without the driver and without a single-task window.
 
 New keys are put into a fixed number of hash buckets. Counting the buckets gives each bucket's first index (a
 prefix sum over BUCKETS numbers, the only thing the driver sees); inside a bucket keys are ordered by value. So
 an index depends on the set of new keys and on the old table alone: not on partitions, file order or retries.
-A number once given is kept, and never given again: not even where the one it stood for is to be forgotten.
+A number that was given to an id is never given to another one, even where that id is to be forgotten.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from ncf_dist.ancestry import joined, partial_digest
+from ncf_dist import contracts
+from ncf_dist.ancestry import INDEXES, Sizes, index_sizes, joined, partial_digest
 from ncf_dist.errors import InputError
-from ncf_dist.parquet import read_table
-from ncf_dist.spark_io import map_in_arrow
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import TableInfo, read_schema, read_table
+from ncf_dist.prepare.filters import Filtered
+from ncf_dist.prepare.forget import Forget
+from ncf_dist.prepare.id_types import IdTypes
+from ncf_dist.prepare.workspace import Workspace
+from ncf_dist.spark_io import ROWS_PER_FILE, map_in_arrow, read_files, write_table
+from ncf_dist.spark_io import read_table as table_frame
+from ncf_dist.stage import production_nights
 
 BUCKETS = 4096
 """Part of the meaning of an index: never change it."""
 INT32_MAX = 2**31 - 1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Indexes:
+    """users: user_id, user_idx; items: item_id, item_idx; sizes: how many numbers have been given; digests: by the
+    names of `ancestry.INDEXES`; forgotten_users: how many users of the base's index are not in tonight's."""
+
+    users: DataFrame
+    items: DataFrame
+    tables: Mapping[str, TableInfo]
+    sizes: Sizes
+    digests: Mapping[str, str]
+    forgotten_users: int
+
+    def of(self, rows: DataFrame) -> DataFrame:
+        """Rows with user_idx and item_idx in place of the ids."""
+        indexed = rows.join(self.items, "item_id").join(self.users, "user_id")
+        return indexed.select("user_idx", "item_idx", "rating", "timestamp", "part")
+
+
+# ---- the run that a night extends
+
+
+def base_run(lake: Lake, ds: str) -> Manifest | None:
+    """The run whose indexes this night extends: the one it extended last time, or the latest finished one before `ds`.
+
+    A night keeps its base for ever: an earlier night that is made up for later must not renumber it.
+    """
+    if tonight := lake.stage(ds, "prepare").production():
+        recorded = tonight[0].inputs["index"]
+        return lake.stage(recorded["ds"], "prepare").load(recorded["run_key"]) if recorded else None
+    return next(production_nights(lake, "prepare", before=ds), None)
+
+
+def base_types(base: Manifest | None) -> tuple[pa.DataType | None, pa.DataType | None]:
+    """The types of user_id and item_id in the indexes of a run; None where they hold nothing."""
+    files = [base.files(table) if base else [] for table in INDEXES.values()]
+    user, item = (read_schema(paths[0]).types[0] if paths else None for paths in files)
+    return user, item
+
+
+# ---- tonight's indexes
+
+
+def extend_indexes(
+    space: Workspace, rows: Filtered, given: DataFrame | None, ids: IdTypes, base: Manifest | None, forget: Forget
+) -> Indexes:
+    """user_index and item_index: those of the base without forgotten users, then every new id. given: candidates,
+    which are items that need a number too."""
+    user_contract, item_contract = contracts.user_index(ids.user), contracts.item_index(ids.item)
+    before = index_sizes(base) if base else Sizes(0, 0)
+    old_users = forget.leave_out(table_frame(space.spark, base, user_contract), "user_id") if base else None
+    old_items = table_frame(space.spark, base, item_contract) if base else None
+    item_ids = rows.item_ids
+    if given is not None:
+        item_ids = item_ids.union(given.select(F.col("candidate").alias("item_id")))
+    users, user_table, n_users = _write_index(space, rows.user_ids, old_users, before.users, user_contract)
+    items, item_table, n_items = _write_index(space, item_ids, old_items, before.items, item_contract)
+    log.info("user_index: %s, item_index: %s", f"{user_table.rows:,}", f"{item_table.rows:,}")
+    tables = {user_contract.name: user_table, item_contract.name: item_table}
+    known = base.tables[user_contract.name].rows if base else 0
+    return Indexes(
+        users,
+        items,
+        tables,
+        Sizes(n_users, n_items),
+        digests(space.spark, {name: space.files(tables[table]) for name, table in INDEXES.items()}),
+        known + n_users - before.users - user_table.rows if base else 0,
+    )
+
+
+def _write_index(
+    space: Workspace, keys: DataFrame, old: DataFrame | None, start: int, contract: contracts.Contract
+) -> tuple[DataFrame, TableInfo, int]:
+    """(the extended index, its table, how many numbers have been given)."""
+    id_column, index_column = contract.columns
+    extended, size = extend_index(space.spark, keys, old, start, id_column, index_column)
+    table = write_table(extended, space.run, contract, F.floor(F.col(index_column) / F.lit(ROWS_PER_FILE)))
+    return read_files(space.spark, space.files(table), contract.schema), table, size
 
 
 def extend_index(
     spark: SparkSession, keys: DataFrame, old: DataFrame | None, start: int, id_column: str, index_column: str
 ) -> tuple[DataFrame, int]:
-    """(`old` and, from number `start` on, every key of `keys` that it does not hold: (id_column, index_column int32);
+    """(`old` and, numbered from `start` on, every key of `keys` that is not in it: (id_column, index_column int32);
     how many numbers have been given now).
 
     keys: one column `id_column`, repeats allowed, no nulls. start: how many numbers `old` and the indexes before it
@@ -46,7 +137,7 @@ def extend_index(
             f"{index_column}: {size:,} distinct {id_column} do not fit int32; needed at most {INT32_MAX:,}"
         )
     starts = enumerate([start + before for before in [0, *accumulate(sizes)][:-1]])
-    # A table, not an array of literals: Spark would plan and compile four thousand expressions for minutes.
+    # A table, not an array of literals: Spark would take minutes to plan and compile four thousand expressions.
     first = F.broadcast(spark.createDataFrame(list(starts), "_bucket int, _first int"))
     position = F.row_number().over(Window.partitionBy("_bucket").orderBy(id_column)) - 1
     numbered = new.join(first, "_bucket").select(

@@ -1,9 +1,9 @@
-"""Cut the train rows into files of equal size, in hashed order, with one shuffle.
+"""The step layout: cut the train rows into files of equal size, in hashed order, with one shuffle.
 
-A row's place in the table is the rank of its order hash. Bucket counts from the user pass give each bucket's first
-rank, so a bucket lies in one file or, at a boundary, in two. Rows of a boundary bucket are sent to both; each file's
-writer sorts its rows, knows the rank of the first one, and keeps its own share. File f of F holds ranks
-[f * n // F, (f + 1) * n // F): sizes differ by one at most.
+A row's place in the table is the rank of its order hash. Bucket counts from the pass over users give each bucket's
+first rank, so it is known in which files a bucket lies: in one, or at a boundary in several. The rows of a bucket are
+sent to each of its files. The writer of a file sorts its rows, knows the rank of the first one, and keeps its own
+share. File f of F holds ranks [f * n // F, (f + 1) * n // F): sizes differ by one at most.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from ncf_dist.config import Layout
+from ncf_dist.config import Config, Layout
 from ncf_dist.contracts import Contract
 from ncf_dist.parquet import FileInfo, TableInfo
-from ncf_dist.prepare.users import ORDER_BUCKETS
+from ncf_dist.prepare.user_tables import ORDER_BUCKETS, UserTables, staging_schema, train_contract
+from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray
 from ncf_dist.spark_io import WRITTEN, FileSink, Pass, map_in_arrow, runs_of, table_info, written_batch
 
@@ -37,8 +38,15 @@ def boundaries(rows: int, files: int) -> IntArray:
     return np.arange(files + 1, dtype=np.int64) * rows // files
 
 
+def write_train_table(space: Workspace, config: Config, users: UserTables) -> TableInfo:
+    """Write the train table from the rows that the pass over users staged."""
+    explicit = config.input.feedback == "explicit"
+    staged = space.read(users.staged, staging_schema(config.negatives, explicit))
+    return write_train(space, staged, users.buckets, train_contract(config.negatives, explicit), config.layout)
+
+
 def write_train(
-    spark: SparkSession, staged: DataFrame, buckets: IntArray, run: str, contract: Contract, layout: Layout
+    space: Workspace, staged: DataFrame, buckets: IntArray, contract: Contract, layout: Layout
 ) -> TableInfo:
     """Write the train table from the staged rows; `buckets`: (ORDER_BUCKETS,) rows in each."""
     rows = int(buckets.sum())
@@ -48,7 +56,7 @@ def write_train(
     first = np.searchsorted(ends, ranks[:-1], side="right") - 1
     last = np.searchsorted(ends, np.maximum(ranks[1:] - 1, ranks[:-1]), side="right") - 1
     places = [(b, int(first[b]), int(last[b])) for b in range(ORDER_BUCKETS) if buckets[b]]
-    where = spark.createDataFrame(places or [(-1, 0, 0)], "_bucket int, _first int, _last int")
+    where = space.spark.createDataFrame(places or [(-1, 0, 0)], "_bucket int, _first int, _last int")
     bucket = (F.shiftright("order_hash", 52) + ORDER_BUCKETS // 2).cast("int")
     placed = staged.withColumn("_bucket", bucket).join(F.broadcast(where), "_bucket")
     placed = placed.withColumn("_file", F.explode(F.sequence("_first", "_last"))).select(
@@ -57,9 +65,9 @@ def write_train(
     # Sorted by one small number, which Spark does by radix; a file's own rows are sorted where they are written.
     placed = placed.repartition("_file").sortWithinPartitions("_file")
     starts = ranks[np.minimum(np.searchsorted(last, np.arange(files)), ORDER_BUCKETS - 1)]
-    writer = _writer(f"{run}/{contract.name}", contract.schema, starts, ends)
+    writer = _writer(f"{space.run}/{contract.name}", contract.schema, starts, ends)
     written = map_in_arrow(placed, writer, WRITTEN).collect()
-    return table_info(contract, [FileInfo(**row.asDict()) for row in written], run)
+    return table_info(contract, [FileInfo(**row.asDict()) for row in written], space.run)
 
 
 def _writer(folder: str, schema: pa.Schema, starts: IntArray, ends: IntArray) -> Pass:

@@ -1,12 +1,12 @@
 """Where records begin and end in text: lines, or, where fields may be quoted (RFC 4180), records of several lines.
 
-A record that is quoted wrongly costs itself alone. Where its quoted field is followed by other text, or would run past
-max_line_bytes or the end of the file, the record is its first line, and reading goes on at the next one.
+A record that is quoted wrongly loses itself alone. Where its quoted field is followed by other text, or would run past
+max_line_bytes or the end of the file, the record is its first line, and reading goes on at the next line.
 
-Whether a line break is inside quotes depends on all that is before it. So a range of a file guesses where its first
-record begins (almost always rightly), and says where it began and where the record after its last one begins: `settle`
-has the ranges read again that began elsewhere than the ranges before them ended. The result is that of one reader that
-starts at byte 0, without another pass over the file.
+Whether a line break is inside quotes depends on all text before it. So the reader of a file range guesses where its
+first record begins (and is almost always right), and reports where it began and where the record after its last one
+begins. `read_ranges` reads every range again that did not begin where the ranges before it ended. The result is that of
+one reader that starts at byte 0, without a second pass over the file.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ncf_dist.prepare.source import Piece, Source
+from ncf_dist.prepare.source import FileRange, Source
 from ncf_dist.prepare.streams import BOM
 
 Positions = npt.NDArray[np.int64]
 Records = tuple[int, bytes, Positions, Positions]
 """Where a block begins in its file, the block, and where in the block each of its records begins and ends."""
-Seam = tuple[int, int]
-"""Where a range's first record begins, and the first record after the range."""
+RecordSpan = tuple[int, int]
+"""Where the first record of a file range begins, and where the first record after the range begins."""
 LF, CR, QUOTE = b'\n\r"'
 GUESSES = 100
-"""Lines at which a range's first record is looked for."""
+"""How many lines are tried as the first record of a range."""
 
 csv.field_size_limit(2**31 - 1)  # How long a field may be is decided by max_line_bytes.
 
@@ -95,7 +95,7 @@ def lines_of(block: bytes) -> tuple[Positions, Positions]:
 
 @dataclass(frozen=True)
 class Quotes:
-    """How records of quoted fields are told apart. fields: of a whole record, or None where that is not known."""
+    """How records of quoted fields are split. fields: how many a whole record has, or None where that is not known."""
 
     separator: str
     charset: str
@@ -103,8 +103,9 @@ class Quotes:
     fields: int | None = None
 
     def records(self, block: bytes, final: bool, until: int | None = None) -> tuple[Positions, Positions, int]:
-        """(where each record begins, where it ends, where an open one begins that goes on behind the block). The block
-        is whole lines and begins with a record. final: nothing is behind it. until: only records that begin before."""
+        """(where each record begins, where it ends, where the record begins that goes on after the block: the block's
+        length where there is none). The block is whole lines and begins with a record. final: nothing comes after it.
+        until: only records that begin before this place."""
         starts, ends = lines_of(block)
         rest = len(block)
         if QUOTE in block:
@@ -128,8 +129,8 @@ class Quotes:
         return starts, ends, rest
 
     def _odd_lines(self, block: bytes, starts: Positions) -> Positions:
-        """Lines that are not plainly one record each: a quote that opens is not at the start of a field, or one that
-        closes not at the end of one, or one is open at the line's end."""
+        """Lines that may not be one record each: an opening quote is not at the start of a field, a closing one is not
+        at the end of a field, or a quote is open at the end of the line."""
         view = np.frombuffer(block, dtype=np.uint8)
         quotes = np.flatnonzero(view == QUOTE)
         before = np.searchsorted(quotes, starts)  # Quotes before each line.
@@ -149,7 +150,7 @@ class Quotes:
         return np.flatnonzero(odd)
 
     def _count_lines(self, block: bytes, starts: Positions, ends: Positions, number: int, final: bool) -> int:
-        """How many lines the record that begins with this one has; 0 where it goes on behind the block."""
+        """How many lines the record has that begins with this one; 0 where it goes on after the block."""
         begin, used_up = int(starts[number]), False
 
         def lines() -> Iterator[str]:
@@ -171,8 +172,8 @@ class Quotes:
             return 0 if used_up and not final else 1
 
     def guess(self, stream: BinaryIO, start: int) -> int:
-        """Where the first record that begins at `start` or later probably begins: at a line from which on the fields
-        are quoted rightly and as many as they should be."""
+        """Where the first record at `start` or later probably begins: at the first line whose fields are quoted rightly
+        and are as many as they should be."""
         stream.seek(start - 1)
         data = bytes(stream.read(self.max_bytes + 1))
         lines = [start + end - 1 for end in lines_of(data)[1].tolist() if data[end - 1] == LF]
@@ -180,8 +181,8 @@ class Quotes:
             return lines[0] if lines else start
         pattern = self._pattern()
         for place in lines[:GUESSES]:
-            found = pattern.match(data, place - start + 1)
-            if found and self.fields in (None, _count_fields(found[0], self.separator, self.charset)):
+            record = pattern.match(data, place - start + 1)
+            if record and self.fields in (None, _count_fields(record[0], self.separator, self.charset)):
                 return place
         return lines[0]
 
@@ -211,7 +212,7 @@ def whole_records(
     lines = _Returning(whole_lines(stream, start, end, quotes.max_bytes, block_bytes))
     for offset, block in lines:
         if held and offset != at + len(held):
-            # The end of a line that is too long was left out: no record goes on behind it.
+            # The end of a line that is too long was left out: no record goes on after it.
             yield at, held, *quotes.records(held, True)[:2]
             held = b""
         at = at if held else offset
@@ -242,40 +243,42 @@ class _Returning:
         self.result = yield from self.generator
 
 
-def uncut(source: Source) -> Source:
-    """The same source with every file of quoted fields in one piece: for readers that cannot read a range again."""
+def with_whole_files(source: Source) -> Source:
+    """The same source with every file of quoted fields as one range: for readers that cannot read a range again."""
     if not source.quote:
         return source
-    ends = {piece.file: piece.end for unit in source.units for piece in unit}
+    ends = {part.file: part.end for unit in source.units for part in unit}
     units = [
-        tuple(Piece(piece.file, 0, ends[piece.file]) for piece in unit if not piece.start) for unit in source.units
+        tuple(FileRange(part.file, 0, ends[part.file]) for part in unit if not part.start) for unit in source.units
     ]
     return replace(source, units=tuple(unit for unit in units if unit))
 
 
-def settle(source: Source, read: Callable[[Source, Sequence[int]], Iterable[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What `read` says of every unit, in order, once each range began where the ranges before it ended.
-    read(source, units): dicts with `unit` and `seams` (a Seam a piece, none where fields are not quoted)."""
-    found: dict[int, dict[str, Any]] = {}
+def read_ranges(
+    source: Source, read: Callable[[Source, Sequence[int]], Iterable[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """What `read` returns for every unit, in order, with every range begun where the ranges before it ended.
+    read(source, units): dicts with `unit` and `spans` (one a file range; none where fields are not quoted)."""
+    by_unit: dict[int, dict[str, Any]] = {}
     again: Sequence[int] = range(len(source.units))
     while again:
-        found |= {int(stats["unit"]): stats for stats in read(source, again)}
-        source, again = _rejoined(source, {number: stats["seams"] for number, stats in found.items()})
-    return [found[number] for number in sorted(found)]
+        by_unit |= {int(stats["unit"]): stats for stats in read(source, again)}
+        source, again = _corrected(source, {number: stats["spans"] for number, stats in by_unit.items()})
+    return [by_unit[number] for number in sorted(by_unit)]
 
 
-def _rejoined(source: Source, seams: dict[int, Sequence[Seam]]) -> tuple[Source, list[int]]:
-    """(the source with what is now known of where its ranges begin, the units that began elsewhere). The first range of
-    a file that is wrong is right the next time, so this ends."""
+def _corrected(source: Source, spans: dict[int, Sequence[RecordSpan]]) -> tuple[Source, list[int]]:
+    """(the source whose ranges say where their first records begin, the units that must be read again). The first wrong
+    range of a file is right the next time, so this ends."""
     units, again = [list(unit) for unit in source.units], set()
     expected: dict[int, int] = {}
     for number, unit in enumerate(units):
-        for k, (piece, (first, after)) in enumerate(zip(unit, seams[number], strict=False)):
-            begin = expected.get(piece.file, first) if piece.start else first
-            end = 2**63 if piece.end is None else piece.end
-            none = begin >= end  # A record from before goes on to its end.
+        for k, (part, (first, after)) in enumerate(zip(unit, spans[number], strict=False)):
+            begin = expected.get(part.file, first) if part.start else first
+            end = 2**63 if part.end is None else part.end
+            none = begin >= end  # No record begins in this range: one from before goes on past its end.
             if begin != first and not (none and first >= end):
-                unit[k] = replace(piece, first=begin)
+                unit[k] = replace(part, first=begin)
                 again.add(number)
-            expected[piece.file] = begin if none else max(begin, after)
+            expected[part.file] = begin if none else max(begin, after)
     return replace(source, units=tuple(map(tuple, units))), sorted(again)

@@ -1,4 +1,5 @@
-"""Which rows are held out. Rules work on a block of whole users (NumPy); cutoffs in time are found once, by Spark.
+"""The step split: which rows are held out. Rules work on blocks of whole users (NumPy); Spark finds a temporal split's
+cutoffs once.
 
 - leave-one-out, leave-k-out (He et al. 2017, section 4.1): a user's k latest rows are test rows, the k before them
   validation rows. Users with fewer than `min_interactions` items keep all of them in train.
@@ -17,16 +18,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from ncf_dist.config import Split
-from ncf_dist.contracts import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT
-from ncf_dist.prepare.clean import value_at
-from ncf_dist.prepare.rows import day_start
+from ncf_dist.config import Config, Split
+from ncf_dist.contracts import TEST_SPLIT, TRAIN_SPLIT, VALIDATION_SPLIT, day_start
+from ncf_dist.prepare.filters import Filtered
 from ncf_dist.sampling import IntArray, Purpose, hash64, hash64_column
 
 LEAST = -(2**63)
+DIGIT_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,13 @@ class Cutoff:
     tie: int = LEAST
 
     def holds(self, time: IntArray, tie: IntArray) -> npt.NDArray[np.bool_]:
-        found: npt.NDArray[np.bool_] = (time > self.time) | ((time == self.time) & (tie >= self.tie))
-        return found
+        held: npt.NDArray[np.bool_] = (time > self.time) | ((time == self.time) & (tie >= self.tie))
+        return held
 
 
 @dataclass(frozen=True)
 class SplitRule:
-    """A split that travels to the workers: the config, and for temporal splits where they cut."""
+    """A split, sent to the workers: the config, and for temporal splits where they cut."""
 
     split: Split
     seed: int
@@ -107,7 +108,8 @@ def leave_k(
 def _latest_of_train(
     code: npt.NDArray[np.int8], time: IntArray, tie: IntArray, offsets: IntArray, train: npt.NDArray[np.bool_]
 ) -> int:
-    """`leave_k` of one validation row a user among the train rows, where another is left."""
+    """Mark the latest train row of each user as validation, where the user has another one; returns the users a tie
+    decided."""
     at = np.flatnonzero(train)
     row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[at]
     users, sizes = np.unique(row, return_counts=True)
@@ -127,6 +129,12 @@ def latest_first(time: IntArray, tie: IntArray, offsets: IntArray) -> tuple[IntA
     order = np.lexsort((tie, time, row))
     back = np.repeat(offsets[1:], sizes) - 1 - np.arange(len(time))
     return order, back
+
+
+def split_rule(config: Config, rows: Filtered, indexed: DataFrame) -> SplitRule:
+    """The rule of the config, with the cutoffs of a temporal split. indexed: the rows with user_idx and item_idx."""
+    rule = SplitRule(config.split, config.seed)
+    return temporal_rule(rule, rows.rows, indexed, rows.count) if config.split.strategy == "temporal" else rule
 
 
 def temporal_rule(rule: SplitRule, rows: DataFrame, indexed: DataFrame, n: int) -> SplitRule:
@@ -160,5 +168,33 @@ def _cut_at(rows: DataFrame, indexed: DataFrame, position: int, n: int, seed: in
     return Cutoff(time, value_at(at_cut, tie, position - earlier))
 
 
-def day_of(microseconds: int) -> str:
+def value_at(frame: DataFrame, key: Column, position: int) -> int:
+    """The value at `position` (from 0) of `key` (bigint) in ascending order: exact, by radix select in four counting
+    passes, with at most 2^16 counts on the driver."""
+    ordered = key.bitwiseXOR(F.lit(-(2**63)).cast("bigint"))  # As unsigned numbers these sort like the signed ones.
+    keys = frame.select(ordered.alias("k"))
+    value = 0
+    for shift in (48, 32, 16, 0):
+        digit = F.shiftrightunsigned("k", shift).bitwiseAND(F.lit(2**DIGIT_BITS - 1)).cast("int")
+        within = keys if shift == 48 else keys.where(F.shiftrightunsigned("k", shift + DIGIT_BITS) == F.lit(value))
+        counts = sorted(
+            (int(row["d"]), int(row["count"])) for row in within.groupBy(digit.alias("d")).count().collect()
+        )
+        for digit_value, count in counts:
+            if position < count:
+                value = (value << DIGIT_BITS) | digit_value
+                break
+            position -= count
+        else:
+            raise IndexError(f"position is {position} rows past the end")
+    return value - 2**63
+
+
+def split_facts(rule: SplitRule) -> dict[str, str]:
+    """Where a temporal split cut, as ISO 8601 times in UTC."""
+    cuts = {"test_cutoff": rule.test, "validation_cutoff": rule.validation}
+    return {name: _iso(cut.time) for name, cut in cuts.items() if cut is not None and cut.time < 2**62}
+
+
+def _iso(microseconds: int) -> str:
     return (dt.datetime(1970, 1, 1) + dt.timedelta(microseconds=microseconds)).isoformat()

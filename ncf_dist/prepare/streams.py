@@ -1,7 +1,7 @@
 """Text files as streams of UTF-8 or Latin-1 lines that end in a line feed, however they were written.
 
-Compressed files are unpacked on the way. Files with a byte-order mark of UTF-16 or UTF-32 come as UTF-8, and a place in
-them is then that of the UTF-8; the carriage returns of files that have no line feed come as line feeds.
+Compressed files are decompressed. Files with a byte-order mark of UTF-16 or UTF-32 are converted to UTF-8, and a place
+in them is one in the UTF-8. In files without line feeds, carriage returns become line feeds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEADER_LIMIT = 2**20
 SNIFFED = 2**16
 _WIDE = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
          codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
-"""UTF-32 first: its mark begins as that of UTF-16 does."""
+"""UTF-32 first: its little-endian mark begins with that of UTF-16."""
 
 Written = Literal["plain", "cr", "utf-16", "utf-32"]
 
@@ -36,7 +36,7 @@ def written(head: bytes) -> Written:
 
 
 def wide(how: Written) -> bool:
-    """Whether a character takes two bytes or four: the stream then is UTF-8, and cannot begin inside of the file."""
+    """Whether a character takes two bytes or four: then the stream is converted, and cannot start inside the file."""
     return how not in ("plain", "cr")
 
 
@@ -65,7 +65,7 @@ def head(path: str, size: int = SNIFFED) -> tuple[bytes, Written]:
 
 
 class _Returns:
-    """Carriage returns as line feeds: no byte moves, so a place stays what it was."""
+    """Carriage returns as line feeds: places in the stream are places in the file."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -78,7 +78,7 @@ class _Returns:
 
 
 class _Wide:
-    """UTF-16 or UTF-32 as UTF-8. What is no text there is none here either: such lines go to the quarantine."""
+    """UTF-16 or UTF-32 as UTF-8. Text that is invalid stays invalid, so that its lines go to the quarantine."""
 
     def __init__(self, stream: Any, charset: str) -> None:
         self._stream = stream
@@ -92,10 +92,9 @@ class _Wide:
             try:
                 text = self._decoder.decode(data).encode("utf-8", "surrogatepass")
             except UnicodeDecodeError:
-                text, data = b"\xff", b""  # Half a character at a place where none can begin: the rest is lost.
+                text, data = b"\xff", b""  # An invalid character: nothing after it can be decoded.
             if not data:
                 self._ended = True
                 if self._decoder.getstate()[0]:
                     text += b"\xff"
-        # Two returns that end a line are one end.
         return text

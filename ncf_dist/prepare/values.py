@@ -1,7 +1,7 @@
 """Columns of text, or of whatever type a file has, as integers, floats and moments; and which values really are one.
 
-A column is cast at once; where that fails its slices are, and of a slice that holds something odd the odd rows alone
-are looked at. Numbers may be written as floats (454.0, 1e3), as pandas writes integers that have a gap among them.
+A column is cast at once; where that fails, its slices are cast one by one, and in a slice that fails only the odd rows
+are parsed one by one. Integers may be written as floats (454.0, 1e3): pandas does so where a value is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 YEAR_2200 = 7_258_118_400_000_000
 """In microseconds since 1970. A later time is a wrong unit."""
 YEAR_1995 = 788_918_400_000_000
-"""In microseconds since 1970. Most rows from before it: a wrong unit, too, as hardly any log is so old."""
+"""In microseconds since 1970. Hardly any log is so old: where most rows are earlier, the unit is wrong, too."""
 Values = tuple[npt.NDArray[Any], Mask]
 """(R,) values, and (R,) which of them are one."""
 _INTEGER = r"^[+-]?[0-9]+$"
@@ -34,7 +34,7 @@ NO_FRACTION = r"\.0*$"
 NAN = r"^[+-]?nan$"
 INT64_MAX = pa.scalar(2**63 - 1, pa.uint64())
 EXACT_FLOAT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
-"""Up to here a float is one integer and no other; beyond it an id may have been another one."""
+"""Up to this size each integer has a float of its own; beyond it an id may have been rounded to its neighbour."""
 _FLOAT = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _NOT_FINITE = r"^[+-]?(nan|inf|infinity)$"
 _ZONE = r"(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"
@@ -43,7 +43,7 @@ _TIME = r"[ T][0-9]{2}(:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?"
 
 
 def truths(column: pa.Array) -> tuple[npt.NDArray[np.float32], Mask]:
-    """As `floats`; but true and false, as a type or as a word, are 1 and 0: somebody liked it, or did not."""
+    """As `floats`; but true and false, as a type or as a word, are 1 and 0: liked or not."""
     if pa.types.is_boolean(column.type):
         return pc.fill_null(column, False).cast(pa.float32()).to_numpy(), as_mask(pc.is_valid(column))
     values, ok = floats(column)
@@ -55,17 +55,17 @@ def truths(column: pa.Array) -> tuple[npt.NDArray[np.float32], Mask]:
 
 
 def moments(column: pa.Array, scale: int) -> tuple[npt.NDArray[np.int64], Mask]:
-    """((R,) microseconds since 1970 of numbers that count `scale` of them, which are a number). Fractions are rounded
-    to a microsecond; what is below 0 or beyond the year 2199 comes as a number just out of these bounds."""
+    """((R,) microseconds since 1970, (R,) which values are a number). scale: microseconds of one unit of the column.
+    Fractions are rounded to a microsecond; a time below 0 or beyond the year 2199 becomes one just out of bounds."""
     values, ok = integers(column)
-    found = np.clip(values, -1, YEAR_2200 // scale) * scale
+    times = np.clip(values, -1, YEAR_2200 // scale) * scale
     if not ok.all() and not pa.types.is_boolean(column.type):
         text = pa.types.is_string(column.type)
         numbers = _doubles(column) if text else column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         fraction = ~ok & np.isfinite(numbers)
         rounded = np.rint(np.where(fraction, np.clip(numbers, -1, YEAR_2200 // scale), 0) * scale)
-        found, ok = np.where(fraction, rounded.astype(np.int64), found), ok | fraction
-    return found, ok
+        times, ok = np.where(fraction, rounded.astype(np.int64), times), ok | fraction
+    return times, ok
 
 
 def _doubles(column: pa.Array) -> npt.NDArray[np.float64]:
@@ -76,7 +76,7 @@ def _doubles(column: pa.Array) -> npt.NDArray[np.float64]:
 
 
 def bytes_of(text: pa.Array) -> npt.NDArray[np.uint8]:
-    """All bytes of a string array: a look at them costs a thirtieth of one at every value."""
+    """All bytes of a string array: checking these takes a thirtieth of the time of checking every value."""
     _, offsets, data = text.buffers()
     if not len(text) or data is None:
         return np.zeros(0, dtype=np.uint8)
@@ -105,8 +105,8 @@ def integers(column: pa.Array) -> tuple[npt.NDArray[np.int64], Mask]:
 
 
 def _in_slices(column: pa.Array, whole: Callable[[pa.Array], Values], each: Callable[[pa.Array], Values]) -> Values:
-    """`whole` reads a column at once and raises ArrowInvalid where it holds something odd: then it reads the column's
-    slices, and `each`, which reads anything, those that are odd."""
+    """The column cast by `whole`; where that raises ArrowInvalid for an odd value, slice by slice, and odd slices by
+    `each`, which takes any value."""
     try:
         return whole(column)
     except pa.ArrowInvalid:
@@ -145,8 +145,8 @@ def _integers_one_by_one(column: pa.Array) -> Values:
 
 
 def _odd_integers(text: pa.Array) -> Values:
-    """Signs, leading zeros, any number of digits, by their text: Python's int() refuses 5,000. What is written
-    as a float, 454.0 or 1e3, is an integer where it is whole and floats are exact."""
+    """Integers with a plus sign, leading zeros or any number of digits, compared as text, since Python's int() refuses
+    5,000 digits. A float such as 454.0 or 1e3 is an integer where it is whole and small enough to be exact."""
     pointed = as_mask(pc.match_substring_regex(text, _POINTED))
     if pointed.any():
         text = pc.if_else(pa.array(pointed), pc.replace_substring_regex(text, NO_FRACTION, ""), text)
@@ -196,18 +196,18 @@ def iso_times(column: pa.Array) -> tuple[npt.NDArray[np.int64], Mask]:
 
 
 def _iso_whole(text: pa.Array) -> Values:
-    """All as the first value is: with a zone or without. Raises ArrowInvalid."""
+    """All values written as the first one: with a zone, or without. Raises ArrowInvalid."""
     first = text[0].as_py() if len(text) else None
     return _iso_cast(text, pa.timestamp("us", "UTC" if first is not None and re.search(_ZONE, first[10:]) else None))
 
 
 def _iso_cast(text: pa.Array, kind: pa.DataType) -> Values:
-    found = text.cast(kind).cast(pa.int64())
-    return pc.fill_null(found, 0).to_numpy(), as_mask(pc.is_valid(found))
+    times = text.cast(kind).cast(pa.int64())
+    return pc.fill_null(times, 0).to_numpy(), as_mask(pc.is_valid(times))
 
 
 def _iso_one_by_one(text: pa.Array) -> Values:
-    """Most are of a form that Arrow reads; the others are Python's."""
+    """Arrow parses the forms that it knows; Python parses the others one by one."""
     text = pc.replace_substring_regex(text, r"(\.[0-9]{6})[0-9]+", r"\1")  # Arrow refuses what it would have to cut.
     text = pc.replace_substring_regex(text, r"([0-9])\s*(?:UTC|GMT|[Zz])$", r"\1Z")
     text = pc.replace_substring_regex(text, r"(:[0-9.]+)\s+([+-][0-9]{2}(?::?[0-9]{2})?)$", r"\1\2")
@@ -223,7 +223,7 @@ def _iso_one_by_one(text: pa.Array) -> Values:
 
 
 def _iso_halves(text: pa.Array, kind: pa.DataType) -> Values:
-    """Casts, halving where that fails, so that 30 February alone is none."""
+    """Casts, halving the array where that fails, so that 30 February makes no other value invalid."""
     try:
         return _iso_cast(text, kind)
     except pa.ArrowInvalid:

@@ -1,36 +1,28 @@
 """From columns of text to typed interactions: each row is whole, rejected with a reason, or of a user to be forgotten.
 
-What is wrong with a row does not matter where its user is to be forgotten: it is neither kept nor rejected. While
-anybody is, a rejected row that nobody can say the user of is kept without its text.
+A row of a user to be forgotten is neither kept nor rejected, whatever is wrong with it. While the list of such users is
+not empty, a rejected row whose user cannot be read goes to the quarantine without its text, which may name anybody.
 
-A chunk is tried whole first (one cast a column), then in slices; only the odd rows of a slice are looked at one by one.
+A column is cast at once where that works, else in slices; only the odd rows of a slice are looked at one by one.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ncf_dist.contracts import QUARANTINE
-from ncf_dist.prepare.chunks import Chunk, as_mask, row_by_row
+from ncf_dist.prepare.chunks import Chunk, as_mask
 from ncf_dist.prepare.forget import NOBODY, Forget
-from ncf_dist.prepare.reading import read_unit
-from ncf_dist.prepare.records import Seam
 from ncf_dist.prepare.source import Source
 from ncf_dist.prepare.values import (
     EXACT_FLOAT,
     MICROSECONDS,
     NAN,
     NO_FRACTION,
-    YEAR_1995,
     YEAR_2200,
     bytes_of,
     integers,
@@ -38,18 +30,18 @@ from ncf_dist.prepare.values import (
     moments,
     truths,
 )
-from ncf_dist.spark_io import ROWS_PER_FILE, FileSink, Pass
 
 NULLS = pa.array(["\\N", "NULL", "null"])
-"""What writes a missing id as text."""
+"""How databases write a missing id as text."""
 LATE = "timestamp is at or after the end of the window"
-"""The one reason that does not speak against the file: the log goes on after ds."""
+"""The one reason that is no fault of the file: the log goes on after ds."""
 FAR = "timestamp is after the year 2199"
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """What a row must be; travels to the workers. until: microseconds since 1970. part: 0 train file, 1 test file."""
+    """What a row must be; sent to the workers. until: microseconds since 1970, the first moment that is too late;
+    part: 0 for the log, 1 for the split's test file; staging: the folder that rows are written to."""
 
     source: Source
     user_id: pa.DataType
@@ -74,74 +66,8 @@ def staged_schema(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
-def read_pass(spec: RowSpec) -> Pass:
-    """For mapInArrow over unit numbers (column `id`): writes each unit's rows under `staging` and yields `stats`
-    (JSON): rows read, how many of them are forgotten, counts by reason, files of rows and of rejects, or the error
-    that kept a file from being read."""
-
-    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        found = [read_one(spec, unit) for batch in batches for unit in batch.column(0).to_pylist()]
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats) for stats in found]})
-
-    return run
-
-
-def read_one(spec: RowSpec, unit: int) -> dict[str, Any]:
-    """Read, type and stage one unit, a block and a file's rows at a time."""
-    reasons: Counter[str] = Counter()
-    total, whole, early, latest = 0, 0, 0, 0
-    keys = [pa.schema([spec.schema.field(name)]) for name in ("user_id", "item_id")]
-    schemas = {"rows": spec.schema, "rejects": QUARANTINE.schema, "user_id": keys[0], "item_id": keys[1]}
-    sinks = {kind: FileSink(f"{spec.staging}/{kind}-{spec.part}", schema) for kind, schema in schemas.items()}
-    distinct = [_Distinct(sinks[name], unit) for name in ("user_id", "item_id")]
-    seams: list[Seam] = []
-    try:
-        for chunk in read_unit(spec.source, spec.source.units[unit], seams):
-            total += len(chunk.place)
-            for rows, rejects in row_by_row(chunk, lambda part: typed(part, spec)):
-                whole += rows.num_rows
-                early += int(pc.sum(pc.less(rows["timestamp"], YEAR_1995)).as_py() or 0)
-                latest = max(latest, pc.max(rows["timestamp"]).as_py() or 0)
-                sinks["rows"].add(unit, rows)
-                for one in distinct:
-                    one.add(rows)
-                if rejects is not None:
-                    sinks["rejects"].add(unit, rejects)
-                    reasons.update(rejects.column("reason").to_pylist())
-    except (OSError, pa.ArrowException) as error:
-        named = ", ".join(spec.source.files[piece.file] for piece in spec.source.units[unit][:3])
-        return {"unit": unit, "seams": [], "error": f"{named} cannot be read: {error}"}
-    for one in distinct:
-        one.flush()
-    files = {kind: [f"{sink.folder}/{info.path}" for info in sink.close()] for kind, sink in sinks.items()}
-    forgotten = total - whole - reasons.total()
-    facts = {"unit": unit, "rows": total, "forgotten": forgotten, "reasons": reasons, "early": early, "latest": latest}
-    return {**facts, "seams": seams, "files": files}
-
-
-class _Distinct:
-    """The ids of a unit, each about once: an index is small beside the rows, so Spark need not see each row's."""
-
-    def __init__(self, sink: FileSink, unit: int) -> None:
-        self.sink, self.unit = sink, unit
-        self._held: list[pa.Array] = []
-        self._size = 0
-
-    def add(self, rows: pa.Table) -> None:
-        [name] = self.sink.schema.names
-        self._held.append(pc.unique(rows[name]))
-        self._size += len(self._held[-1])
-        if self._size > ROWS_PER_FILE:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._size:
-            self.sink.add(self.unit, pa.table([pc.unique(pa.chunked_array(self._held))], schema=self.sink.schema))
-        self._held, self._size = [], 0
-
-
 def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
-    """(the whole rows, the rejected ones or None); those of users to be forgotten are in neither."""
+    """(the whole rows, the rejected ones or None). Rows of users to be forgotten are in neither."""
     size = len(chunk.place)
     columns = {
         "user_id": _id(chunk, "user", spec.user_id),
@@ -174,8 +100,8 @@ def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
 
 
 def _id(chunk: Chunk, name: str, kind: pa.DataType) -> pa.Array:
-    """(R,) ids of the wanted type; null or "" where there is none to be read. Numbers that pandas wrote as floats,
-    because a gap was among them, are the integers that they were."""
+    """(R,) ids of the wanted type; null or "" where the id cannot be read. Floats that pandas made of integers, because
+    a value was missing, become integers again."""
     column = chunk.columns[name]
     if pa.types.is_floating(column.type):
         chunk.reject(pc.is_nan(column), f"{name} id is null")
@@ -214,9 +140,9 @@ def _text_of(column: pa.Array) -> pa.Array:
 
 
 def _visible_ascii(text: pa.Array) -> bool:
-    """Whether no value holds a blank or a NUL."""
-    found = bytes_of(text)
-    return not len(found) or bool(found.min() > 32 and found.max() < 127)
+    """Whether all characters are visible ASCII, so that no value holds a space or a NUL."""
+    data = bytes_of(text)
+    return not len(data) or bool(data.min() > 32 and data.max() < 127)
 
 
 def _rating(chunk: Chunk, bounds: tuple[float, float] | None) -> pa.Array:
@@ -258,11 +184,6 @@ def _timestamp(chunk: Chunk, unit: str, until: int) -> pa.Array:
     chunk.reject(values < 0, "timestamp is negative")
     implausible = values >= YEAR_2200 // scale
     chunk.reject(implausible, FAR)
-    found = np.where(implausible | (values < 0), 0, values) * scale
-    chunk.reject(found >= until, LATE)
-    return pa.array(found)
-
-
-def day_start(day: dt.date) -> int:
-    """Microseconds since 1970 at which `day` begins in UTC."""
-    return (day - dt.date(1970, 1, 1)).days * 86_400_000_000
+    microseconds = np.where(implausible | (values < 0), 0, values) * scale
+    chunk.reject(microseconds >= until, LATE)
+    return pa.array(microseconds)

@@ -1,36 +1,50 @@
-"""Side tables: facts about users or items, read as the log is, checked against the index, carried along with types.
+"""The step side tables: facts about users or items, read as the log is, typed, and joined with the index.
 
-A row without a usable id is left out and counted; of rows with the same id the smallest stands, and they are counted; a
-value that is not of its type is null, and counted. Nothing here reaches the trainer.
+A row without a usable id is left out; of rows with the same id the smallest is kept; a value that is not of its type
+becomes null. Each of these is counted. Nothing here reaches the trainer.
 """
 
 from __future__ import annotations
 
-import posixpath
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import contracts
-from ncf_dist.config import SideTable
+from ncf_dist.config import Input, SideTable
 from ncf_dist.errors import InputError
-from ncf_dist.files import file_url
 from ncf_dist.parquet import TableInfo
 from ncf_dist.prepare.chunks import Chunk, as_mask, row_by_row
+from ncf_dist.prepare.columns import side_source
 from ncf_dist.prepare.forget import NOBODY, Forget
+from ncf_dist.prepare.id_types import IdTypes
+from ncf_dist.prepare.index import Indexes
 from ncf_dist.prepare.reading import read_unit
+from ncf_dist.prepare.records import with_whole_files
+from ncf_dist.prepare.run_inputs import RunInputs
 from ncf_dist.prepare.source import Source
 from ncf_dist.prepare.values import floats, integers
-from ncf_dist.spark_io import ROWS_PER_FILE, Pass, map_in_arrow, spark_path, write_table
+from ncf_dist.prepare.workspace import Workspace
+from ncf_dist.spark_io import ROWS_PER_FILE, Pass, map_in_arrow, write_table
 
 TYPES = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+log = logging.getLogger(__name__)
 _TRUE, _FALSE = pa.array(["true", "t", "yes", "y", "1"]), pa.array(["false", "f", "no", "n", "0"])
+
+
+@dataclass(frozen=True)
+class SideTables:
+    """tables: users, unseen_users, items, as far as the config has them; facts: counts of each table's rows."""
+
+    tables: Mapping[str, TableInfo]
+    facts: Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class SideSpec:
 
 
 def side_columns(side: SideTable, kind: str) -> dict[str, pa.DataType]:
+    """The types of the columns of side table `kind`, items or users."""
     further = {name: TYPES[column.type] for name, column in side.columns.items()}
     return {"title": pa.string(), **further} if kind == "items" else further
 
@@ -72,8 +87,8 @@ def side_pass(spec: SideSpec) -> Pass:
 
 
 def typed(chunk: Chunk, spec: SideSpec) -> pa.RecordBatch:
-    """One row a row of the chunk: id, columns, how many values were not of their type, whether the id is unusable, and
-    whether it is to be forgotten: then only that is said."""
+    """(R,) id, columns, how many values were not of their type, whether the id is unusable, and whether it is to be
+    forgotten (then the other columns are null)."""
     column = chunk.columns["id"]
     if spec.id_type == pa.string():
         ids = column.cast(pa.string())
@@ -123,25 +138,35 @@ def _value(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, np.ndarray]:
     return pc.if_else(pa.array(ok & present), values, None), present & ~ok
 
 
+def write_side_tables(
+    space: Workspace, config: Input, inputs: RunInputs, indexes: Indexes, ids: IdTypes, forget: Forget
+) -> SideTables:
+    """Write the side tables of the config. Raises ConfigError, InputError."""
+    tables: dict[str, TableInfo] = {}
+    facts: dict[str, dict[str, int]] = {}
+    for kind, side, files, id_type, index, gone in (
+        ("users", config.users, inputs.users, ids.user, indexes.users, forget),
+        ("items", config.items, inputs.items, ids.item, indexes.items, NOBODY),
+    ):
+        if side is None:
+            continue
+        source = with_whole_files(side_source(kind, side, config.format, files))
+        spec = SideSpec(source, id_type, side_columns(side, kind), gone)
+        written, counts = write_side(space, spec, side_contract(side, kind, id_type), index)
+        tables |= written
+        facts[f"side_{kind}"] = counts
+        if counts["unusable"] or counts["repeated"] or counts["bad_values"]:
+            log.warning("input.%s: %s", kind, counts)
+    return SideTables(tables, facts)
+
+
 def write_side(
-    spark: SparkSession, spec: SideSpec, contract: contracts.Contract, index: DataFrame, run: str, staging: str
+    space: Workspace, spec: SideSpec, contract: contracts.Contract, index: DataFrame
 ) -> tuple[dict[str, TableInfo], dict[str, int]]:
-    """Write the side table of every indexed id, and of users those that have no index; (the tables, what was found).
-    Raises InputError where it has no row. index: (id, idx) frame of the side's index."""
+    """Write the side table of every indexed id, and of users those that have no index; (the tables, counts of rows).
+    Raises InputError where it has no row with an id. index: (id, idx) frame of the side's index."""
     kind = contract.name
-    units = len(spec.source.units)
-    path = posixpath.join(staging, kind)
-    schema = from_arrow_schema(spec.schema)
-    map_in_arrow(spark.range(0, units, 1, max(1, units)), side_pass(spec), schema).write.parquet(file_url(path))
-    rows = spark.read.schema(schema).parquet(spark_path(path))
-    sums = (F.coalesce(F.sum(F.col(mark).cast("int")), F.lit(0)) for mark in ("_unusable", "_bad", "_forgotten"))
-    total, unusable, bad, forgotten = rows.agg(F.count("*"), *sums).collect()[0]
-    if total == unusable:
-        raise InputError(
-            f"input.{kind} {', '.join(spec.source.files[:3])} has no row with a usable id ({total:,} rows read); "
-            f"needed a table of {kind}: set input.{kind}.id to the column of the ids, or input.{kind}.separator and "
-            f"input.{kind}.header to how it is written"
-        )
+    rows, counts = _typed_rows(space, spec, kind)
     id_column, idx = index.columns
     known = rows.where(~F.col("_unusable") & ~F.col("_forgotten")).groupBy("id")
     one = known.agg(F.min(F.struct(*spec.columns)).alias("s"), F.count("*").alias("n")).select("id", "n", "s.*")
@@ -149,23 +174,36 @@ def write_side(
     if "title" in spec.columns:
         empty = F.coalesce(F.trim("title"), F.lit("")) == ""
         joined = joined.withColumn("title", F.when(empty, F.col(id_column).cast("string")).otherwise(F.col("title")))
-    joined.write.parquet(file_url(path + "-joined"))
-    stored = spark.read.schema(joined.schema).parquet(spark_path(path + "-joined"))
+    stored = space.stored(joined, f"{kind}-joined")
     unknown, without, repeated = stored.agg(
         F.coalesce(F.sum(F.col(idx).isNull().cast("int")), F.lit(0)),
         F.coalesce(F.sum(F.col("n").isNull().cast("int")), F.lit(0)),
         F.coalesce(F.sum(F.col("n") - 1), F.lit(0)),
     ).collect()[0]
-    found = {
-        "rows": total, "unusable": unusable, "repeated": repeated, "unknown": unknown, "without": without,
-        "bad_values": bad,
-    }  # fmt: skip
-    if spec.forget.ids is not None:
-        found["forgotten"] = forgotten
     file = F.floor(F.col(idx) / F.lit(ROWS_PER_FILE))
-    tables = {kind: write_table(stored.where(F.col(idx).isNotNull()), run, contract, file)}
+    tables = {kind: write_table(stored.where(F.col(idx).isNotNull()), space.run, contract, file)}
     if kind == "users":
         unseen = contracts.unseen_users(spec.id_type)
         file = F.pmod(F.xxhash64(id_column), F.lit(1 + unknown // ROWS_PER_FILE))
-        tables[unseen.name] = write_table(stored.where(F.col(idx).isNull()), run, unseen, file)
-    return tables, {name: int(value) for name, value in found.items()}
+        tables[unseen.name] = write_table(stored.where(F.col(idx).isNull()), space.run, unseen, file)
+    joins = {"repeated": repeated, "unknown": unknown, "without": without}
+    order = ("rows", "unusable", "repeated", "unknown", "without", "bad_values", "forgotten")
+    every = counts | {name: int(value) for name, value in joins.items()}
+    return tables, {name: every[name] for name in order if name in every}
+
+
+def _typed_rows(space: Workspace, spec: SideSpec, kind: str) -> tuple[DataFrame, dict[str, int]]:
+    """(the typed rows of the side table with their marks, counts of these). Raises InputError where no id is usable."""
+    units = len(spec.source.units)
+    numbers = space.spark.range(0, units, 1, max(1, units))
+    rows = space.stored(map_in_arrow(numbers, side_pass(spec), from_arrow_schema(spec.schema)), kind)
+    sums = (F.coalesce(F.sum(F.col(mark).cast("int")), F.lit(0)) for mark in ("_unusable", "_bad", "_forgotten"))
+    total, unusable, bad, forgotten = (int(count) for count in rows.agg(F.count("*"), *sums).collect()[0])
+    if total == unusable:
+        raise InputError(
+            f"input.{kind} {', '.join(spec.source.files[:3])} has no row with a usable id ({total:,} rows read); "
+            f"needed a table of {kind}: set input.{kind}.id to the column of the ids, or input.{kind}.separator and "
+            f"input.{kind}.header to how it is written"
+        )
+    listed = {"forgotten": forgotten} if spec.forget.ids is not None else {}
+    return rows, {"rows": total, "unusable": unusable, "bad_values": bad, **listed}

@@ -1,10 +1,9 @@
-"""One pass over users: deduplicate, hold out, draw negatives and candidates, and write what is ordered by user.
+"""The step users: one pass over users, which removes duplicates, holds rows out, draws negatives and candidates, and
+writes the tables that are ordered by user.
 
-Rows arrive grouped by user and ascending in user_idx. A task holds a block of whole users at a time (`BLOCK_ROWS`, or
-one user if that user is larger) and works on it with NumPy; nothing here depends on how users were dealt to tasks.
+A task holds one block of whole users at a time (user_blocks.py: `BLOCK_ROWS` rows, or one user with more) and works on
+it with NumPy; nothing here depends on which task has which users.
 
-- Duplicate (user, item): the latest row wins, among equal times the highest rating (rows equal in both are the same
-  row); a row of the test file wins over one of the train file.
 - Which rows are held out: `splits.py`.
 - Negatives of a train positive are drawn from the items its user has not interacted with in train; candidates of a
   held-out row are distinct items the user has not interacted with at all (`ncf_dist/sampling.py`), or those given.
@@ -14,30 +13,38 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 
 from ncf_dist import contracts, sampling
-from ncf_dist.config import Negatives
-from ncf_dist.parquet import read_table
+from ncf_dist.config import Config, Negatives
+from ncf_dist.parquet import FileInfo, TableInfo
+from ncf_dist.prepare.index import Indexes
+from ncf_dist.prepare.item_tables import item_weights, read_weights
 from ncf_dist.prepare.splits import SplitRule
+from ncf_dist.prepare.user_blocks import Block, deduplicate, whole_users
+from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray, Purpose, hash64
-from ncf_dist.spark_io import FileSink, Pass
+from ncf_dist.spark_io import FileSink, Pass, map_in_arrow, table_info
 
-BLOCK_ROWS = 262_144
+ROWS_PER_FILE = 500_000
+MIN_FILES = 8
+BY_USER = (contracts.INTERACTIONS, contracts.HISTORY, contracts.VALIDATION, contracts.TEST)
 ORDER_BUCKETS = 4096
 """Train rows are counted by the top bits of their order hash, to cut them into equal files."""
 
 
 @dataclass(frozen=True)
 class UserPass:
-    """What the pass needs to know; travels to the workers. weights: files of item_weights, none for uniform
-    negatives. explicit: ratings in place of negatives. given: candidates come with the rows."""
+    """What the pass needs to know; sent to the workers. weights: files of item_weights, none for uniform negatives.
+    explicit: train rows have ratings in place of negatives. given: rows bring their candidates."""
 
     run: str
     staging: str
@@ -52,29 +59,61 @@ class UserPass:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Whole users, rows ascending by (user, item), each pair once. R rows, U users.
-    candidates: (R,) object, the given list of a test row or None."""
+class UserTables:
+    """tables: those of `BY_USER`, and item_weights where negatives are weighted; staged: files of train rows for the
+    train table; buckets: (ORDER_BUCKETS,) how many of these rows each bucket of their order has; counts: of rows and
+    users, by name."""
 
-    user: IntArray
-    item: IntArray
-    rating: npt.NDArray[np.float32]
-    timestamp: IntArray
-    part: npt.NDArray[np.int8]
-    offsets: IntArray
-    candidates: npt.NDArray[np.object_] | None = None
+    tables: Mapping[str, TableInfo]
+    staged: Sequence[str]
+    buckets: IntArray
+    counts: Counter[str]
 
-    @property
-    def users(self) -> IntArray:
-        return self.user[self.offsets[:-1]]
 
-    @property
-    def row(self) -> IntArray:
-        """(R,) position of each row's user in the block."""
-        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+def write_user_tables(
+    space: Workspace, config: Config, indexes: Indexes, rows: DataFrame, rule: SplitRule, count: int, given: bool
+) -> UserTables:
+    """Run the pass over users. rows: user_idx, item_idx, rating, timestamp, part, and `candidates` where `given`;
+    count: how many there are. Raises AssertionError where not every row reaches the pass."""
+    n_users, n_items = indexes.sizes
+    spec = UserPass(
+        run=space.run,
+        staging=space.staged("train"),
+        n_items=n_items,
+        users_per_file=-(-n_users // max(MIN_FILES, -(-count // ROWS_PER_FILE))),
+        rule=rule,
+        negatives=config.negatives,
+        seed=config.seed,
+        explicit=config.input.feedback == "explicit",
+        given=given,
+    )
+    file = F.floor(F.col("user_idx") / F.lit(spec.users_per_file))
+    grouped = (
+        rows.withColumn("_file", file)
+        .repartition(config.spark.shuffle_partitions, "_file")
+        .drop("_file")
+        .sortWithinPartitions("user_idx")
+    )
+    tables: dict[str, TableInfo] = {}
+    if config.negatives.alpha > 0 and not spec.explicit:
+        counts = map_in_arrow(grouped, count_pass(spec), "item_idx int, train_count bigint")
+        weights = item_weights(space, indexes, counts, config.negatives.alpha)
+        tables[weights.path] = weights
+        spec = replace(spec, weights=tuple(space.files(weights)))
+    tasks = [json.loads(row["stats"]) for row in map_in_arrow(grouped, user_pass(spec), "stats string").collect()]
+    totals = Counter[str]()
+    for task in tasks:
+        totals.update(task["counts"])
+    if totals["rows"] != count:
+        raise AssertionError(f"{totals['rows']:,} rows reached the users of {count:,}: rows were lost")
+    for contract in BY_USER:
+        tables[contract.name] = table_info(contract, _files(tasks, contract.name), space.run)
+    staged = [space.staged("train", info.path) for info in _files(tasks, "staging")]
+    return UserTables(tables, staged, np.sum([task["buckets"] for task in tasks], axis=0), totals)
 
-    def split(self, rule: SplitRule) -> tuple[npt.NDArray[np.int8], int]:
-        return rule(self.user, self.item, self.timestamp, self.part, self.offsets)
+
+def _files(tasks: Sequence[Mapping[str, Any]], name: str) -> list[FileInfo]:
+    return [FileInfo(**info) for task in tasks for info in task["files"][name]]
 
 
 def train_contract(negatives: Negatives, explicit: bool) -> contracts.Contract:
@@ -84,6 +123,9 @@ def train_contract(negatives: Negatives, explicit: bool) -> contracts.Contract:
 def staging_schema(negatives: Negatives, explicit: bool = False) -> pa.Schema:
     """Train rows on their way to the train table: the same columns and the hash that orders them."""
     return train_contract(negatives, explicit).schema.append(pa.field("order_hash", pa.int64(), nullable=False))
+
+
+# ---- on the workers
 
 
 def user_pass(spec: UserPass) -> Pass:
@@ -124,54 +166,6 @@ def count_pass(spec: UserPass) -> Pass:
     return run
 
 
-def whole_users(
-    batches: Iterable[pa.RecordBatch], block_rows: int = BLOCK_ROWS
-) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """Regroup batches so that no user is cut: at least `block_rows` rows at a time except at the end."""
-    held: list[pa.Table] = []
-    rows = 0
-    for batch in batches:
-        if not batch.num_rows:
-            continue
-        held.append(pa.Table.from_batches([batch]))
-        rows += batch.num_rows
-        if rows < block_rows:
-            continue
-        table = pa.concat_tables(held)
-        users = table.column("user_idx").to_numpy()
-        cut = int(np.searchsorted(users, users[-1]))
-        if cut:
-            yield _arrays(table.slice(0, cut))
-        held, rows = [table.slice(cut)], rows - cut
-    if rows:
-        yield _arrays(pa.concat_tables(held))
-
-
-def _arrays(table: pa.Table) -> dict[str, npt.NDArray[Any]]:
-    return {
-        name: np.fromiter(table.column(name).to_pylist(), dtype=object, count=table.num_rows)
-        if pa.types.is_list(table.column(name).type)
-        else table.column(name).to_numpy()
-        for name in table.column_names
-    }
-
-
-def deduplicate(columns: dict[str, npt.NDArray[Any]], n_items: int) -> Block:
-    """Rows of whole users to a block: sorted by (user, item), each pair once."""
-    user, item = columns["user_idx"].astype(np.int64), columns["item_idx"].astype(np.int64)
-    rating, timestamp, part = columns["rating"], columns["timestamp"], columns["part"]
-    pair = user * n_items + item
-    order = np.argsort(pair)
-    repeated = np.diff(pair[order]) == 0
-    if repeated.any():
-        order = np.lexsort((-rating, -timestamp, -part, pair))
-        order = order[np.concatenate([[True], np.diff(pair[order]) != 0])]
-    user = user[order]
-    offsets = np.concatenate([[0], np.flatnonzero(np.diff(user)) + 1, [len(user)]]).astype(np.int64)
-    given = columns["candidates"][order] if "candidates" in columns else None
-    return Block(user, item[order], rating[order], timestamp[order], part[order], offsets, given)
-
-
 def _lists(values: IntArray, offsets: IntArray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values.astype(np.int32)))
 
@@ -185,11 +179,10 @@ class _Writers:
 
     def __init__(self, spec: UserPass) -> None:
         self.spec = spec
-        by_user = (contracts.INTERACTIONS, contracts.HISTORY, contracts.VALIDATION, contracts.TEST)
-        self.sinks = {c.name: FileSink(f"{spec.run}/{c.name}", c.schema) for c in by_user}
+        self.sinks = {c.name: FileSink(f"{spec.run}/{c.name}", c.schema) for c in BY_USER}
         self.sinks["staging"] = FileSink(spec.staging, staging_schema(spec.negatives, spec.explicit))
         self.buckets: IntArray = np.zeros(ORDER_BUCKETS, dtype=np.int64)
-        self.weights = _weights(spec.weights, spec.n_items) if spec.weights else None
+        self.weights = read_weights(spec.weights, spec.n_items) if spec.weights else None
 
     def close(self) -> dict[str, Any]:
         return {name: sink.close() for name, sink in self.sinks.items()}
@@ -218,8 +211,8 @@ class _Writers:
             lists = [
                 sorted(set(given or ()) - {own}) for given, own in zip(block.candidates[chosen], item, strict=True)
             ]
-            offsets = np.concatenate([[0], np.cumsum([len(found) for found in lists])]).astype(np.int64)
-            values = np.array([value for found in lists for value in found], dtype=np.int64)
+            offsets = np.concatenate([[0], np.cumsum([len(items) for items in lists])]).astype(np.int64)
+            values = np.array([value for items in lists for value in items], dtype=np.int64)
         else:
             values, offsets = sampling.candidates(
                 spec.seed, wanted, user, item, row[chosen], block.item, block.offsets, spec.n_items
@@ -283,12 +276,3 @@ class _Writers:
 def order_bucket(order: Any) -> Any:
     """Bucket of an order hash: ascending with the (signed) hash, equal width."""
     return (order >> 52) + ORDER_BUCKETS // 2
-
-
-def _weights(files: tuple[str, ...], n_items: int) -> IntArray:
-    """(I,) weight of each item as a negative."""
-    weights = np.ones(n_items, dtype=np.int64)
-    for path in files:
-        table = read_table(path)
-        weights[table.column("item_idx").to_numpy()] = table.column("weight").to_numpy()
-    return weights

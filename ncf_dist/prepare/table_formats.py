@@ -1,8 +1,8 @@
-"""Folders that a table format keeps. Their Parquet files hold rows that were deleted, or updated, long ago: which files
-count, the table's own log says.
+"""Folders that a table format keeps. Their Parquet files also hold rows that were deleted or updated since: only the
+table's own log says which files are live.
 
 Delta tables are read by their log (delta-rs). Apache Iceberg and Hudi are refused by name, and so are Delta's deletion
-vectors and column mapping, which say that a file is not read as it is written.
+vectors and column mapping, with which the rows of a file are not those that it holds.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ncf_dist.files import filesystem, is_local, list_names
 from ncf_dist.inputs import Listing
 
 READER_FEATURES = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "deletionVectors", "columnMapping"}
-"""Of Delta's reader features, those that leave the rows of a file as they are written; and the two that are looked at
-more closely: a table may permit them and not use them."""
+"""Delta's reader features with which a file is read as it is written; and the two that a table may permit without using
+them, which are checked."""
 _MARK = re.compile(r"(.*?)/(?:_delta_log|\.hoodie|metadata/[^/]*\.metadata\.json)(?:/|$)")
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,9 @@ class Table:
 
 
 def live_files(listed: Listing, chosen: Sequence[str], key: str) -> tuple[list[str], list[Table]]:
-    """Of chosen Parquet files, those that belong to no table, and the live ones of the Delta tables that keep the rest;
-    and these tables. Raises InputError for other tables, and for a file that is given by its name and is not live."""
+    """(of the chosen Parquet files those that are in no table, and the live files of the Delta tables that the others
+    belong to; these tables). Raises InputError for other tables, and for a file that is given by its name and is not
+    live."""
     keeper = _keeper(listed)
     kept = {path: keeper(posixpath.dirname(path)) for path in chosen}
     roots = {root for root in kept.values() if root is not None}
@@ -65,8 +66,8 @@ def live_files(listed: Listing, chosen: Sequence[str], key: str) -> tuple[list[s
 
 
 def _keeper(listed: Listing) -> Callable[[str], str | None]:
-    """A function folder → the root of the table that keeps it (the folder itself or one above), or None. What is below
-    a folder that was listed is known from its list: there may be ten thousand partitions."""
+    """A function from a folder to the root of the table that it belongs to (itself or a folder above), or None. Folders
+    below the listed one are looked up in its listing and not opened: there may be ten thousand partitions."""
     below = {match[1] for path in (*listed.hidden, *listed.files) if (match := _MARK.match(path))}
 
     @cache
@@ -81,7 +82,7 @@ def _keeper(listed: Listing) -> Callable[[str], str | None]:
 
 
 def _kind(folder: str) -> str | None:
-    """Which table format keeps this folder, if one does."""
+    """The table format that this folder is the root of, or None."""
     if any(name.endswith((".json", ".parquet")) for name in _names(folder, "_delta_log")):
         return "Delta"
     if any(name.endswith(".metadata.json") for name in _names(folder, "metadata")):

@@ -1,7 +1,8 @@
 """The files of a log or of a side table: found, chosen by format, and what was left out.
 
 A folder that a table format keeps is not a folder of Parquet files: rows that were deleted are still in its files. A
-Delta table is read by its log; the others are refused (tables.py). Folders named `key=value` give their files a column.
+Delta table is read by its log; the others are refused (table_formats.py). Folders named `key=value` give their files a
+column.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import pyarrow as pa
 from ncf_dist.errors import InputError
 from ncf_dist.files import fingerprint
 from ncf_dist.inputs import Listing, each_once, listing
-from ncf_dist.prepare import tables
 from ncf_dist.prepare.formats import Format
+from ncf_dist.prepare.table_formats import live_files
 
 NAMES_SHOWN = 10
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
+class InputFiles:
     """paths: sorted, each once; left_out: files beside them that are not read; versions: Delta table → the version that
     was read; values: path → what its folder or Delta's log says of all its rows, by column."""
 
@@ -40,12 +41,12 @@ class Found:
         return bool(self.paths)
 
     def fingerprint(self) -> Any:
-        """Changes when a file is added, removed or rewritten; and it names the version of each Delta table."""
+        """Changes when a file is added, removed or rewritten; names the version of each Delta table."""
         files = fingerprint(list(self.paths))
         return {"files": files, "delta": dict(self.versions)} if self.versions else files
 
 
-def find_files(path: str | Sequence[str], form: Format | None, name: str, key: str = "input.path") -> Found:
+def find_files(path: str | Sequence[str], form: Format | None, name: str, key: str = "input.path") -> InputFiles:
     """The files behind `path`, of a folder or a glob those of the format (form None: all of them); what is left out is
     logged. name: the format's; key: what the config calls the path. Raises InputError where there is no file, or where
     files cannot be read as they are."""
@@ -59,25 +60,25 @@ def find_files(path: str | Sequence[str], form: Format | None, name: str, key: s
         hidden = [file for file in listed.hidden if form is not None and form.holds(file)]
         left = sorted(set(listed.files) - set(chosen))
         if form is not None and form.kind == "parquet":
-            chosen, found = tables.live_files(listed, chosen, key)
-            versions |= {table.root: table.version for table in found}
-            for table in found:
+            chosen, tables = live_files(listed, chosen, key)
+            versions |= {table.root: table.version for table in tables}
+            for table in tables:
                 values |= table.values
         paths += chosen
         left_out += [*left, *hidden]
         if form is not None:
-            _tell(listed.path, left, hidden, form, name)
+            _log_left_out(listed.path, left, hidden, form, name)
     if not paths:
         tables_read = ", ".join(f"{root} at version {version}" for root, version in versions.items())
         raise InputError(f"{key}: no file of the Delta table {tables_read} is live here; needed at least one row")
     once = each_once(paths)
     values = {file: _folder_values(file) | dict(values.get(file, {})) for file in once}
-    return Found(tuple(once), tuple(left_out), versions, {file: v for file, v in values.items() if v})
+    return InputFiles(tuple(once), tuple(left_out), versions, {file: v for file, v in values.items() if v})
 
 
 def select_files(listed: Listing, form: Format, name: str, key: str = "input.path") -> list[str]:
-    """Of the files of a folder or a glob, those that the format's patterns choose. Where none has such a name, all that
-    a glob matches, or the only one of a folder: somebody must have meant it. Raises InputError."""
+    """The files of a folder or a glob whose names fit the format's patterns. Where none fits, all files that the glob
+    matches, or the only file of the folder, as somebody must have meant these. Raises InputError."""
     chosen = [path for path in listed.files if form.holds(path)]
     if chosen or not listed.files:
         return chosen
@@ -90,11 +91,12 @@ def select_files(listed: Listing, form: Format, name: str, key: str = "input.pat
     )
 
 
-def _tell(path: str, left: Sequence[str], hidden: Sequence[str], form: Format, name: str) -> None:
-    """What is not read, loudly where it may have been meant: a log that shrinks in silence is found too late."""
+def _log_left_out(path: str, left: Sequence[str], hidden: Sequence[str], form: Format, name: str) -> None:
+    """Log the files that are not read; as a warning where they may have been meant, as a log that shrinks in silence is
+    noticed too late."""
     for files, why in ((left, f"not of format {name} ({' or '.join(form.patterns)})"), (hidden, "hidden by . or _")):
         unknown = [file for file in files if not form.companion(file)]
-        # The one file of a side table is found in a folder of others: nobody expects those to be read.
+        # A side table is one file in a folder of others, which nobody expects to be read.
         loud = unknown and any("*" in pattern for pattern in form.patterns)
         if files:
             log.log(

@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-import posixpath
 import re
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist.errors import InputError
-from ncf_dist.files import file_url
+from ncf_dist.prepare.columns import candidates_source
 from ncf_dist.prepare.forget import NOBODY, Forget
+from ncf_dist.prepare.id_types import IdTypes
+from ncf_dist.prepare.index import Indexes
+from ncf_dist.prepare.input_files import InputFiles
 from ncf_dist.prepare.reading import read_unit
 from ncf_dist.prepare.source import Source
-from ncf_dist.spark_io import Pass, batch_of, map_in_arrow, spark_path
+from ncf_dist.prepare.workspace import Workspace
+from ncf_dist.spark_io import Pass, batch_of, map_in_arrow
 
 _PAIR = re.compile(r"^\(\s*([^,]+?)\s*,\s*(.+?)\s*\)$")
 
 
-def candidate_rows(
-    spark: SparkSession, source: Source, user_id: pa.DataType, item_id: pa.DataType, staging: str, forget: Forget
-) -> DataFrame:
-    """One row a candidate: user_id, item_id (the held-out one), candidate; none of users to be forgotten. Raises
-    InputError for a line that is not of this form: a wrong candidate list makes a wrong metric, so none is left out."""
-    schema = pa.schema([("user_id", user_id), ("item_id", item_id), ("candidate", item_id), ("bad", pa.string())])
-    path = posixpath.join(staging, "candidates")
-    units = len(source.units)
-    frame = map_in_arrow(
-        spark.range(0, units, 1, max(1, units)), _pass(source, schema, forget), from_arrow_schema(schema)
-    )
-    frame.write.parquet(file_url(path))
-    rows = spark.read.schema(frame.schema).parquet(spark_path(path))
+def given_candidates(space: Workspace, files: InputFiles, ids: IdTypes, forget: Forget) -> DataFrame | None:
+    """One row a candidate: user_id, item_id (the held-out one), candidate; none of users to be forgotten. None where
+    the config names no file. Raises InputError for a line that is not of this form: a wrong list makes a wrong metric,
+    so none is left out."""
+    if not files:
+        return None
+    source = candidates_source(files.paths)
+    schema = pa.schema([("user_id", ids.user), ("item_id", ids.item), ("candidate", ids.item), ("bad", pa.string())])
+    count = len(source.units)
+    units = space.spark.range(0, count, 1, max(1, count))
+    rows = space.stored(map_in_arrow(units, _pass(source, schema, forget), from_arrow_schema(schema)), "candidates")
     if wrong := rows.where(F.col("bad").isNotNull()).select(F.min("bad")).collect()[0][0]:
         raise InputError(
             f"split.candidates: the line at byte {wrong} is no candidate list; needed `(user,item)` and then items, "
             "tab-separated"
         )
     return rows.drop("bad")
+
+
+def with_candidates(rows: DataFrame, given: DataFrame, indexes: Indexes) -> DataFrame:
+    """The indexed rows with a column `candidates`: item indexes, ascending; null on rows that have none."""
+    candidate = indexes.items.select(F.col("item_id").alias("candidate"), F.col("item_idx").alias("_candidate"))
+    lists = (
+        given.join(candidate, "candidate")
+        .join(indexes.items, "item_id")
+        .join(indexes.users, "user_id")
+        .groupBy("user_idx", "item_idx")
+        .agg(F.sort_array(F.collect_list("_candidate")).alias("candidates"))
+    )
+    return rows.join(lists, ["user_idx", "item_idx"], "left")
 
 
 def _pass(source: Source, schema: pa.Schema, forget: Forget = NOBODY) -> Pass:
@@ -70,10 +84,10 @@ def _line(line: str, reason: str | None, place: str, schema: pa.Schema) -> list[
         if not items:
             raise ValueError
         item = _id(match[2], schema.field("item_id").type)
-        found = [_id(text, schema.field("candidate").type) for text in items if text]
+        candidates = [_id(text, schema.field("candidate").type) for text in items if text]
     except ValueError:
         return [{"user_id": user, "item_id": None, "candidate": None, "bad": place}]
-    return [{"user_id": user, "item_id": item, "candidate": value, "bad": None} for value in found]
+    return [{"user_id": user, "item_id": item, "candidate": value, "bad": None} for value in candidates]
 
 
 def _id(text: str, kind: pa.DataType) -> int | str:
