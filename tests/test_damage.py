@@ -297,7 +297,7 @@ def json_sites(folder: Path) -> list[Site]:
         seconds=1.5,
     )
     runs.finish(manifest)
-    parts = (delivery.Part("ratings.dat", 1, 4, "0" * 64),)
+    parts = (delivery.DeliveredFile("ratings.dat", 1, 4, "0" * 64),)
     (folder / "raw").mkdir()
     (folder / "raw" / "ratings.dat").write_text("1::2")
     body = asdict(delivery.Delivery("k", "ml", "movielens", {"ratings": "ratings.dat"}, parts))

@@ -607,10 +607,10 @@ def got(server: Server, folder: Path, checksum: str | None = None) -> str:
     return download.download(f"{server.url}/ml-1m.zip", checksum or md5(server.body), str(folder), QUICK)
 
 
-def publish(monkeypatch: pytest.MonkeyPatch, checksum: str) -> None:
-    known = grouplens.ARCHIVES["ml-1m"]
+def publish(monkeypatch: pytest.MonkeyPatch, checksum: str, dataset: str = "ml-1m") -> None:
+    known = grouplens.ARCHIVES[dataset]
     changed = grouplens.Archive(known.name, checksum, known.format, known.tables, known.extras)
-    monkeypatch.setitem(grouplens.ARCHIVES, "ml-1m", changed)
+    monkeypatch.setitem(grouplens.ARCHIVES, dataset, changed)
 
 
 def test_download_then_unpack_then_leave_alone(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,6 +690,30 @@ def test_a_wrong_checksum_is_refused_before_anything_is_unpacked(
     assert left_behind(tmp_path) == []
     assert [p.name for p in (tmp_path / "work" / "downloads").iterdir()] == ["ml-1m.zip.lock"]
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("dataset", ["ml-25m", "ml-32m"])
+def test_the_large_archives_are_downloaded_and_checked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str
+) -> None:
+    """As GroupLens packs them: a folder with tags, links and (25M) the genome. A zip that unpacks well and is another
+    one is refused."""
+    ratings, movies = b"userId,movieId,rating,timestamp\n1,296,5.0,1147880044\n", b"movieId,title,genres\n296,x,y\n"
+    beside = dict.fromkeys(["tags.csv", "links.csv", "genome-scores.csv", "genome-tags.csv"], b"x\n")
+    files = in_folder({"ratings.csv": ratings, "movies.csv": movies} | beside, dataset)
+    published = zip_of(tmp_path / "published.zip", files).read_bytes()
+    other = zip_of(tmp_path / "other.zip", files | {f"{dataset}/ratings.csv": ratings.replace(b"5.0", b"0.5")})
+    publish(monkeypatch, md5(published), dataset)
+    monkeypatch.setattr(pipeline, "BASE_URL", server.url)
+    server.body = other.read_bytes()
+    with pytest.raises(InputError, match=rf"{dataset}\.zip came with MD5 {md5(server.body)} .*needed {md5(published)}"):
+        pipeline.fetch(config(tmp_path, dataset=dataset), "2024-01-01")
+    assert left_behind(tmp_path) == []
+    server.body = published
+    outcome = pipeline.fetch(config(tmp_path, dataset=dataset), "2024-01-01")
+    assert Path(outcome.outputs["ratings"]).read_bytes() == ratings
+    assert not {path.name for path in Path(outcome.outputs["ratings"]).parent.iterdir()} & set(beside)
+    assert outcome.extra == {"format": "movielens-csv"}
 
 
 def test_a_busy_server_is_asked_again_and_a_refusal_is_final(server: Server, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How files come to stand in the target folder: staged inside it, moved in a table at a time, manifest last.
+"""How files get into the target folder: staged inside it, moved into place a table at a time, manifest last.
 
     <target>/ratings.dat, movies.dat, …   a table: one file, or a folder of that name with part files
     <target>/manifest.json                written last: without it the folder counts as unfinished
@@ -32,8 +32,8 @@ CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Part:
-    """One delivered file; `path` is relative to the target."""
+class DeliveredFile:
+    """A file in the target; `path` is relative to it."""
 
     path: str
     lines: int
@@ -49,7 +49,8 @@ class Delivery:
     dataset: str
     format: str
     tables: Mapping[str, str]
-    parts: tuple[Part, ...]
+    parts: tuple[DeliveredFile, ...]
+    """Every file. Its name is part of the stored manifest."""
     version: str = __version__
 
     def outcome(self, target: str, status: str) -> Outcome:
@@ -63,7 +64,7 @@ class Delivery:
 
 
 def find(target: str, run_key: str) -> Delivery | None:
-    """The finished delivery of this key, if every file of it is still there with its size."""
+    """The finished delivery of this key; None where one of its files is missing or has another size."""
     path = posixpath.join(target, MANIFEST)
     if not exists(path):
         return None
@@ -103,7 +104,7 @@ def commit(target: str, staged: str, delivery: Delivery) -> None:
     write_atomic(manifest, json.dumps(dataclasses.asdict(delivery), indent=1).encode())
 
 
-def store(source: IO[bytes], folder: str, name: str) -> Part:
+def store(source: IO[bytes], folder: str, name: str) -> DeliveredFile:
     """Copy a stream into `folder` a chunk at a time."""
     fs, inner = filesystem(posixpath.join(folder, name))
     digest, size, lines = hashlib.sha256(), 0, 0
@@ -115,12 +116,13 @@ def store(source: IO[bytes], folder: str, name: str) -> Part:
         if is_local(folder):
             out.flush()
             os.fsync(out.fileno())
-    return Part(name, lines, size, digest.hexdigest())
+    return DeliveredFile(name, lines, size, digest.hexdigest())
 
 
 @contextlib.contextmanager
 def alone(lock_file: str, what: str) -> Iterator[None]:
-    """Keep other processes out while inside; the lock dies with its process. Raises BusyRun."""
+    """Hold a lock file while inside; the lock ends with its process. Raises BusyRun, which names `what`, where another
+    process holds it."""
     lock = FileLock(lock_file, timeout=0)
     try:
         lock.acquire()

@@ -1,9 +1,9 @@
 """GroupLens' archives: what is in each, and how a zip or a folder from anywhere is read without trusting it.
 
-A zip is refused, before anything is written, if any member has a path out of the archive, is a link or a
-device, is encrypted or comes twice, or if all members together unpack to more than MAX_BYTES, or to more
-than MAX_RATIO times the zip. Of an accepted zip only the known files are read, through zipfile, which stops
-at a member's declared size and checks its CRC.
+A zip is refused, before anything is written, where a member has a path out of the archive, is a link or a device, is
+encrypted or comes twice, or where all members together unpack to more than MAX_BYTES, or to more than MAX_RATIO times
+the zip. Of an accepted zip only the known files are read, through zipfile, which stops at a member's declared size and
+checks its CRC.
 
 Sources: files.grouplens.org/datasets/movielens (the `.md5` beside each zip); F. M. Harper and J. A.
 Konstan, The MovieLens Datasets, ACM TiiS 5(4), 2015. The licence in each README allows research and forbids
@@ -105,11 +105,11 @@ def opened(path: str, archive: Archive) -> Iterator[Files]:
 def folder_files(path: str, archive: Archive) -> list[str]:
     """Full paths of the known files in a folder, or in the one below that has them. Raises InputError."""
     folders = [path, *sorted(entry.path for entry in os.scandir(path) if entry.is_dir())]
-    found = {
+    held = {
         folder: [name for name in sorted(archive.known) if os.path.isfile(os.path.join(folder, name))]
         for folder in folders
     }
-    whole = [folder for folder in folders if set(archive.required) <= set(found[folder])]
+    whole = [folder for folder in folders if set(archive.required) <= set(held[folder])]
     if not whole:
         raise _missing(path, archive, sorted(os.listdir(path)))
     if whole[0] != path and len(whole) > 1:
@@ -117,7 +117,7 @@ def folder_files(path: str, archive: Archive) -> list[str]:
             f"fetch.from {path} has {archive.name} in {' and in '.join(whole)}; "
             "needed one: set fetch.from to the one you mean"
         )
-    return [os.path.join(whole[0], name) for name in found[whole[0]]]
+    return [os.path.join(whole[0], name) for name in held[whole[0]]]
 
 
 def zip_members(zipped: zipfile.ZipFile, zip_bytes: int, archive: Archive) -> dict[str, zipfile.ZipInfo]:

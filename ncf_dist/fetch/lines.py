@@ -1,9 +1,8 @@
 """Writes rows as text lines in MovieLens' `.dat` layout, the same bytes however the rows are partitioned.
 
-Rule: table `ratings.dat` is one plain file while its keys (users, or items) fit one file, and beyond that a
-folder of the same name with `ratings-00000.dat`, `ratings-00001.dat`, …; `input.path` is the same in both
-cases. A line's file is its key's range, a file is sorted, and one task writes it whole, so a retried task
-replaces a file by its equal.
+Table `ratings.dat` is one plain file where its keys (users, or items) fit one file, else a folder of the same name with
+`ratings-00000.dat`, `ratings-00001.dat`, …; `input.path` is the same in both cases. A file holds a range of keys and is
+sorted, and one task writes all of it, so a retried task replaces a file by the same bytes.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from ncf_dist.fetch.delivery import Part
+from ncf_dist.fetch.delivery import DeliveredFile
 from ncf_dist.files import make_dirs, write_atomic
 from ncf_dist.spark_io import Pass, batch_of, map_in_arrow, runs_of
 
 LINES_PER_FILE = 1_000_000
-"""About as many lines a file, 25 MB: what a writer holds in memory."""
+"""About how many lines a file has (25 MB); a writer holds one file in memory."""
 
 _FILE, _LINE = "_file", "_line"
-_PARTS = pa.schema([("path", pa.string()), ("lines", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
-_PARTS_DDL = "path string, lines long, bytes long, sha256 string"
+_WRITTEN = pa.schema([("path", pa.string()), ("lines", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.string())])
+_WRITTEN_DDL = "path string, lines long, bytes long, sha256 string"
 
 
 def write_lines(
     rows: DataFrame, folder: str, table: str, keys: int, keys_per_file: int, order: tuple[str, ...]
-) -> list[Part]:
+) -> list[DeliveredFile]:
     """Write `rows` as `folder/table`: columns joined by `::`, sorted by `order`, whose first is the key.
 
     Keys are 1..`keys`, all of them present.
@@ -43,8 +42,8 @@ def write_lines(
         rows.select(*order, file.alias(_FILE), line.alias(_LINE)).repartition(_FILE).sortWithinPartitions(_FILE, *order)
     )
     make_dirs(folder if files == 1 else posixpath.join(folder, table))
-    found = map_in_arrow(ordered.select(_FILE, _LINE), _writer(folder, table, files), _PARTS_DDL).collect()
-    return sorted((Part(**row.asDict()) for row in found), key=lambda part: part.path)
+    written = map_in_arrow(ordered.select(_FILE, _LINE), _writer(folder, table, files), _WRITTEN_DDL).collect()
+    return sorted((DeliveredFile(**row.asDict()) for row in written), key=lambda file: file.path)
 
 
 def part_path(table: str, file: int, files: int) -> str:
@@ -55,13 +54,13 @@ def part_path(table: str, file: int, files: int) -> str:
 
 def _writer(folder: str, table: str, files: int) -> Pass:
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        number, lines, written = -1, list[str](), list[Part]()
+        number, lines, written = -1, list[str](), list[DeliveredFile]()
 
         def flush() -> None:
             if lines:
                 data, path = "".join(lines).encode(), part_path(table, number, files)
                 write_atomic(posixpath.join(folder, path), data)
-                written.append(Part(path, len(lines), len(data), hashlib.sha256(data).hexdigest()))
+                written.append(DeliveredFile(path, len(lines), len(data), hashlib.sha256(data).hexdigest()))
                 lines.clear()
 
         for batch in batches:
@@ -71,6 +70,6 @@ def _writer(folder: str, table: str, files: int) -> Pass:
                     number = value
                 lines.extend(batch.column(1).slice(start, end - start).to_pylist())
         flush()
-        yield batch_of([vars(part) for part in written], _PARTS)
+        yield batch_of([vars(file) for file in written], _WRITTEN)
 
     return write

@@ -1,8 +1,8 @@
-"""Job `fetch`: brings a dataset to `<lake>/raw/<dataset>` (or `fetch.to`), ready to be `input.path`.
+"""The job fetch: puts a dataset into `<lake>/raw/<dataset>` (or `fetch.to`), for `input.path`.
 
-`synthetic` is made by Spark (synthetic.py); GroupLens' datasets are downloaded (download.py) or taken from
-`fetch.from`, and unpacked (grouplens.py). The result does not depend on ds. A target whose manifest has the
-same key is left as it is, without Spark or network.
+Spark makes `synthetic` (synthetic.py); GroupLens' datasets are downloaded (download.py) or taken from `fetch.from`, and
+unpacked (grouplens.py). The result does not depend on ds. A target whose manifest has the same key is left as it is,
+without Spark and without network.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ncf_dist import files, manifests
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, InputError
 from ncf_dist.fetch import synthetic
-from ncf_dist.fetch.delivery import Delivery, Part, commit, find, staging, store
+from ncf_dist.fetch.delivery import DeliveredFile, Delivery, commit, find, staging, store
 from ncf_dist.fetch.download import BASE_URL, download, md5_of
 from ncf_dist.fetch.grouplens import ARCHIVES, Archive, folder_files, opened
 from ncf_dist.fetch.lines import LINES_PER_FILE, write_lines
@@ -43,7 +43,7 @@ def fetch(config: Config, ds: str) -> Outcome:
     except OSError as error:
         raise InputError(
             f"fetch to {target} stopped: {error}; needed files it can read and a place it can write: "
-            "mend that, or set fetch.to"
+            "fix that, or set fetch.to"
         ) from error
 
 
@@ -63,7 +63,7 @@ def _make(config: Config, target: str) -> Outcome:
 
 def write_synthetic(
     spark: SparkSession, folder: str, fetch: settings.Fetch, seed: int, lines_per_file: int = LINES_PER_FILE
-) -> list[Part]:
+) -> list[DeliveredFile]:
     """Write the three tables of the synthetic log to `folder`."""
     ids, slots = spark.range(fetch.users), spark.range(fetch.items)
     users_per_file = max(1, lines_per_file // fetch.mean_ratings_per_user)
@@ -131,6 +131,6 @@ def _source(text: str) -> str:
     if not os.path.exists(path):
         raise InputError(
             f"fetch.from {path} does not exist; needed a zip of GroupLens or an unpacked folder: "
-            "mend fetch.from, or leave it out to download"
+            "fix fetch.from, or leave it out to download"
         )
     return path

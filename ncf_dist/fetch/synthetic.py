@@ -1,6 +1,6 @@
 """A MovieLens-shaped log with a planted answer: taste clusters under a popularity long tail.
 
-Rule, all choices by `sampling.hash64_column(seed, SYNTHETIC, choice, …)`:
+All choices are made by `sampling.hash64_column(seed, SYNTHETIC, choice, …)`:
 
 - Item slot s (0-based) is in cluster `s mod C` with rank `s div C`; a fixed permutation turns slots into
   1-based ids.
