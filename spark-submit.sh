@@ -37,7 +37,7 @@ stop() {
 # Asked to stop before there is a job: nothing was begun.
 stopped() {
   printf '{"job": "%s", "ds": null, "run_key": null, "status": "failed", "outputs": {}, "metrics": {}, ' "$job"
-  printf '"error": "stopped before the job had begun: run the same command again", "seconds": 0}\n'
+  printf '"error": "stopped before the job had begun: run the same command again", "details": null, "seconds": 0}\n'
   exit 75
 }
 

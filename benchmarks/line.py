@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from ncf_dist import last_line
 from ncf_dist.machine import cores, processor
 
 ROOT = Path(__file__).parent.parent
@@ -32,14 +33,14 @@ JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish")
 
 
 def run(job: str, config: str, settings: list[str]) -> tuple[float, dict[str, Any]]:
-    """(wall seconds, the job's last line). Stops the benchmark when a job fails."""
+    """(wall seconds, all that the job said). Stops the benchmark when a job fails."""
     command = [str(ROOT / "spark-submit.sh"), job, "--config", config, "--ds", "2026-01-31"]
     command += [part for setting in settings for part in ("--set", setting)]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"{job} exited {done.returncode}; its log is above")
-    return time.monotonic() - start, json.loads(done.stdout.splitlines()[-1])
+    return time.monotonic() - start, last_line.read(done.stdout.splitlines()[-1])
 
 
 def run_seed(config: str, jobs: list[str], seed: int, lake: str) -> dict[str, float]:

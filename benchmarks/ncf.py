@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ncf_dist import last_line
 from ncf_dist.machine import cores, processor
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +38,7 @@ MODELS = ("ncf-ml-1m-neumf", *STARTS.values(), PRETRAINED, "ncf-ml-1m-mf")
 
 
 def run(job: str, config: str, settings: dict[str, object], threads: int) -> dict[str, Any]:
-    """The job's last line, and its wall seconds. Stops the benchmark when a job fails."""
+    """All that the job said, and its wall seconds. Stops the benchmark when a job fails."""
     command = [str(ROOT / "spark-submit.sh"), job, "--config", f"conf/{config}.yaml", "--ds", "2026-01-31"]
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     start = time.monotonic()
@@ -45,8 +46,7 @@ def run(job: str, config: str, settings: dict[str, object], threads: int) -> dic
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(f"{job} of {config} exited {done.returncode}; its log is above")
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {**report, "wall": time.monotonic() - start}
+    return {**last_line.read(done.stdout.splitlines()[-1]), "wall": time.monotonic() - start}
 
 
 def run_seed(files: Path, threads: int, models: list[str], seed: int) -> dict[str, dict[str, float]]:

@@ -1,25 +1,26 @@
 """The command line that all jobs share: parse, load the config, hold the night, call one function, report, exit.
 
-Logs go to stderr. The last line of stdout is one JSON object that a scheduler can read.
+Logs go to stderr. The last line of stdout is one JSON object that a scheduler can read (`last_line.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ncf_dist import gateway
+from ncf_dist import gateway, last_line
 from ncf_dist.config import Config, load_config, parse_ds
 from ncf_dist.errors import ConfigError, ExitCode, NcfError, Preempted
+from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
 from ncf_dist.stage import Outcome
 from ncf_dist.stopping import Stopped, asked, interruptible, listening
@@ -107,13 +108,23 @@ def run_job(
         "status": "failed",
         "outputs": {},
         "metrics": {},
+        "command": [job, *args],
     }
     with listening():
         exit_code = _run(job, function, args, dry_run, report)
-        report["seconds"] = round(time.monotonic() - start, 3)
+        report.update(exit_code=int(exit_code), seconds=round(time.monotonic() - start, 3))
+        report = scrub_all(report)
         sys.stderr.flush()
-        print(json.dumps(scrub_all(report)), flush=True)
+        report["details"] = _details(report)
+        print(last_line.line(report), flush=True)
     return int(exit_code)
+
+
+def _details(report: dict[str, Any]) -> str | None:
+    """The file with all of `report`. None where no config was read: then nothing was begun, and the error is all."""
+    if "work" not in report:
+        return None
+    return last_line.keep(report, report.pop("night", None), report["work"])
 
 
 def _run(
@@ -128,10 +139,12 @@ def _run(
             status=outcome.status,
             outputs=dict(outcome.outputs),
             metrics=dict(outcome.metrics),
+            runs=dict(outcome.runs),
         )
         report.update(outcome.extra)
         return ExitCode.DONE
     except (Exception, Stopped, KeyboardInterrupt) as error:
+        report["traceback"] = traceback.format_exc()
         # A connection to the JVM that we ended is an OSError, of which a stage may have made an error of its own.
         ours = isinstance(error, NcfError) and not isinstance(error.__cause__, OSError)
         if not ours and (not isinstance(error, Exception) or asked()):
@@ -144,7 +157,7 @@ def _run(
             report.update(error.extra, status=error.status, error=str(error))
             log.error("%s", error)
             return error.exit_code
-        report.update(error=f"{type(error).__name__}: {error}"[:2000])
+        report.update(error=f"{type(error).__name__}: {error}")
         log.exception("%s failed unexpectedly", job)
         return ExitCode.UNEXPECTED
 
@@ -163,10 +176,15 @@ def _outcome(
         if gateway.option(options, "spark.submit.deployMode", "deploy-mode") == "cluster":
             _submit(job, options, argv[:cut])
         gateway.hand_over(options)
-    if dry := bool(vars(args).get("dry_run")):
+    lake, free = Lake(config.paths.lake), job in UNLOCKED
+    if bool(vars(args).get("dry_run")):
         assert dry_run is not None
-        function = dry_run
-    with contextlib.nullcontext() if dry or job in UNLOCKED else Lake(config.paths.lake).hold(ds):
+        function, free = dry_run, True
+    report.update(lake=lake.root, work=resolve(config.paths.work))
+    if free:
+        return function(config, ds)
+    report["night"] = lake.path("runs", ds)
+    with lake.hold(ds):
         return function(config, ds)
 
 

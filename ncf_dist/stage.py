@@ -116,7 +116,7 @@ class StageRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job tells the scheduler in its last line."""
+    """What a job tells the scheduler. others: the folders of runs of other stages, by stage, that nightly made."""
 
     status: str
     run_key: str | None = None
@@ -124,6 +124,12 @@ class Outcome:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     manifest: Manifest | None = None
+    others: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """Folders of the runs that were made or found, by stage."""
+        return {**self.others, **({self.manifest.stage: self.manifest.root} if self.manifest else {})}
 
     @classmethod
     def of(

@@ -30,7 +30,7 @@ from ncf_dist.stage import Outcome
 
 ROOT = Path(__file__).parent.parent
 DS = "2026-01-31"
-KEYS = {"job", "ds", "run_key", "status", "outputs", "metrics", "seconds"}
+KEYS = {"job", "ds", "run_key", "status", "outputs", "metrics", "lake", "details", "seconds"}
 Report = dict[str, Any]
 
 
@@ -38,8 +38,9 @@ class Shell:
     """Runs jobs in this process and reads what they leave on stdout."""
 
     def __init__(self, root: Path, capture: pytest.CaptureFixture[str]) -> None:
-        self.lake, self.conf, self._capture = root / "lake", root / "conf.yaml", capture
-        self.conf.write_text(json.dumps({"paths": {"lake": str(self.lake)}, "input": {"path": "log"}}))
+        self.lake, self.work, self.conf, self._capture = root / "lake", root / "work", root / "conf.yaml", capture
+        paths = {"lake": str(self.lake), "work": str(self.work)}
+        self.conf.write_text(json.dumps({"paths": paths, "input": {"path": "log"}}))
 
     def run(self, function: Callable[[Config, str], Outcome], *more: str, job: str = "prepare") -> tuple[int, Report]:
         return self.call(lambda: run_job(job, function, ["--config", str(self.conf), "--ds", DS, *more]))
@@ -72,6 +73,7 @@ def test_the_last_line_of_stdout_tells_the_scheduler_everything(shell: Shell) ->
     code, report = shell.run(done)
     assert code == 0
     assert report.pop("seconds") >= 0
+    assert (shell.lake / report.pop("details")).exists()
     assert report == {
         "job": "prepare",
         "ds": DS,
@@ -80,6 +82,7 @@ def test_the_last_line_of_stdout_tells_the_scheduler_everything(shell: Shell) ->
         "outputs": {"train": "somewhere"},
         "metrics": {"full.hr@10": 0.5},
         "rows": {"input": 7},
+        "lake": str(shell.lake),
     }
 
 

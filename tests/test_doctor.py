@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from ncf_dist import contracts, machine
+from ncf_dist import contracts, last_line, machine
 from ncf_dist.config import Config, Train
 from ncf_dist.doctor import checks, places, programs
 from ncf_dist.doctor.check import Check
@@ -367,7 +367,7 @@ def test_the_job_reports_every_check_without_importing_what_it_checks(tmp_path: 
     }
     command = [sys.executable, "-c", code, "--config", str(tmp_path / "conf.yaml")]
     ran = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    report = json.loads(ran.stdout.splitlines()[-1])
+    report = last_line.read(ran.stdout.splitlines()[-1])
     assert (ran.returncode, report["status"]) == (0, "done"), ran.stderr
     assert {"name": "java", "status": "ok", "detail": "17.0.15"} in report["checks"]
     assert "ok   java 17.0.15" in ran.stderr.splitlines()

@@ -7,6 +7,7 @@ packages.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
@@ -28,15 +29,17 @@ def doctor(config: Config, ds: str) -> Outcome:
         print(check, file=sys.stderr, flush=True)
         found.append(check)
     report = [{"name": check.name, "status": check.status, "detail": check.detail} for check in found]
+    counts = {"checks": dict(Counter(check.status for check in found))}
     failed = [check for check in found if check.status == "fail"]
     if failed:
         error = ConfigError if any(check.place == "environment" for check in failed) else InputError
         raise error(
             f"{len(failed)} of {len(found)} checks failed: "
             + "; ".join(f"{check.name} {check.detail}" for check in failed),
+            metrics=counts,
             checks=report,
         )
-    return Outcome("done", None, {}, {}, {"checks": report})
+    return Outcome("done", None, {}, counts, {"checks": report})
 
 
 def examine(config: Config) -> Iterator[Check]:

@@ -34,7 +34,7 @@ from ncf_dist.evaluate.report.examples import examples
 from ncf_dist.evaluate.report.page import REPORT, headline_k, write_report
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass, FiguresPass, GramFit
-from ncf_dist.files import remove, write_atomic
+from ncf_dist.files import read_json, remove, write_atomic
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo
@@ -134,7 +134,16 @@ def outcome(run: Manifest, status: str = "done") -> Outcome:
     """What a run says, finished now or before. A night without held-out rows has no report."""
     names = {"metrics": METRICS, "report": REPORT} if run.tables else {}
     files = {name: posixpath.join(run.root, file) for name, file in names.items()}
-    return Outcome.of(run, status, files)
+    return Outcome.of(run, status, files, **(_certainty(files["metrics"]) if files else {}))
+
+
+def _certainty(path: str) -> dict[str, Any]:
+    """Of metrics.json the intervals and the comparisons; nothing where it is damaged, which whoever needs it says."""
+    try:
+        report = read_json(dict[str, Any], path)
+    except (OSError, ValueError):
+        return {}
+    return {name: report[name] for name in ("intervals", "comparisons") if name in report}
 
 
 def check_gram(config: Evaluate, n_items: int) -> None:

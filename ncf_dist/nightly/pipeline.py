@@ -4,9 +4,11 @@ skipped, so a night that died goes on where it stopped."""
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ncf_dist.config import Config
+from ncf_dist.errors import NcfError
 from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.manifests import Manifest
 from ncf_dist.prepare.pipeline import prepare
@@ -38,24 +40,54 @@ def nightly(config: Config, ds: str) -> Outcome:
     names = [name for name in STAGES if name != "publish" or config.run is None]
     if "publish" in names:
         check_ahead(config, ds)
-    made: dict[str, Manifest] = {}
-    stages: dict[str, str] = {}
-    outputs: dict[str, str] = {}
-    metrics: dict[str, Any] = {}
-    extra: dict[str, Any] = {}
-    warnings: list[str] = []
-    outcome = Outcome("done")
+    night = _Night()
     for number, name in enumerate(names, 1):
         log.info("── %d/%d %s ──", number, len(names), name)
-        outcome = STAGES[name](config, ds, made)
-        if outcome.manifest:
-            made[name] = outcome.manifest
-        stages[name] = outcome.status
-        outputs |= outcome.outputs
-        metrics |= outcome.metrics
-        warnings += outcome.extra.get("warnings", ())
-        extra |= outcome.extra
+        night.take(name, config, ds)
     if config.run is not None:
         log.info("an experiment is not published: %s", config.run)
-    status = "already-done" if set(stages.values()) == {"already-done"} else "done"
-    return Outcome(status, outcome.run_key, outputs, metrics, {**extra, "warnings": warnings, "stages": stages})
+    return night.outcome()
+
+
+@dataclass
+class _Night:
+    """What the stages so far have said."""
+
+    made: dict[str, Manifest] = field(default_factory=dict)
+    stages: dict[str, str] = field(default_factory=dict)
+    run_key: str | None = None
+    outputs: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def take(self, name: str, config: Config, ds: str) -> None:
+        """Run a stage and gather what it says. An error of ours leaves with what those before it have said."""
+        try:
+            outcome = STAGES[name](config, ds, self.made)
+        except NcfError as error:
+            said = {"outputs": self.outputs, "metrics": self.metrics, "runs": self.runs, **self.extra}
+            last: Any = error.extra.get("warnings", ())
+            error.extra = {
+                **said,
+                **error.extra,
+                "warnings": [*self.warnings, *last],
+                "stages": {**self.stages, name: error.status},
+            }
+            raise
+        if outcome.manifest:
+            self.made[name] = outcome.manifest
+        self.stages[name], self.run_key = outcome.status, outcome.run_key
+        self.outputs |= outcome.outputs
+        self.metrics |= outcome.metrics
+        self.warnings += outcome.extra.get("warnings", ())
+        self.extra |= outcome.extra
+
+    @property
+    def runs(self) -> dict[str, str]:
+        return {name: manifest.root for name, manifest in self.made.items()}
+
+    def outcome(self) -> Outcome:
+        status = "already-done" if set(self.stages.values()) == {"already-done"} else "done"
+        extra = {**self.extra, "warnings": self.warnings, "stages": self.stages}
+        return Outcome(status, self.run_key, self.outputs, self.metrics, extra, others=self.runs)
