@@ -28,6 +28,7 @@ from ncf_dist.parquet import read_table, write_parts
 from ncf_dist.prepare.index import base_run
 from ncf_dist.train.start import start_bundle
 
+GMF, MF = Model(name="gmf"), Model(name="mf")
 DAYS = [f"2024-06-0{day}" for day in range(1, 7)]
 CONTRACTS = {"users": contracts.user_index(pa.string()), "items": contracts.item_index(pa.int64())}
 
@@ -84,11 +85,11 @@ class Nights:
     def id(self, name: str, user: int) -> Any:
         return f"user {user}" if name == "users" else user % 5
 
-    def train(self, ds: str, start: str = "previous") -> str | None:
+    def train(self, ds: str, start: str = "previous", model: Model = GMF) -> str | None:
         """Train on the night's current run; every row is its user's own afterwards. Returns the bundle started from."""
         prepare = self.lake.stage(ds, "prepare").newest()
         line = Line(self.lake, prepare)
-        first = start_bundle(Train(warm_start=start), line)
+        first = start_bundle(Train(warm_start=start), model, line)
         if first is not None:
             line.check(Index.of_bundle(read_bundle(first)), "train.warm_start")
         index = {number: user for user, number in read_index(prepare, "users").items()}
@@ -98,23 +99,23 @@ class Nights:
                 assert owner in (None, index[number]), f"{index[number]} starts with the vector of {owner}"
                 owners[number] = owner
         runs = self.lake.stage(ds, "train")
-        key = hashlib.sha256(f"{prepare.run_key} {first}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{prepare.run_key} {first} {model}".encode()).hexdigest()[:16]
         if runs.find(key) is None:
             run = runs.begin(key)
-            self.write_bundle(f"{run}/{BUNDLE}", prepare)
+            self.write_bundle(f"{run}/{BUNDLE}", prepare, model)
             runs.finish(
                 Manifest(stage="train", ds=ds, run_key=key, root=run, config={}, inputs={"prepare": prepare.run_key})
             )
             self.owners[f"{run}/{BUNDLE}"] = [index.get(number, owners[number]) for number in range(len(owners))]
         return first
 
-    def write_bundle(self, path: str, prepare: Manifest, **facts: Any) -> None:
+    def write_bundle(self, path: str, prepare: Manifest, model: Model = GMF, **facts: Any) -> None:
         sizes = index_sizes(prepare)
         made_from = {"prepare_run": prepare.run_key, "ds": prepare.ds, DIGESTS: prepare.facts.get(DIGESTS), **facts}
         weights = hashlib.sha256(path.encode()).hexdigest()
         card: dict[str, Any] = {
-            "model": Model().model_dump(mode="json"),
-            "model_version": version_of(Model(), weights),
+            "model": model.model_dump(mode="json"),
+            "model_version": version_of(model, weights),
             "sha256": weights,
         }
         card |= {"n_users": sizes.users, "n_items": sizes.items, "facts": made_from}
@@ -166,6 +167,26 @@ def test_forked_indexes_do_not_start_from_each_other(nights: Nights, caplog: pyt
         nights.train(DAYS[2], nights.bundle(DAYS[1]))
     for part in (late.run_key, "(16 users, 5 items)", backfilled.run_key, "(12 users, 5 items)", "start afresh"):
         assert part in str(refused.value)
+
+
+def test_a_model_of_another_kind_is_passed_over(nights: Nights, caplog: pytest.LogCaptureFixture) -> None:
+    """Nights of gmf, on one of which an mf was trained later, and a night of mf alone, which is the newest."""
+    for day in DAYS[:5]:
+        nights.prepare(day, A)
+    nights.train(DAYS[0])
+    first = nights.bundle(DAYS[0])
+    assert nights.train(DAYS[1], model=MF) is None, "no mf so far"
+    mf = nights.bundle(DAYS[1])
+    assert nights.train(DAYS[1]) == first
+    gmf = nights.bundle(DAYS[1])
+    assert nights.train(DAYS[2], model=MF) == mf, "of that night the newest is a gmf"
+    with caplog.at_level(logging.INFO):
+        assert nights.train(DAYS[3]) == gmf, "the newest night has an mf"
+    assert f"of {DAYS[2]}, whose model has {{'name': 'mf'}}" in caplog.text
+    wider = GMF.model_copy(update={"factors": 2 * GMF.factors})
+    assert nights.train(DAYS[4], model=wider) is None
+    careful = GMF.model_copy(update={"dropout": 0.5})
+    assert nights.train(DAYS[4], model=careful) == nights.bundle(DAYS[3]), "the weights are of one kind"
 
 
 def test_the_newest_model_of_the_line_is_started_from(nights: Nights) -> None:

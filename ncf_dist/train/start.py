@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import posixpath
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,6 @@ from ncf_dist.errors import ContractError
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF, MLP, Embedding, NeuMF, Recommender, build_model
 from ncf_dist.parquet import read_table
-from ncf_dist.stage import production_nights
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +31,18 @@ SAME = {"name", "factors", "layers", "biases", "embedding_sizes", "batch_norm", 
 """What of `model` must be equal for one model's weights to fit another."""
 
 
-def start_bundle(train: settings.Train, line: Line) -> str | None:
-    """The bundle that a warm start begins with: the named one; with `previous` that of the newest earlier night whose
-    index tonight's begins with; None for a fresh start."""
+def start_bundle(train: settings.Train, model: settings.Model, line: Line) -> str | None:
+    """The bundle that a warm start begins with: the named one; with `previous` the newest of an earlier night that is a
+    model of this kind and whose index tonight's begins with; None for a fresh start."""
     if train.warm_start != PREVIOUS:
         return train.warm_start
-    for run in production_nights(line.lake, "train", before=line.prepare.ds):
+    for run in earlier_trainings(line):
         try:
             bundle = read_bundle(posixpath.join(run.root, BUNDLE))
+            if (found := kind(bundle.model)) != (wanted := kind(model)):
+                different = {name: value for name, value in found.items() if value != wanted[name]}
+                log.info("warm start: not from %s of %s, whose model has %s", bundle.model_version, run.ds, different)
+                continue
             objection = line.objection(Index.of_bundle(bundle))
         except ContractError as error:
             objection = str(error)
@@ -45,8 +50,21 @@ def start_bundle(train: settings.Train, line: Line) -> str | None:
             log.info("warm start: from the model of %s, %s", run.ds, bundle.model_version)
             return bundle.path
         log.warning("warm start: not from the model of %s: %s", run.ds, objection)
-    log.info("warm start: no earlier night has a model whose index tonight's begins with: a fresh start")
+    log.info("warm start: no earlier night has a model of this kind whose index tonight's begins with: a fresh start")
     return None
+
+
+def earlier_trainings(line: Line) -> Iterator[Manifest]:
+    """Production's finished runs of the nights before tonight, the latest night first, of a night the newest first: a
+    night may have several, of models of several kinds."""
+    for ds in reversed(line.lake.nights()):
+        if ds < line.prepare.ds:
+            yield from line.lake.stage(ds, "train").production()
+
+
+def kind(model: settings.Model, same: set[str] = SAME) -> dict[str, Any]:
+    """The settings in which two models must be equal; one that an earlier version did not store has its default."""
+    return model.model_dump(mode="json", include=same)
 
 
 def check_starts(config: settings.Config, line: Line, first: str | None) -> dict[str, str]:
@@ -73,7 +91,7 @@ def check_starts(config: settings.Config, line: Line, first: str | None) -> dict
 
 def check_start(bundle: Bundle, model: settings.Model, n_users: int, n_items: int, same: set[str] = SAME) -> None:
     """Raise ContractError unless `bundle` is a model of this kind whose users and items are the first of today's."""
-    found, wanted = (m.model_dump(mode="json", include=same) for m in (bundle.model, model))
+    found, wanted = kind(bundle.model, same), kind(model, same)
     if found != wanted:
         raise ContractError(
             f"bundle {bundle.path} is of {found}, needed {wanted}: set `model` to what the bundle was trained with, "
