@@ -77,7 +77,7 @@ def during_a_save() -> None:
 def between_epochs() -> None:
     import ncf_dist.train.trainer as module
 
-    module.show_epoch = lambda world, record: die() if record["epoch"] == 1 else None  # type: ignore[attr-defined]
+    module.show_epoch = lambda world, record, *_: die() if record["epoch"] == 1 else None  # type: ignore[attr-defined]
 
 
 def rank_process(rank: int, port: int, spec: str, fault: Callable[[], None] | None) -> None:

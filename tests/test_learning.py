@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -422,18 +423,20 @@ def test_a_meter_counts_samples_waiting_and_what_is_left(monkeypatch: pytest.Mon
     }
 
 
-def test_off_a_terminal_progress_is_one_json_object_a_line(
+def test_off_a_terminal_progress_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(progress, "LOG_EVERY_S", 0.0)
     caplog.set_level(logging.INFO)
     for rank in range(2):
-        meter = Meter(World(rank, 2), 1, 2, 5, 0)
+        meter = Meter(World(rank, 2), 1, 2, 5000, 0)
         meter.step(batch(), 0.5)
     (record,) = caplog.records
-    shown = json.loads(record.getMessage())
-    assert shown.keys() == {"epoch", "step", "of", "loss", "samples_per_s", "data_wait", "eta_s"}
-    assert (shown["epoch"], shown["step"], shown["of"], shown["loss"]) == (1, 1, 5, 0.5)
+    assert re.fullmatch(
+        r"epoch 2 of 2, step 1 of 5,000: loss \.5000, [\d.]+ ?[GMk]? samples/s, \d+% waiting for data, "
+        r"at most [\d,]+ s left",
+        record.getMessage(),
+    )
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -443,7 +446,39 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: p
     meter.step(batch(), 0.5)
     meter.close()
     shown = capsys.readouterr().err
-    assert all(part in shown for part in ("epoch 1", "samples/s", "loss 0.5000", "waiting for data", "s left"))
+    assert all(part in shown for part in ("epoch 2 of 2", "samples/s", "loss .5000", "waiting for data", "s left"))
+
+
+MEASURED = {"samples_per_s": 2_912_345.6, "data_wait": 0.01, "seconds": 14.4}
+
+
+@pytest.mark.parametrize(
+    ("record", "best", "line"),
+    [
+        (
+            {"epoch": 2, "loss": 0.39173, **MEASURED, "hr@10": 0.5, "ndcg@10": 0.31249, "mrr": 0.2},
+            True,
+            "epoch 3 of 20: loss .3917, ndcg@10 .312 (best), 2.9 M samples/s, 14 s",
+        ),
+        (
+            {"epoch": 0, "loss": 1.5, **MEASURED, "mse": 1.0, "mae": 0.8, "data_wait": 0.25, "seconds": 0.31},
+            False,
+            "epoch 1 of 20: loss 1.5000, mse 1.000, 2.9 M samples/s, 25% waiting for data, 0.3 s",
+        ),
+        (
+            {"epoch": 19, "loss": -0.5, **MEASURED, "samples_per_s": 999.0},
+            True,
+            "epoch 20 of 20: loss -.5000, 999 samples/s, 14 s",
+        ),
+    ],
+)
+def test_an_epoch_is_one_readable_line(
+    record: dict[str, Any], best: bool, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for rank in range(2):
+        progress.show_epoch(World(rank, 2), record, 20, best)
+    assert [record.getMessage() for record in caplog.records] == [line]
 
 
 def test_figures_are_the_same_for_the_same_numbers() -> None:

@@ -1,9 +1,9 @@
-"""What people see while a rank trains: a bar on a terminal, one JSON object a line elsewhere."""
+"""What people see while a rank trains: a bar on a terminal, now and then a line elsewhere, and a line an epoch. Epochs
+and steps are counted from 1 here."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 import time
@@ -13,11 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 from ncf_dist.train.loaders import Batch
+from ncf_dist.train.validation import SELECT_BY
 from ncf_dist.train.world import World
 
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 30.0
+WORTH_SAYING = 0.05
+"""The share of time waited for data from which on an epoch's line says it."""
 
 
 class Meter:
@@ -31,7 +34,12 @@ class Meter:
         self.start = self.shown = time.monotonic()
         terminal = world.is_main and sys.stderr.isatty()
         self.bar = tqdm(
-            total=steps, initial=first, desc=f"epoch {epoch}", unit="step", leave=False, disable=not terminal
+            total=steps,
+            initial=first,
+            desc=f"epoch {epoch + 1} of {epochs}",
+            unit="step",
+            leave=False,
+            disable=not terminal,
         )
 
     @contextlib.contextmanager
@@ -50,13 +58,17 @@ class Meter:
             return
         self.shown = now
         if self.bar.disable:
-            log.info("%s", json.dumps({"epoch": self.epoch, "step": self.done, "of": self.steps, **self.now()}))
+            where = f"epoch {self.epoch + 1} of {self.epochs}, step {self.done:,} of {self.steps:,}"
+            log.info("%s: %s", where, self.in_words())
         else:
-            shown = self.now()
-            self.bar.set_postfix_str(
-                f"{shown['samples_per_s']:,.0f} samples/s, loss {shown['loss']:.4f}, "
-                f"{shown['data_wait']:.0%} waiting for data, at most {shown['eta_s']:,.0f} s left"
-            )
+            self.bar.set_postfix_str(self.in_words())
+
+    def in_words(self) -> str:
+        shown = self.now()
+        return (
+            f"loss {figure(shown['loss'], 4)}, {count(shown['samples_per_s'])} samples/s, "
+            f"{shown['data_wait']:.0%} waiting for data, at most {shown['eta_s']:,.0f} s left"
+        )
 
     def now(self) -> dict[str, float]:
         """The epoch so far, and the seconds to the last epoch that may come."""
@@ -82,8 +94,32 @@ class Meter:
         }
 
 
-def show_epoch(world: World, record: dict[str, Any]) -> None:
-    """One line for an epoch that is over."""
+def show_epoch(world: World, record: dict[str, Any], epochs: int, best: bool) -> None:
+    """One line for an epoch that is over. best: whether it is the best so far."""
     if world.is_main:
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}
-        log.info("%s", json.dumps(rounded))
+        log.info("epoch %d of %d: %s", record["epoch"] + 1, epochs, in_words(record, best))
+
+
+def in_words(record: dict[str, Any], best: bool) -> str:
+    """An epoch's record as a person reads it: `loss .3917, ndcg@10 .312 (best), 2.9 M samples/s, 14 s`."""
+    said = [f"loss {figure(record['loss'], 4)}"]
+    for name in [name for name in SELECT_BY if name in record][:1]:
+        said.append(f"{name} {figure(record[name], 3)}{' (best)' if best else ''}")
+    said.append(f"{count(record['samples_per_s'])} samples/s")
+    if record["data_wait"] >= WORTH_SAYING:
+        said.append(f"{record['data_wait']:.0%} waiting for data")
+    return ", ".join([*said, f"{record['seconds']:,.{0 if record['seconds'] >= 10 else 1}f} s"])
+
+
+def figure(value: float, digits: int) -> str:
+    """.312 for 0.3124: no zero before the point."""
+    text = f"{value:.{digits}f}"
+    return text.replace("0.", ".", 1) if text.lstrip("-").startswith("0.") else text
+
+
+def count(value: float) -> str:
+    """2.9 M for 2,912,345."""
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= unit:
+            return f"{value / unit:.1f}{name}"
+    return f"{value:.0f}"

@@ -126,7 +126,7 @@ class Trainer:
             figures = self.validate(self.model)
             record = {"epoch": progress.epoch, **trained, **figures}
             self._judge(record, figures)
-            show_epoch(self.world, record)
+            show_epoch(self.world, record, self.config.epochs, self.history.best_epoch == progress.epoch)
             self.progress = progress = Progress(progress.epoch + 1, updates=progress.updates)
         self.model.load_state_dict(self.best)
         return history
