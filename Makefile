@@ -33,6 +33,13 @@ wrong_java = $(shell ./spark-submit.sh --java-home 2>&1 >/dev/null)
 # What is downloaded must have a SHA-256 that requirements.lock names. What comes as source is built by the setuptools of
 # the lock, which is installed before it: pip would fetch one of its own, unchecked.
 checked = $(pip) install --no-deps --require-hashes --no-build-isolation
+# What pip says goes to the log; of it a person sees how far it is: on a terminal each package, elsewhere what takes long.
+shown = tee -a $(log) | { end=''; while read -r first second rest; do \
+  case "$$first $$rest" in \
+    Collecting*) if [ -t 1 ]; then printf '\r\033[K      %s' "$$second"; end='\r\033[K'; fi;; \
+    Downloading*[0-9][0-9].[0-9]\ MB*|Downloading*GB*) printf "$$end      %s %s\n" "$$second" "$$rest"; end='';; \
+    Installing*packages*) printf "$$end      unpacking %d packages\n" $$(($$(wc -w <<<"$$rest") - 1)); end='';; \
+  esac; done; printf "$$end"; }
 build_tool = sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock
 
 # The stamp is written last. Without it .venv is half made, so it is built afresh; with an old one it is brought up to date in place.
@@ -46,9 +53,9 @@ build_tool = sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock
 	    >$(log) 2>&1 || $(call failed,making .venv); \
 	fi; rm -f $@
 	@echo "[2/4] the packages of requirements.lock"
-	@$(checked) -r <($(build_tool)) >>$(log) 2>&1 && $(checked) -r requirements.lock >>$(log) 2>&1 || $(call failed,installing requirements.lock)
+	@{ $(checked) -r <($(build_tool)) && $(checked) -r requirements.lock; } 2>&1 | $(shown) || $(call failed,installing requirements.lock)
 	@echo "[3/4] torch, the largest download"
-	@$(pip) install -r requirements-torch.txt >>$(log) 2>&1 || $(call failed,installing torch)
+	@$(pip) install -r requirements-torch.txt 2>&1 | $(shown) || $(call failed,installing torch)
 	@echo "[4/4] ncf-dist itself"
 	@$(pip) install --no-deps --no-build-isolation -e . >>$(log) 2>&1 || $(call failed,installing ncf-dist)
 	@touch $@

@@ -25,6 +25,8 @@ from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_table
 
+REPORT = "report.html"
+"""As evaluate names it."""
 USERS = 10
 LIKED = 4
 
@@ -42,7 +44,8 @@ class Latest:
 
 
 def show(config: Config) -> str:
-    """The text: a block a user, then the table's path. Raises ContractError where nothing is published."""
+    """The text: a block a user, then the paths of the table and of the report. Raises ContractError where nothing is
+    published."""
     lake = Lake(config.paths.lake)
     root = lake.path(config.publish.table)
     latest = read_latest(root)
@@ -65,6 +68,8 @@ def show(config: Config) -> str:
         f"published: {root}  (ds {latest.ds}, version {latest.version}, {latest.rows:,} rows, "
         f"model {latest.model_version})"
     )
+    if report := _report(lake, latest.ds, score):
+        lines.append(f"report: {report}")
     return "\n".join(lines)
 
 
@@ -80,6 +85,15 @@ def read_latest(root: str) -> Latest:
             f"{path} cannot be read ({error}); needed what publish wrote: "
             "run the job publish again, which writes it anew"
         ) from None
+
+
+def _report(lake: Lake, ds: str, score: Manifest) -> str | None:
+    """The page of the newest run of evaluate that judged the model that `score` ranked with."""
+    for run in lake.stage(ds, "evaluate").production():
+        path = posixpath.join(run.root, REPORT)
+        if run.inputs.get("train") == score.inputs.get("train") and exists(path):
+            return path
+    return None
 
 
 def _some_users(files: list[str]) -> pa.Table:

@@ -213,7 +213,7 @@ def test_a_launcher_that_is_stopped_before_the_job_says_so(checkout: Path, tmp_p
     report = json.loads(process.communicate(timeout=60)[0])
     assert process.returncode == 75
     assert (report["job"], report["status"]) == ("train", "failed")
-    assert set(report) == {"job", "ds", "run_key", "status", "outputs", "metrics", "error", "seconds"}
+    assert set(report) == {"job", "ds", "run_key", "status", "outputs", "metrics", "error", "details", "seconds"}
 
 
 def test_a_refused_config_ends_it_with_the_jobs_own_words(checkout: Path) -> None:
@@ -266,7 +266,7 @@ def test_a_wrong_spark_home_is_one_line(checkout: Path) -> None:
 def test_make_lists_its_targets() -> None:
     listed = [line.split()[1] for line in run("make").stdout.splitlines()]
     assert listed[:6] == ["help", "install", "check", "format", "test", "soak"]
-    assert listed[6:] == ["demo", "ml-1m", "bench", "lock", "audit", "sbom", "clean"]
+    assert listed[6:] == ["demo", "ml-1m", "bench", "lock", "audit", "docs", "sbom", "clean"]
 
 
 @pytest.fixture
@@ -284,6 +284,7 @@ def python311(tmp_path: Path) -> Path:
     """A Python 3.11; the one it puts in a .venv does nothing, or fails where there is a file `broken`."""
     inner = (
         "test ! -e broken || { echo no space left; exit 1; }; "
+        "test ! -e said || case $* in *install*-r*) cat said;; esac; "
         'echo "$*" >>.venv/calls; for a; do case $a in /dev/fd/*) cat $a >>.venv/calls;; esac; done'
     )
     return script(
@@ -351,6 +352,19 @@ def test_what_is_installed_is_checked_against_the_lock(fresh: Path, python311: P
     assert second[0] == "requirements.lock"
     assert re.search(rf"^{re.escape(tool[1])}\n( +--hash=sha256:\w{{64}}( \\)?\n)+.*requirements.lock$", calls, re.M)
     assert calls.index(checked) < calls.index("requirements-torch.txt"), "so that torch finds what it needs"
+
+
+def test_an_installation_says_how_far_it_is(fresh: Path, python311: Path) -> None:
+    """What pip says is in the log; what takes long is seen."""
+    (fresh / "said").write_text(
+        "Collecting pyarrow==14.0.2 (from -r requirements.lock (line 7))\n"
+        "  Downloading pyarrow-14.0.2-cp311.whl (38.0 MB)\n  Downloading six-1.17.whl (11 kB)\n"
+        "  Downloading tiny-1.0.whl (1.5 MB)\nInstalling collected packages: six, tiny, pyarrow\n"
+    )
+    seen = install(fresh, python311).stdout.splitlines()
+    lock, torch = (seen.index(next(line for line in seen if line.startswith(step))) for step in STEPS[1:3])
+    assert seen[lock + 1 : torch] == ["      pyarrow-14.0.2-cp311.whl (38.0 MB)", "      unpacking 3 packages"] * 2
+    assert (fresh / "said").read_text() in (fresh / ".venv/install.log").read_text()
 
 
 def test_a_new_lock_updates_the_environment_in_place(fresh: Path, python311: Path) -> None:
@@ -463,35 +477,3 @@ def test_an_audit_without_advisories_is_not_green(
     assert said in result.stdout + result.stderr
     assert ("NOTHING WAS AUDITED" in result.stderr) == ("NOTHING" in said)
     assert list(tmp_path.glob("tmp*")) == [], "the tools are gone"
-
-
-# --- where a job runs ---
-
-
-@pytest.mark.skipif(not (ROOT / ".venv/.installed").exists(), reason="this checkout has no .venv from make install")
-def test_a_night_in_an_odd_place(tmp_path: Path) -> None:
-    """A host name that does not resolve, a POSIX locale with a lake beyond ASCII, and a working folder with modules of
-    Python's and ours, which driver, Spark's workers and ranks must not take."""
-    here = tmp_path / "döt"
-    for module in ("random.py", "psutil.py", "ncf_dist/__init__.py"):
-        (here / module).parent.mkdir(parents=True, exist_ok=True)
-        (here / module).write_text("raise SystemExit('taken from the working folder')\n")
-    (here / "ratings.dat").write_text(
-        "".join(f"{u}::{i}::5::{u * i}\n" for u in range(1, 30) for i in range(u % 3, 20))
-    )
-    tree = {
-        "paths": {"lake": "läke", "work": "work"},
-        "input": {"path": "ratings.dat"},
-        "negatives": {"draws": 2, "candidates": 5},
-        "model": {"name": "gmf", "factors": 4},
-        "loader": {"backend": "arrow"},
-        "train": {"ranks": 2, "batch_size": 64, "epochs": 1},
-        "spark": {"master": "local[1]", "driver_memory": "1g", "shuffle_partitions": 1},
-    }
-    (here / "line.yaml").write_text(json.dumps(tree))
-    odd = {"SPARK_LOCAL_HOSTNAME": "no-such-host.invalid", "SPARK_LOCAL_IP": "no-such-host.invalid", "LC_ALL": "POSIX"}
-    for job in ("prepare", "train"):
-        command = [str(ROOT / "spark-submit.sh"), job, "--config", "line.yaml", "--ds", "2026-01-02"]
-        done = subprocess.run(command, cwd=here, env={**os.environ, **odd}, capture_output=True)
-        assert done.returncode == 0, (done.stderr, done.stdout)
-    assert list(here.glob("läke/runs/*/train/*/manifest.json"))
