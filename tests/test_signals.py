@@ -23,7 +23,9 @@ from pyspark.sql import SparkSession
 from ncf_dist.cli import JOBS
 from ncf_dist.config import Config, load_config
 from ncf_dist.errors import ExitCode
+from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.prepare.pipeline import prepare
+from ncf_dist.score.pipeline import score
 from ncf_dist.train.pipeline import train
 from tests.test_line import LAUNCHER, ROOT, checkerboard
 
@@ -213,9 +215,17 @@ def stuck(tmp_path: Path) -> tuple[Path, Path]:
     return python, started
 
 
-@pytest.mark.parametrize("job", ["fetch", "prepare", "evaluate", "score"])
+ASKED = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
+WAITING = [
+    pytest.param(job, name, marks=[] if name == "SIGTERM" else [pytest.mark.soak])
+    for job in ("fetch", "prepare", "evaluate", "score")
+    for name in ASKED
+]
+
+
+@pytest.mark.parametrize(("job", "name"), WAITING)
 def test_a_stage_that_waits_for_spark_ends(
-    line: Path, config: Config, trained: str, stuck: tuple[Path, Path], job: str
+    line: Path, config: Config, trained: str, stuck: tuple[Path, Path], job: str, name: str
 ) -> None:
     """The driver waits in a read of a socket for an answer that never comes."""
     python, started = stuck
@@ -224,13 +234,67 @@ def test_a_stage_that_waits_for_spark_ends(
         running.wait_for(started.exists)
         assert len(running.left()) >= 3, "the driver, its JVM, and the worker that is none"
         assert not running.open_to_others()
-        running.process.terminate()
+        running.process.send_signal(ASKED[name])
         report = running.must_be_preempted(job)
-        assert "was stopped by SIGTERM" in report["error"]
+        assert f"was stopped by {name}" in report["error"]
         assert "run the same command again" in report["error"]
     assert lock_is_free(config)
     assert {path.name for path in line.parent.glob("raw/*")} <= {".lock"}, "fetch left nothing"
     assert len(list(line.parent.glob(f"lake/runs/*/{job}/*/manifest.json"))) == (job == "prepare")
+
+
+# ---- a whole night -------------------------------------------------------------------------------------------
+
+ONE_EPOCH = "train.epochs=1"
+"""With it a night finds prepared and trained what the fixtures made."""
+NIGHTS = [
+    pytest.param(stage, name, marks=[] if (stage, name) == ("evaluate", "SIGINT") else [pytest.mark.soak])
+    for stage in ("prepare", "train", "evaluate", "score", "publish")
+    for name in ASKED
+]
+
+
+def done_before(line: Path, stage: str) -> None:
+    """Make what a night is to find done before `stage`, beside what `trained` has made."""
+    config = load_config(line, [ONE_EPOCH])
+    if stage in ("score", "publish"):
+        evaluate(config, DS)
+    if stage == "publish":
+        score(config, DS)
+
+
+def finished(line: Path, stage: str) -> set[Path]:
+    return set(line.parent.glob(f"lake/runs/{DS}/{stage}/*/manifest.json"))
+
+
+@pytest.mark.parametrize(("stage", "name"), NIGHTS)
+def test_a_night_ends_in_whichever_stage_it_is(
+    line: Path, config: Config, trained: str, stuck: tuple[Path, Path], stage: str, name: str
+) -> None:
+    """Stages that use Spark wait for it; training has 300 epochs before it; publication may be faster than we are."""
+    python, started = stuck
+    done_before(line, stage)
+    before, saved = finished(line, stage), saved_steps(config)
+    more = {
+        "prepare": ("seed=77", ONE_EPOCH),
+        "train": (f"train.lr=0.0{1 + list(ASKED).index(name)}7", "train.checkpoint_steps=1"),
+    }.get(stage, (ONE_EPOCH,))
+    arguments = [word for setting in more for word in ("--set", setting)]
+    with killed_after(Job(line, "nightly", *arguments, PYSPARK_PYTHON=str(python))) as running:
+        running.wait_for_log(f"/5 {stage} ──")
+        if stage == "train":
+            running.wait_for(lambda: saved_steps(config, saved))
+        elif stage != "publish":
+            running.wait_for(started.exists)
+        running.process.send_signal(ASKED[name])
+        code, report = running.end()
+    if stage == "publish" and code == ExitCode.DONE:
+        return
+    assert (code, report["job"], report["status"]) == (ExitCode.PREEMPTED, "nightly", "failed"), report
+    assert ("stopped as asked" if stage == "train" else f"was stopped by {name}") in report["error"]
+    assert (Path(report["lake"]) / report["details"]).exists()
+    assert finished(line, stage) == before, "nothing half made counts"
+    assert lock_is_free(config)
 
 
 @pytest.mark.parametrize(("job", "number"), [*((job, signal.SIGTERM) for job in JOBS), ("publish", signal.SIGINT)])
