@@ -12,7 +12,8 @@ from ncf_dist.errors import NcfError
 from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.manifests import Manifest
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.publish.pipeline import check_ahead, publish
+from ncf_dist.publish.ahead import check_ahead
+from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
 from ncf_dist.stage import Outcome, Upstream
 from ncf_dist.train.pipeline import train

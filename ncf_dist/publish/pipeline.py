@@ -8,55 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import posixpath
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
-
-from ncf_dist import metrics
 from ncf_dist.config import Config
-from ncf_dist.contracts import recommendations
-from ncf_dist.errors import ContractError, GateRefused, InputError
-from ncf_dist.files import is_local, make_dirs, read_json, resolve
+from ncf_dist.errors import GateRefused, InputError
+from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo
 from ncf_dist.publish import gates, leftovers
 from ncf_dist.publish.audit import Audit, Promise, audit, contract_of
 from ncf_dist.publish.repair import restore
+from ncf_dist.publish.runs import Runs, evaluated, find_runs
 from ncf_dist.publish.table import Publication, PublishedTable
-from ncf_dist.stage import Outcome, Upstream, find_upstream
+from ncf_dist.stage import Outcome, Upstream
 
 log = logging.getLogger(__name__)
-
-STAGE = "publish"
-
-ID_TYPES = {"int": (pa.int64(),), "string": (pa.string(),), None: (pa.int64(), pa.string())}
-"""By input.user_type and input.item_type; left out, the log decides."""
-
-
-@dataclass(frozen=True)
-class Runs:
-    """What the night was made by. evaluate: of the model that score used, where it was evaluated."""
-
-    prepare: Manifest
-    score: Manifest
-    evaluate: Manifest | None
-
-
-def find_runs(lake: Lake, config: Config, ds: str, given: Upstream | None) -> Runs:
-    """Raises ContractError where no finished run of score fits this config."""
-    upstream = find_upstream(lake, config, ds, STAGE, given)
-    if given is not None and "evaluate" in given:
-        judged = [given["evaluate"]]
-    else:
-        judged = lake.stage(ds, "evaluate").production()
-    mine = [run for run in judged if run.inputs.get("train") == upstream["train"].run_key]
-    # The newest; but one that compares says more than one that does not.
-    return Runs(upstream["prepare"], upstream["score"], max(mine, key=lambda run: bool(run.tables), default=None))
 
 
 def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
@@ -94,32 +63,6 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     return Outcome(status, score.run_key, {contract.name: table.root}, {}, extra)
 
 
-def check_ahead(config: Config, ds: str) -> None:
-    """Raise what `publish` would raise tonight whatever the stages before it make: the lake, the table or the work
-    folder cannot be written, the table is damaged or has other columns, or a later ds is published.
-
-    A night that is published already passes also where a later one is: it may be found done.
-    """
-    lake = Lake(config.paths.lake)
-    lake.check_writable()
-    root, work = lake.path(config.publish.table), resolve(config.paths.work)
-    try:
-        make_dirs(work)
-    except OSError as error:
-        raise InputError(f"paths.work {work} cannot be made ({error.strerror or error}); set paths.work") from None
-    inside = (posixpath.join(root, name) for name in ("_delta_log", f"ds={ds}"))
-    places = [work, *((root, *inside) if is_local(root) else ())]
-    for place in places:
-        if os.path.lexists(place) and not (os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)):
-            raise InputError(
-                f"{place} is not a folder that this user may write; needed one for publishing ds {ds}: fix its "
-                "permissions, or set publish.table or paths.work"
-            )
-    user_types, item_types = ID_TYPES[config.input.user_type], ID_TYPES[config.input.item_type]
-    contracts = [recommendations(user, item, config.score.form) for user in user_types for item in item_types]
-    PublishedTable(root, contracts[0]).check_ahead(ds, contracts)
-
-
 def _pass_gates(config: Config, table: PublishedTable, runs: Runs, audited: Audit) -> list[str]:
     """The warnings. Raises GateRefused."""
     newest = table.newest()
@@ -133,7 +76,7 @@ def _pass_gates(config: Config, table: PublishedTable, runs: Runs, audited: Audi
         rows=sum(file.info.rows for file in audited.files),
         model_users=audited.model_users,
         published=before,
-        evaluated=_evaluated(runs.evaluate),
+        evaluated=evaluated(runs.evaluate),
         held_out=runs.prepare.config.get("split", {}).get("strategy") != "none",
     )
     verdicts = gates.judge(facts, config.publish.require)
@@ -152,20 +95,6 @@ def _pass_gates(config: Config, table: PublishedTable, runs: Runs, audited: Audi
             warnings=warnings,
         )
     return warnings
-
-
-def _evaluated(run: Manifest | None) -> gates.Evaluated | None:
-    """Raises ContractError where the run's figures cannot be read."""
-    if run is None or not run.tables:
-        return None if run is None else gates.Evaluated(run.run_key, None)
-    path = posixpath.join(run.root, metrics.STORED)
-    try:
-        return gates.Evaluated(run.run_key, read_json(gates.Figures, path, more_keys=True))
-    except (OSError, ValueError) as error:
-        raise ContractError(
-            f"{path} cannot be read ({error}); needed the figures of evaluate run "
-            f"{run.run_key}: remove {run.root} and rerun the job evaluate"
-        ) from None
 
 
 def _restore(config: Config, table: PublishedTable, score: Manifest, infos: dict[str, FileInfo]) -> list[str]:

@@ -1,0 +1,54 @@
+"""The runs that a night is published from: score's, prepare's, and evaluate's of the model that score used."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass
+
+from ncf_dist import metrics
+from ncf_dist.config import Config
+from ncf_dist.errors import ContractError
+from ncf_dist.files import read_json
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+from ncf_dist.publish import gates
+from ncf_dist.stage import Upstream, find_upstream
+
+STAGE = "publish"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the night was made by. evaluate: of the model that score used, where it was evaluated."""
+
+    prepare: Manifest
+    score: Manifest
+    evaluate: Manifest | None
+
+
+def find_runs(lake: Lake, config: Config, ds: str, given: Upstream | None) -> Runs:
+    """Raises ContractError where no finished run of score fits this config."""
+    upstream = find_upstream(lake, config, ds, STAGE, given)
+    if given is not None and "evaluate" in given:
+        judged = [given["evaluate"]]
+    else:
+        judged = lake.stage(ds, "evaluate").production()
+    mine = [run for run in judged if run.inputs.get("train") == upstream["train"].run_key]
+    # The newest; but one that compares says more than one that does not.
+    return Runs(upstream["prepare"], upstream["score"], max(mine, key=lambda run: bool(run.tables), default=None))
+
+
+def evaluated(run: Manifest | None) -> gates.Evaluated | None:
+    """What the gates use of a run of evaluate. Raises ContractError where its figures cannot be read."""
+    if run is None:
+        return None
+    if not run.tables:
+        return gates.Evaluated(run.run_key, None)
+    path = posixpath.join(run.root, metrics.STORED)
+    try:
+        return gates.Evaluated(run.run_key, read_json(gates.Figures, path, more_keys=True))
+    except (OSError, ValueError) as error:
+        raise ContractError(
+            f"{path} cannot be read ({error}); needed the figures of evaluate run "
+            f"{run.run_key}: remove {run.root} and rerun the job evaluate"
+        ) from None
