@@ -71,7 +71,7 @@ def library(build: str) -> ctypes.CDLL | None:
 def best_library() -> ctypes.CDLL | None:
     """The best build for this CPU."""
     builds = BUILDS.get(torch.backends.cpu.get_cpu_capability(), ())
-    return next((found for build in builds if (found := library(build))), None)
+    return next((built for build in builds if (built := library(build))), None)
 
 
 class _Model:

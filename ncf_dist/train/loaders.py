@@ -159,14 +159,14 @@ def verify_files(manifest: Manifest, contract: Contract, world: World) -> None:
     infos = manifest.table(contract).files
     for path, info in list(zip(manifest.files(contract.name), infos, strict=True))[world.rank :: world.size]:
         try:
-            found = hashlib.sha256(read_bytes(path)).hexdigest()
+            digest = hashlib.sha256(read_bytes(path)).hexdigest()
         except OSError as error:
             raise ContractError(
                 f"{path} cannot be read ({error}); the manifest names it: rerun the job prepare"
             ) from None
-        if found != info.sha256:
+        if digest != info.sha256:
             raise ContractError(
-                f"{path} has SHA-256 {found[:12]}…, the manifest says {info.sha256[:12]}…: "
+                f"{path} has SHA-256 {digest[:12]}…, the manifest says {info.sha256[:12]}…: "
                 "the file changed, rerun the job prepare"
             )
 

@@ -56,7 +56,7 @@ def interface_facing(host: str) -> str:
 def interface_of(address: str) -> str:
     """The interface that has an address."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(found.address.partition("%")[0] == address.partition("%")[0] for found in addresses):
+        if any(known.address.partition("%")[0] == address.partition("%")[0] for known in addresses):
             return name
     raise ConfigError(
         f"no network interface here has the address {address}; needed one that ranks can talk over: bring it up (for "

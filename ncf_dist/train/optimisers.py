@@ -36,10 +36,10 @@ STATE = {
 """What torch keeps of a parameter, by its names: `step` is a number, the others are moments."""
 
 
-def state_like(name: str, parameters: Mapping[str, Tensor], found: Collection[str]) -> dict[str, Tensor]:
+def state_like(name: str, parameters: Mapping[str, Tensor], keys: Collection[str]) -> dict[str, Tensor]:
     """{"parameter/key": a tensor of the shape and type that this state has}, of every parameter that has any key in
-    `found`. A parameter that no step has updated has no state."""
-    begun = {key.rpartition("/")[0] for key in found}
+    `keys`. A parameter that no step has updated has no state."""
+    begun = {key.rpartition("/")[0] for key in keys}
     return {
         f"{parameter}/{key}": torch.empty(()) if key == "step" else weight
         for parameter, weight in parameters.items()

@@ -79,9 +79,9 @@ class World:
         lengths = [torch.zeros(1, dtype=torch.long) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(mine)]))
         longest = max(int(length) for length in lengths)
-        found = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
-        dist.all_gather(found, nn.functional.pad(mine, (0, longest - len(mine))))
-        return [json.loads(bytes(t[:n].tolist())) for t, n in zip(found, map(int, lengths), strict=True)]
+        gathered = [torch.zeros(longest, dtype=torch.uint8) for _ in lengths]
+        dist.all_gather(gathered, nn.functional.pad(mine, (0, longest - len(mine))))
+        return [json.loads(bytes(t[:n].tolist())) for t, n in zip(gathered, map(int, lengths), strict=True)]
 
     def same_buffers(self, module: nn.Module) -> None:
         """Give all ranks rank 0's buffers, such as the running means of batch norm."""
