@@ -24,7 +24,8 @@ from ncf_dist.contracts import INDEX_LIST
 from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.evaluate import baselines
 from ncf_dist.evaluate.baselines import DotScorer, ItemItemScorer, ease, gram, item_factors, item_knn
-from ncf_dist.evaluate.pipeline import check_gram, evaluate
+from ncf_dist.evaluate.fitting import check_gram
+from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF

@@ -24,14 +24,14 @@ from ncf_dist.contracts import INDEX_LIST, RANKS
 from ncf_dist.evaluate import segments
 from ncf_dist.evaluate.baselines import DotScorer
 from ncf_dist.evaluate.bootstrap import interval, p_value, poisson_weights
-from ncf_dist.evaluate.figures import Ranks, file_sums, read_ranks, sum_up, with_other
 from ncf_dist.evaluate.histogram import BINS, Histogram, on_common_bins
 from ncf_dist.evaluate.lists import list_metrics, popularity_counts
 from ncf_dist.evaluate.periods import UNITS
+from ncf_dist.evaluate.ranks import Score, Users, blocks, model_scores, popularity_scores, rank_users
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles, codes_of, name_of
 from ncf_dist.evaluate.spec import FiguresPass
 from ncf_dist.evaluate.summary import by_segment, comparisons, flat_metrics, of_scorer
-from ncf_dist.evaluate.users import Score, Users, blocks, model_scores, popularity_scores, rank_users
+from ncf_dist.evaluate.sums import Ranks, file_sums, read_ranks, sum_up, with_other
 from ncf_dist.models import MF, build_model
 from ncf_dist.parquet import write_parquet
 from ncf_dist.scoring import ModelScorer, PopularityScorer, Scores, by_item, mask, top_k

@@ -62,13 +62,6 @@ class DotScorer:
         return (user @ item.T)[: len(users), : len(items)]
 
 
-def read_lists(column: pa.Array) -> Lists:
-    """An Arrow list column as values and offsets from 0."""
-    sizes = column.value_lengths().to_numpy(zero_copy_only=False)
-    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-    return Lists(values, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
-
-
 def item_factors(files: tuple[str, ...], n_items: int) -> DotScorer:
     """Spark's item factors; an item without any has zeros."""
     table = pa.concat_tables([read_table(path) for path in files])
@@ -96,10 +89,10 @@ def fit(spec: GramFit) -> Pass:
         if sum(batch.num_rows for batch in batches):
             histories = (read_table(path).column("item_idx").combine_chunks() for path in spec.history_files)
             g = gram(histories, spec.n_items)
-            if spec.knn_to:
-                _save(spec.knn_to, item_knn(g, spec.knn_neighbours, spec.knn_shrink))
-            if spec.ease_to:  # Last: it changes the matrix.
-                _save(spec.ease_to, ease(g, spec.ease_lambda))
+            if path := spec.files.get("item_knn"):
+                _save(path, item_knn(g, spec.config.knn_neighbours, spec.config.knn_shrink))
+            if path := spec.files.get("ease"):  # Last: it changes the matrix.
+                _save(path, ease(g, spec.config.ease_lambda))
         yield pa.RecordBatch.from_pydict({"stats": [json.dumps({})]})
 
     return run
@@ -115,7 +108,7 @@ def gram(histories: Iterable[pa.Array], n_items: int) -> Tensor:
     total = torch.zeros(n_items, n_items, dtype=torch.float64)
     for column in histories:
         for start in range(0, len(column), USERS_A_BLOCK):
-            history = read_lists(column.slice(start, USERS_A_BLOCK))
+            history = Lists.of(column.slice(start, USERS_A_BLOCK))
             x = torch.zeros(len(history.offsets) - 1, n_items)
             x[torch.from_numpy(history.row), torch.from_numpy(history.values)] = 1
             total += x.T @ x  # Whole numbers up to the block's users: exact in float32.

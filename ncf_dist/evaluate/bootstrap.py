@@ -1,9 +1,9 @@
 """Poisson bootstrap over users: intervals and paired p-values from sums that tasks can add up.
 
-In each of B replicates a user counts w times, w ~ Poisson(1), which for many users is the bootstrap's multinomial
+In each of B replicates a user counts w times, w ~ Poisson(1). For many users this is the bootstrap's multinomial
 resampling (Hanley & MacGibbon 2006; over distributed data: Chamandy et al. 2012). A weight is a hash of (seed, user,
-replicate): a user weighs the same for every scorer, so differences between scorers are paired, and no draw depends on
-where a user is computed. Letters: B replicates, U users.
+replicate). So a user has the same weight for every scorer, differences between scorers are paired, and no weight
+depends on the task that computes it. Letters: B replicates, U users.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ def poisson_weights(seed: int, user: IntArray, replicates: int) -> FloatArray:
 def interval(replicates: FloatArray) -> list[float] | None:
     """The 95 % percentile interval (Efron & Tibshirani 1993, section 13.3); None without replicates. NaN replicates,
     in which nobody was drawn, are left out."""
-    found = replicates[np.isfinite(replicates)]
-    if not len(found):
+    finite = replicates[np.isfinite(replicates)]
+    if not len(finite):
         return None
     tail = (1 - CONFIDENCE) / 2
-    return [float(value) for value in np.quantile(found, (tail, 1 - tail))]
+    return [float(value) for value in np.quantile(finite, (tail, 1 - tail))]
 
 
 def p_value(differences: FloatArray) -> float | None:
     """Two-sided p of "no difference" from the replicates (B,) of a paired difference: twice the share of them on the
     smaller side of 0, one more counted, so at least 2 / (B + 1) (Davison & Hinkley 1997, section 4.2). It agrees with
     the interval: below 0.05 where that leaves 0 out. None without replicates."""
-    found = differences[np.isfinite(differences)]
-    if not len(found):
+    finite = differences[np.isfinite(differences)]
+    if not len(finite):
         return None
-    smaller = min(int((found <= 0).sum()), int((found >= 0).sum()))
-    return min(1.0, 2.0 * (smaller + 1) / (len(found) + 1))
+    smaller = min(int((finite <= 0).sum()), int((finite >= 0).sum()))
+    return min(1.0, 2.0 * (smaller + 1) / (len(finite) + 1))

@@ -1,4 +1,4 @@
-"""Another run of evaluate to compare this model with: which one is meant, and whether it judged the same rows."""
+"""The run of evaluate that this model is compared with: which run it is, and whether it judged the same rows."""
 
 from __future__ import annotations
 

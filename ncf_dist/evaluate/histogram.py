@@ -1,7 +1,8 @@
-"""A histogram of scores whose range nobody knows beforehand: bounded, and the same however it was put together.
+"""A histogram of scores of unknown range. Its size is bounded, and it is the same in whatever order values are added
+and histograms merged.
 
-Bins are [i · 2^e, (i + 1) · 2^e). When values no longer fit, neighbours are merged in pairs (e grows by one), so any
-two histograms can be brought to the same bins exactly, and what comes out is a function of all the values alone.
+Bins are [i · 2^e, (i + 1) · 2^e). When values no longer fit, neighbours are merged in pairs (e grows by one). So any
+two histograms can be brought to the same bins exactly, and the result is a function of all the values alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Histogram:
     counts: Counter[int] = field(default_factory=Counter)
 
     def add(self, values: npt.NDArray[np.float32]) -> None:
-        """Count finite values; what is not finite is left out."""
+        """Count finite values; others are left out."""
         values = values[np.isfinite(values)]
         if not len(values):
             return
@@ -32,8 +33,8 @@ class Histogram:
         exponent = _exponent(low, high)
         first = int(np.floor(np.ldexp(low, -exponent)))
         place = np.floor(np.ldexp(values.astype(np.float64), -exponent)).astype(np.int64) - first
-        found = np.bincount(place)
-        self.merge(Histogram(exponent, Counter({first + int(i): int(found[i]) for i in np.flatnonzero(found)})))
+        counted = np.bincount(place)
+        self.merge(Histogram(exponent, Counter({first + int(i): int(counted[i]) for i in np.flatnonzero(counted)})))
 
     def merge(self, other: Histogram) -> None:
         if not other.counts:
@@ -88,8 +89,8 @@ def on_common_bins(histograms: dict[str, Histogram], bins: int) -> dict[str, lis
     together.fit(bins)
     low, high = min(together.counts), max(together.counts)
     width = 2.0**together.exponent
-    found: dict[str, list[float]] = {"edges": [place * width for place in range(low, high + 2)]}
+    common: dict[str, list[float]] = {"edges": [place * width for place in range(low, high + 2)]}
     for name, histogram in histograms.items():
         at = histogram._at(together.exponent) if histogram.counts else Counter()
-        found[name] = [at[place] for place in range(low, high + 1)]
-    return found
+        common[name] = [at[place] for place in range(low, high + 1)]
+    return common

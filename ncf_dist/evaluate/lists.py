@@ -1,4 +1,4 @@
-"""What all users' lists together look like, counted by Spark: the driver sees distinct counts, no items."""
+"""Figures of all users' lists together, counted by Spark: the driver gets distinct counts, and no items."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ncf_dist.evaluate.segments import IntArray
 def popularity_counts(stats: DataFrame) -> tuple[IntArray, IntArray]:
     """(distinct train interactions of an item, how many items have so many), ascending."""
     rows = stats.groupBy("train_count").agg(F.count("*").alias("items")).orderBy("train_count").collect()
-    found = np.array([(row["train_count"], row["items"]) for row in rows], dtype=np.int64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
+    counts = np.array([(row["train_count"], row["items"]) for row in rows], dtype=np.int64).reshape(-1, 2)
+    return counts[:, 0], counts[:, 1]
 
 
 def list_metrics(
@@ -46,16 +46,16 @@ def list_metrics(
         how_often[row["scorer"], row["k"]].append((row["shown"], row["items"]))
     for row in by_count:
         how_popular[row["scorer"], row["k"]][row["train_count"]] = row["shown"]
-    found: dict[str, dict[str, float]] = defaultdict(dict)
+    by_scorer: dict[str, dict[str, float]] = defaultdict(dict)
     for scorer, k in sorted(how_often):
         often = np.array(sorted(how_often[scorer, k]), dtype=np.int64)
         recommended = int(often[:, 1].sum())
         often = np.vstack([[0, n_items - recommended], often])
         shown_by_count = np.array([how_popular[scorer, k].get(int(c), 0) for c in count])
-        found[scorer] |= {
+        by_scorer[scorer] |= {
             f"coverage@{k}": metrics.coverage(recommended, n_items),
             f"novelty@{k}": metrics.novelty(count, shown_by_count, interactions),
             f"gini@{k}": metrics.gini(often[:, 0], often[:, 1]),
             f"popularity_bias@{k}": metrics.popularity_bias(count, shown_by_count, items),
         }
-    return dict(found)
+    return dict(by_scorer)

@@ -22,8 +22,8 @@ from pyspark.sql import functions as F
 
 from ncf_dist import contracts, metrics
 from ncf_dist.config import Evaluate
-from ncf_dist.evaluate.figures import SUMS, Sums, added_up, sums_batch, totals
 from ncf_dist.evaluate.spec import FiguresPass
+from ncf_dist.evaluate.sums import SUMS, Sums, added_up, sums_batch, totals
 from ncf_dist.manifests import Manifest
 from ncf_dist.spark_io import Pass, map_in_arrow, read_table
 

@@ -50,8 +50,8 @@ class PopularityDeciles:
     def codes(self, count: IntArray) -> IntArray:
         """(S,) position in `lowest` of items with these train interactions."""
         ascending = np.array(self.lowest[::-1], dtype=np.int64)
-        found: IntArray = len(self.lowest) - np.searchsorted(ascending, count, side="right")
-        return found
+        code: IntArray = len(self.lowest) - np.searchsorted(ascending, count, side="right")
+        return code
 
     def name(self, code: int) -> str:
         low, high = self.lowest[code], self.highest[code]
@@ -63,8 +63,8 @@ class PopularityDeciles:
 
 
 def activity_codes(seen_items: IntArray) -> IntArray:
-    found: IntArray = np.searchsorted(np.array(ACTIVITY), seen_items, side="right") - 1
-    return found
+    codes: IntArray = np.searchsorted(np.array(ACTIVITY), seen_items, side="right") - 1
+    return codes
 
 
 def activity_name(code: int) -> str:

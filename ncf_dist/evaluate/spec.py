@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ncf_dist.bundle import Bundle
+from ncf_dist.config import Evaluate
 from ncf_dist.evaluate.segments import PopularityDeciles
 from ncf_dist.products import PLAIN, Products
 
@@ -27,15 +29,12 @@ class EvaluationPass:
 
 @dataclass(frozen=True)
 class GramFit:
-    """Item-item weights from the Gram matrix of the history, each to a file, or None where it is not wanted."""
+    """Item-item weights from the Gram matrix of the history. files: of each baseline that is wanted, by name."""
 
     history_files: tuple[str, ...]
     n_items: int
-    ease_to: str | None
-    knn_to: str | None
-    ease_lambda: float
-    knn_neighbours: int
-    knn_shrink: float
+    config: Evaluate
+    files: Mapping[str, str]
 
 
 @dataclass(frozen=True)

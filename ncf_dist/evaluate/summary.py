@@ -1,7 +1,8 @@
-"""From sums to `metrics.json`: means, intervals, comparisons and segments. Pure arithmetic on the driver."""
+"""From sums to the figures of `metrics.json`: means, intervals, comparisons and segments. Arithmetic on the driver."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import numpy as np
 from ncf_dist import metrics
 from ncf_dist.evaluate import segments
 from ncf_dist.evaluate.bootstrap import interval, p_value
-from ncf_dist.evaluate.figures import MODEL, POPULARITY, FloatArray, Sums
 from ncf_dist.evaluate.segments import PopularityDeciles
+from ncf_dist.evaluate.sums import MODEL, POPULARITY, FloatArray, Sums
+
+log = logging.getLogger(__name__)
 
 PROTOCOLS = ("full", "candidates", "rating")
 KINDS = ("mrr", "auc", "hr", "recall", "precision", "ndcg", "map")
@@ -23,11 +26,11 @@ class Means:
     def __init__(self, sums: Sums, scorer: str, protocol: str) -> None:
         prefix = f"{scorer}/{protocol}/"
         named = {name.removeprefix(prefix): values for name, values in sums.items() if name.startswith(prefix)}
-        found = {name: named[name] for name in sorted(named, key=_order)}
-        n = found.pop("n", np.zeros(1))
+        columns = {name: named[name] for name in sorted(named, key=_order)}
+        n = columns.pop("n", np.zeros(1))
         with np.errstate(divide="ignore", invalid="ignore"):
-            self.values = {name: values / n[: len(values)] for name, values in found.items()}
-        if protocol == "rating" and found:
+            self.values = {name: values / n[: len(values)] for name, values in columns.items()}
+        if protocol == "rating" and columns:
             mse, mae = self.values["se"], self.values["ae"]
             self.values = {"mse": mse, "rmse": np.sqrt(mse), "mae": mae}
 
@@ -40,8 +43,8 @@ class Means:
 
     @property
     def intervals(self) -> dict[str, list[float]]:
-        found = {name: interval(values[1:]) for name, values in self.values.items()}
-        return {name: bounds for name, bounds in found.items() if bounds is not None}
+        bounds_of = {name: interval(values[1:]) for name, values in self.values.items()}
+        return {name: bounds for name, bounds in bounds_of.items() if bounds is not None}
 
 
 def _order(metric: str) -> tuple[int, int]:
@@ -53,22 +56,22 @@ def _order(metric: str) -> tuple[int, int]:
 def of_scorer(sums: Sums, scorer: str) -> dict[str, Any]:
     """{"full", "candidates", "rating" (where scores are ratings), "intervals"} of one scorer."""
     means = {protocol: Means(sums, scorer, protocol) for protocol in PROTOCOLS}
-    found: dict[str, Any] = {protocol: of.points for protocol, of in means.items() if of}
+    figures: dict[str, Any] = {protocol: of.points for protocol, of in means.items() if of}
     intervals = {protocol: of.intervals for protocol, of in means.items() if of and of.intervals}
-    return {**found, **({"intervals": intervals} if intervals else {})}
+    return {**figures, **({"intervals": intervals} if intervals else {})}
 
 
 def comparisons(sums: Sums, others: list[str]) -> list[dict[str, Any]]:
     """The model minus each other scorer: the same users in every replicate, so the difference is paired."""
-    found = []
+    compared = []
     for other in others:
         for protocol in PROTOCOLS:
             model, theirs = Means(sums, MODEL, protocol).values, Means(sums, other, protocol).values
             for metric in [name for name in model if name in theirs and _compared(name)]:
                 difference: FloatArray = model[metric] - theirs[metric]
                 row = {"with": other, "protocol": protocol, "metric": metric, "difference": float(difference[0])}
-                found.append({**row, "interval": interval(difference[1:]), "p": p_value(difference[1:])})
-    return found
+                compared.append({**row, "interval": interval(difference[1:]), "p": p_value(difference[1:])})
+    return compared
 
 
 def _compared(metric: str) -> bool:
@@ -78,12 +81,12 @@ def _compared(metric: str) -> bool:
 
 def by_segment(sums: Sums, kinds: tuple[str, ...], deciles: PopularityDeciles) -> dict[str, list[dict[str, Any]]]:
     """Each kind's segments in order: name, users, HR and NDCG of the model and of popularity."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_kind: dict[str, list[dict[str, Any]]] = {}
     for kind in kinds:
         prefix = f"{MODEL}/segment/{kind}/"
         codes = sorted({int(name.removeprefix(prefix).split("/")[0]) for name in sums if name.startswith(prefix)})
-        found[kind] = [_segment(sums, kind, code, deciles) for code in codes]
-    return found
+        by_kind[kind] = [_segment(sums, kind, code, deciles) for code in codes]
+    return by_kind
 
 
 def _segment(sums: Sums, kind: str, code: int, deciles: PopularityDeciles) -> dict[str, Any]:
@@ -120,3 +123,24 @@ def check_users(sums: Sums) -> int:
     total = sums.get(f"{MODEL}/full/n", np.zeros(1))
     metrics.means({"n": float(total[0])})
     return int(total[0])
+
+
+def log_comparison(report: dict[str, Any]) -> None:
+    """The model beside its baselines, a line a metric."""
+    baselines = report["baselines"]
+    for protocol in ("full", "candidates"):
+        for name, value in report[protocol].items():
+            beside = "   ".join(f"{b} {v[protocol][name]:.4f}" for b, v in baselines.items() if protocol in v)
+            log.info("%-10s %-12s %.4f   %s", protocol, name, value, beside)
+    if "rating" in report:
+        for name, value in report["rating"].items():
+            beside = "   ".join(f"{b} {v['rating'][name]:.4f}" for b, v in baselines.items() if "rating" in v)
+            log.info("%-10s %-12s %.4f   %s", "rating", name, value, beside)
+    for row in report["comparisons"]:
+        if row["protocol"] == "full" and row.get("p") is not None and row["with"] not in baselines:
+            values = (row["metric"], row["difference"], row["with"], *row["interval"], row["p"])
+            log.info("%s %+.4f against %s (95 %% interval %+.4f to %+.4f, p = %.4f)", *values)
+    if "popularity" in baselines:
+        worse = not_better(report["full"], baselines["popularity"]["full"])
+        if worse:
+            log.warning("THE MODEL DOES NOT BEAT POPULARITY over the full catalogue in %s", ", ".join(worse))

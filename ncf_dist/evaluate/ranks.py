@@ -3,11 +3,12 @@
 Full catalogue: every held-out item is ranked among all items but those the user has in train and validation.
 Candidates: each among its own 1 + N (the NCF protocol): how many beat it and how many tie with it.
 
-A task holds the scorers, one block of users and one file's rows, nothing of users x items. Of the scorers the model
-takes what `scoring.ModelScorer` says, popularity 4 bytes an item, ALS 4 x rank, EASE and item k-nearest-neighbours 4
-bytes an item squared, which `evaluate.gram_bytes` bounds, and as much an item and user of a block. A block takes 1 MiB
-of scores, some 15 MiB while they are counted, and 20 bytes for each of 8 x 256 x K scores at most. Blocks are cut
-within a file and a file is a function of the user, so no number depends on how Spark dealt the rows.
+A task holds the scorers, one block of users and one file's rows, and nothing of the size users x items. The model
+takes the memory that `scoring.ModelScorer` states, popularity 4 bytes an item, ALS 4 x rank, EASE and item
+k-nearest-neighbours 4 bytes for each pair of items, which `evaluate.gram_bytes` bounds, and 4 for each item and user of
+a block. A block takes 1 MiB of scores, some 15 MiB while they are counted, and at most 20 bytes for each of 8 x 256 x K
+scores. Blocks are cut within a file, and a file is a function of the user, so no number depends on how Spark deals the
+rows to tasks.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ncf_dist.bundle import load_model
 from ncf_dist.contracts import RANKS
-from ncf_dist.evaluate.baselines import item_factors, item_weights, read_lists
+from ncf_dist.evaluate.baselines import item_factors, item_weights
 from ncf_dist.evaluate.histogram import Histogram
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.parquet import read_table
@@ -62,11 +63,11 @@ class Users:
             als = torch.from_numpy(flat.reshape(table.num_rows, -1))
         return cls(
             torch.from_numpy(columns["user_idx"].to_numpy().astype(np.int64)),
-            read_lists(columns["seen"]),
+            Lists.of(columns["seen"]),
             Lists(items.field("item_idx").to_numpy().astype(np.int64), offsets),
             items.field("rating"),
             items.field("timestamp"),
-            read_lists(items.field("candidates")),
+            Lists.of(items.field("candidates")),
             als,
         )
 
@@ -127,10 +128,10 @@ def _cut(file: int, table: pa.Table, size: int) -> Iterator[tuple[int, pa.Table]
 def make_scorers(spec: EvaluationPass) -> dict[str, Score]:
     """The model and the baselines by name."""
     model = ModelScorer(load_model(spec.bundle), spec.bundle.n_items, engine=spec.products.engine)
-    found: dict[str, Score] = {"model": model_scores(model)}
+    scorers: dict[str, Score] = {"model": model_scores(model)}
     for name, files in spec.baselines:
-        found[name] = BASELINES[name](spec, files)
-    return found
+        scorers[name] = BASELINES[name](spec, files)
+    return scorers
 
 
 def model_scores(scorer: ModelScorer) -> Score:
@@ -188,7 +189,7 @@ def rank_users(
     scores, held, among = score(users), users.held, users.candidates
     own = scores_of(scores, held)
     if not np.isfinite(own).all():
-        # Nothing beats a score that is not a number: such a model would rank every held-out item first.
+        # No score is greater than NaN: such a model would rank every held-out item first.
         raise ValueError(f"{name} gives held-out items scores that are not finite; needed finite ones: train again")
     count = histograms["all"].add if histograms is not None else lambda block: None
     ranked = rank(scores, users.seen, held, own, (held.row[among.row], among.values), longest, count)

@@ -90,14 +90,14 @@ def _in_order(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Rows ascending in (name, file): adds up each name's sums in the order of files."""
     name, total = None, np.zeros(0)
     for batch in batches:
-        for found, data in zip(batch.column("name").to_pylist(), batch.column("sums"), strict=True):
+        for next_name, data in zip(batch.column("name").to_pylist(), batch.column("sums"), strict=True):
             sums = np.frombuffer(data.as_buffer(), dtype=np.float64)
-            if found == name:
+            if next_name == name:
                 total = total + sums
                 continue
             if name is not None:
                 yield sums_batch([name], [0], [total])
-            name, total = found, sums
+            name, total = next_name, sums
     if name is not None:
         yield sums_batch([name], [0], [total])
 
@@ -161,19 +161,19 @@ def user_values(rows: Ranks, spec: FiguresPass) -> dict[str, FloatArray]:
         "full": metrics.per_user(flat["full_rank"].astype(np.float64), spec.ks, offsets),
         "candidates": metrics.per_user_among_candidates(greater, equal, among, offsets, spec.ks),
     }
-    found = {f"{p}/{name}": column for p, columns in by_protocol.items() for name, column in columns.items()}
-    found |= {f"{protocol}/n": np.ones(len(rows)) for protocol in by_protocol}
-    found["rows/n"] = np.diff(offsets).astype(np.float64)
+    values = {f"{p}/{name}": column for p, columns in by_protocol.items() for name, column in columns.items()}
+    values |= {f"{protocol}/n": np.ones(len(rows)) for protocol in by_protocol}
+    values["rows/n"] = np.diff(offsets).astype(np.float64)
     if rows.rated:
         errors = metrics.rating_sums(flat["score"], flat["rating"], offsets)
-        found |= {f"rating/{name}": column for name, column in errors.items()}
-    return found
+        values |= {f"rating/{name}": column for name, column in errors.items()}
+    return values
 
 
 def segment_values(rows: Ranks, train_count: IntArray, spec: FiguresPass) -> dict[str, FloatArray]:
     """HR and NDCG over the full catalogue of each user (U,), by `segment/kind/code/metric`. A user whose held-out items
     fall into several segments counts in each, with the items that are in it; 0 in the others."""
-    flat, found = rows.flat, {}
+    flat, by_name = rows.flat, {}
     user = np.repeat(np.arange(len(rows)), np.diff(rows.offsets))
     items = train_count[flat["item_idx"].astype(np.int64)]
     for kind in spec.segments:
@@ -190,8 +190,8 @@ def segment_values(rows: Ranks, train_count: IntArray, spec: FiguresPass) -> dic
             for metric, column in values.items():
                 spread = np.zeros(len(rows))
                 spread[group_user[chosen]] = column[chosen]
-                found[f"segment/{kind}/{segment}/{metric}"] = spread
-    return found
+                by_name[f"segment/{kind}/{segment}/{metric}"] = spread
+    return by_name
 
 
 def resampled(columns: dict[str, FloatArray], user: IntArray, spec: FiguresPass) -> dict[str, FloatArray]:

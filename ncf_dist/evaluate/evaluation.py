@@ -1,0 +1,34 @@
+"""What the steps of evaluate share."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass
+
+from pyspark.sql import SparkSession
+
+from ncf_dist.bundle import Bundle
+from ncf_dist.config import Config
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import TableInfo
+from ncf_dist.products import Products
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The model and the tables of tonight, and the folder of this run."""
+
+    spark: SparkSession
+    config: Config
+    prepare: Manifest
+    bundle: Bundle
+    run: str
+    products: Products
+
+    @property
+    def fits(self) -> str:
+        """Folder of the fitted baselines, which is removed once all users are ranked."""
+        return posixpath.join(self.run, "baselines")
+
+    def paths(self, table: TableInfo) -> list[str]:
+        return [posixpath.join(self.run, table.path, info.path) for info in table.files]

@@ -1,0 +1,76 @@
+"""Ranking the users with held-out items: the rows that tasks get, and the table `ranks` that they write."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Mapping
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from ncf_dist import contracts
+from ncf_dist.evaluate.evaluation import Evaluation
+from ncf_dist.evaluate.histogram import Histogram
+from ncf_dist.evaluate.periods import unit_of
+from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import FileInfo, TableInfo
+from ncf_dist.spark_io import map_in_arrow, on_executor, read_table, table_info
+
+MIN_FILES = 16
+USERS_A_FILE = 25_000
+"""Bounds the rows of `ranks` that a task holds."""
+
+
+def rank_held_out(
+    job: Evaluation, fitted: Mapping[str, tuple[str, ...]], als_users: DataFrame | None
+) -> tuple[TableInfo, dict[str, Histogram], str | None]:
+    """(the table `ranks`, histograms of the model's scores by name, the unit that suits the times of the held-out
+    items, if they have any)."""
+    files = max(MIN_FILES, -(-job.prepare.tables["history"].rows // USERS_A_FILE))
+    spec = EvaluationPass(
+        job.bundle,
+        tuple(job.prepare.files("item_stats")),
+        posixpath.join(job.run, contracts.RANKS.name),
+        max(job.config.evaluate.ks),
+        tuple(fitted.items()),
+        job.products,
+    )
+    rows = held_out_users(job.spark, job.prepare, als_users, job.config.evaluate.als_rank)
+    rows = rows.withColumn("_file", F.pmod("user_idx", F.lit(files)))
+    # With a number of partitions: Spark would else merge a small input into one task, and the work is heavy.
+    rows = rows.repartition(files, "_file").sortWithinPartitions("_file", "user_idx")
+    work = on_executor("ncf_dist.evaluate.ranks:evaluation_pass", spec)
+    stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, work, "stats string").collect()]
+    histograms: dict[str, Histogram] = {}
+    for task in stats:
+        for name, body in task["scores"].items():
+            histograms.setdefault(name, Histogram()).merge(Histogram.from_json(body))
+    table = table_info(contracts.RANKS, [FileInfo(**info) for task in stats for info in task["files"]], job.run)
+    times = [time for task in stats for time in task["times"]]
+    return table, histograms, unit_of(min(times), max(times)) if times else None
+
+
+def held_out_users(
+    spark: SparkSession, prepare: Manifest, als_users: DataFrame | None = None, als_rank: int = 0
+) -> DataFrame:
+    """One row a user with held-out items: user_idx, seen (train and validation items), held_out (list of item_idx,
+    rating, timestamp, candidates, ascending by item), and ALS factors if any (zeros for a user without)."""
+    history = read_table(spark, prepare, contracts.HISTORY).selectExpr("user_idx", "item_idx as seen")
+    times = (
+        read_table(spark, prepare, contracts.INTERACTIONS)
+        .where(F.col("split") == contracts.TEST_SPLIT)
+        .select("user_idx", "item_idx", "timestamp")
+    )
+    held_out = (
+        read_table(spark, prepare, contracts.TEST)
+        .join(times, ["user_idx", "item_idx"])
+        .groupBy("user_idx")
+        .agg(F.sort_array(F.collect_list(F.struct("item_idx", "rating", "timestamp", "candidates"))).alias("held_out"))
+    )
+    rows = held_out.join(history, "user_idx").select("user_idx", "seen", "held_out")
+    if als_users is None:
+        return rows
+    zeros = F.array_repeat(F.lit(0.0).cast("float"), als_rank)
+    return rows.join(als_users, "user_idx", "left").withColumn(ALS_USER, F.coalesce(ALS_USER, zeros))
