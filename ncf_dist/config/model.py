@@ -15,7 +15,7 @@ def embedding_size(rows: int) -> int:
 
 
 class Model(Section):
-    """Which model, and its shape; the formulas are in ncf_dist/models.py."""
+    """Which model, and its shape; the formulas are in ncf_dist/models/."""
 
     name: Literal["gmf", "mlp", "neumf", "mf", "embedding_nn"] = "neumf"
     """`gmf`, `mlp`, `neumf`: He et al. 2017 · `mf`: dot product · `embedding_nn`: layers over embeddings (fastai)."""
