@@ -12,7 +12,7 @@ from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest, read_manifest
 
 STAGE = "evaluate"
-JUDGED_ON = ("test", "history", "user_index", "item_index")
+JUDGED_ON = (contracts.TEST.name, contracts.HISTORY.name, contracts.USER_INDEX, contracts.ITEM_INDEX)
 """Tables that decide who is judged on what, and what is masked."""
 
 

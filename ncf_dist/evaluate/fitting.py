@@ -52,7 +52,7 @@ def fit_baselines(job: Evaluation) -> tuple[dict[str, tuple[str, ...]], DataFram
         name: posixpath.join(job.fits, f"{name}.safetensors") for name in settings.baselines if name in GRAM
     }
     if grams:
-        spec = GramFit(tuple(job.prepare.files("history")), job.bundle.n_items, settings, grams)
+        spec = GramFit(tuple(job.prepare.files(contracts.HISTORY.name)), job.bundle.n_items, settings, grams)
         work = on_executor("ncf_dist.evaluate.baselines:fit", spec)
         map_in_arrow(job.spark.range(0, 1, 1, 1), work, "stats string").collect()
         fitted |= {name: (path,) for name, path in grams.items()}

@@ -28,10 +28,10 @@ def rank_held_out(
 ) -> tuple[TableInfo, dict[str, Histogram], str | None]:
     """(the table `ranks`, histograms of the model's scores by name, the unit that suits the times of the held-out
     items, if they have any)."""
-    files = max(MIN_FILES, -(-job.prepare.tables["history"].rows // USERS_A_FILE))
+    files = max(MIN_FILES, -(-job.prepare.tables[contracts.HISTORY.name].rows // USERS_A_FILE))
     spec = EvaluationPass(
         job.bundle,
-        tuple(job.prepare.files("item_stats")),
+        tuple(job.prepare.files(contracts.ITEM_STATS.name)),
         posixpath.join(job.run, contracts.RANKS.name),
         max(job.config.evaluate.ks),
         tuple(fitted.items()),

@@ -28,7 +28,7 @@ def judge(job: Evaluation, ranks: TableInfo, other: Manifest | None, unit: str |
     scorers = ["model", *settings.baselines]
     spec = FiguresPass(
         files=tuple(tuple((name, name, path) for name in scorers) for path in paths),
-        stats_files=tuple(job.prepare.files("item_stats")),
+        stats_files=tuple(job.prepare.files(contracts.ITEM_STATS.name)),
         deciles=deciles,
         ks=settings.ks,
         lead_k=headline_k({"ks": settings.ks}),

@@ -51,7 +51,7 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         log.info("already scored: %s", before.root)
         return Outcome.of(before, "already-done")
 
-    items, run = plan.lists.count(plan.prepare.files("item_index")), stage.begin()
+    items, run = plan.lists.count(plan.prepare.files(contracts.ITEM_INDEX)), stage.begin()
     tables: dict[str, TableInfo] = {}
     with spark_session("ncf-score", config.spark, LIST_BATCH_ROWS) as spark:
         spec = plan.spec(f"{run}/{plan.contract.name}", plan.products(spark))
@@ -107,7 +107,7 @@ def forecast(config: Config, ds: str) -> Outcome:
     Raises what `score` raises before it starts."""
     start = time.monotonic()
     plan = Plan.of(config, ds)
-    items = plan.lists.count(plan.prepare.files("item_index"))
+    items = plan.lists.count(plan.prepare.files(contracts.ITEM_INDEX))
     with spark_session("ncf-score-forecast", config.spark, LIST_BATCH_ROWS) as spark:
         session_s, began = time.monotonic() - start, time.monotonic()
         # Files of this scheme live in the memory of the worker that writes them; the probe removes them.

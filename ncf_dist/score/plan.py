@@ -62,7 +62,7 @@ class Plan:
     @property
     def n_files(self) -> int:
         """Files of the table: a function of the night's tables and the config alone, never of the cluster."""
-        unseen = self.prepare.tables.get("unseen_users")
+        unseen = self.prepare.tables.get(contracts.UNSEEN_USERS)
         users = self.indexed + (unseen.rows if unseen and self.config.score.fallback_days is not None else 0)
         rows, pairs = users * self.config.score.k, users * self.bundle.n_items
         return max(MIN_FILES, -(-rows // ROWS_PER_FILE), -(-pairs // PAIRS_PER_FILE))
@@ -73,7 +73,7 @@ class Plan:
 
     def spec(self, folder: str, products: Products) -> ScorePass:
         """What the workers need to write into `folder`."""
-        items = tuple(self.prepare.files("item_index"))
+        items = tuple(self.prepare.files(contracts.ITEM_INDEX))
         return ScorePass(self.bundle, items, self.contract, folder, self.config.score, self.lists, products=products)
 
     def products(self, spark: SparkSession) -> Products:

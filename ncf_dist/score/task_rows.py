@@ -35,13 +35,13 @@ def active_from(config: Score, ds: str) -> dt.date | None:
 
 def users_to_rank(spark: SparkSession, prepare: Manifest, config: Score, ds: str) -> DataFrame:
     """A row a user: user_id, user_idx (-1 without one), item_idx and test_item_idx (what they have seen), by_model."""
-    files = prepare.files("user_index")
+    files = prepare.files(contracts.USER_INDEX)
     index = read_files(spark, files, read_schema(files[0]))
     history = read_table(spark, prepare, contracts.HISTORY)
     since, fallback = active_from(config, ds), config.fallback_days is not None
     rows = index.join(history, "user_idx", "left" if fallback else "inner")
-    if fallback and since is None and "unseen_users" in prepare.tables:
-        files = prepare.files("unseen_users")
+    if fallback and since is None and contracts.UNSEEN_USERS in prepare.tables:
+        files = prepare.files(contracts.UNSEEN_USERS)
         rows = rows.unionByName(read_files(spark, files, read_schema(files[0])), allowMissingColumns=True)
     none = F.array().cast("array<int>")
     seen, held_out = (F.coalesce(name, none) for name in ("item_idx", "test_item_idx"))

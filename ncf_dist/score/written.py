@@ -24,10 +24,10 @@ def check_written(spark: SparkSession, prepare: Manifest, spec: ScorePass, files
     step = max(1, len(files) // FILES)
     files = files[::step][:FILES]
     ids = [user for path in files for user in _some_users(path)]
-    index_files = prepare.files("user_index")
+    index_files = prepare.files(contracts.USER_INDEX)
     index = read_files(spark, index_files, read_schema(index_files[0])).where(F.col("user_id").isin(ids))
     user_ids = {row["user_idx"]: row["user_id"] for row in index.collect()}
-    history = read_files(spark, prepare.files("history"), contracts.HISTORY.schema)
+    history = read_files(spark, prepare.files(contracts.HISTORY.name), contracts.HISTORY.schema)
     rows = history.where(F.col("user_idx").isin([*user_ids])).coalesce(1)
     work = on_executor("ncf_dist.score.check:check_pass", spec, user_ids, files)
     problems = [row["problem"] for row in map_in_arrow(rows, work, "problem string").collect()]
