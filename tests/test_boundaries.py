@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FILE_LINES, PIPELINE_LINES, FUNCTION_LINES = 400, 150, 50
 
 # packages that importing these modules must not load; one interpreter a row
 FORBIDDEN = {
@@ -70,3 +71,21 @@ def test_what_is_sent_to_executors_is_a_function_of_the_same_package() -> None:
 def test_only_files_knows_the_file_system() -> None:
     users = [p.name for p in (ROOT / "ncf_dist").rglob("*.py") if "import fsspec" in p.read_text()]
     assert users == ["files.py"]
+
+
+def test_no_file_and_no_function_is_too_long_to_be_read_in_one_go() -> None:
+    """Rather than raise a limit, give what is too long a part that has a name."""
+    long = []
+    for path in (ROOT / "ncf_dist").rglob("*.py"):
+        text = path.read_text()
+        most = PIPELINE_LINES if path.name == "pipeline.py" else FILE_LINES
+        if (lines := len(text.splitlines())) > most:
+            long.append(f"{path.relative_to(ROOT)}: {lines} lines, needed at most {most}")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > FUNCTION_LINES:
+                    long.append(
+                        f"{path.relative_to(ROOT)}: {node.name} has {lines} lines, needed at most {FUNCTION_LINES}"
+                    )
+    assert long == []
