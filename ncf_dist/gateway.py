@@ -169,12 +169,21 @@ def _connection(told: bytes) -> tuple[int, str]:
     return port, told[8 : 8 + length].decode()
 
 
+def _forget() -> None:
+    """Have py4j tell the JVM no more of Java objects that Python has let go of: its thread for that would log a stack
+    trace for each once the JVM is gone, below the job's last line."""
+    context = getattr(sys.modules.get("pyspark"), "SparkContext", None)
+    if connected := getattr(context, "_gateway", None):
+        connected._gateway_client.is_connected = False
+
+
 def end() -> bool:
     """End the JVM that this process started, and all that it started; False where there is none."""
     global _process
     process, _process = _process, None
     if process is None:
         return False
+    _forget()
     tree: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         tree = psutil.Process(process.pid).children(recursive=True)

@@ -10,9 +10,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import zipimport
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -25,6 +27,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from py4j.java_gateway import GatewayParameters, JavaGateway
+from pyspark import SparkContext
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -444,6 +448,32 @@ def test_a_person_may_bind_spark_to_another_address() -> None:
 )  # fmt: skip
 def test_the_jvm_gets_a_locale_in_which_it_can_name_files(ours: dict[str, str], locale: str | None) -> None:
     assert gateway.environment(["--master", "local[1]"], ours).get("LC_ALL") == locale
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_jvm_that_was_ended_is_told_nothing_more(
+    ended: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """py4j writes a stack trace where it tells a JVM that is gone of an object that Python has let go of."""
+    with socket.create_server((gateway.LOOPBACK, 0)) as server:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        port = server.getsockname()[1]
+        theirs = JavaGateway(gateway_parameters=GatewayParameters(gateway.LOOPBACK, port))
+        monkeypatch.setattr(SparkContext, "_gateway", theirs)
+        monkeypatch.setattr(gateway, "_process", subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=2))
+        with caplog.at_level("INFO"):
+            if ended:
+                assert gateway.end()
+            theirs._gateway_client.garbage_collect_object("o7")
+        assert ("Exception while sending command" in caplog.text) != ended
+        gateway.end()
+        server.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_session_of_ours_listens_on_loopback_alone(spark: SparkSession) -> None:
