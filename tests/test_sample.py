@@ -44,6 +44,24 @@ def test_a_thousand_rows_are_enough(tmp_path: Path) -> None:
     assert checks["input rows"].detail == "the first 1,000 fit"
 
 
+@pytest.mark.parametrize(
+    ("ids", "section", "status"),
+    [
+        (["454.0", "7.0"], {}, "warn"),
+        (["454.0", "7.0"], {"item_type": "int"}, "ok"),
+        (["454.0", "7.5"], {}, "ok"),
+        (["454.0", "a.0"], {}, "ok"),
+        (["454", "7"], {}, "ok"),
+    ],
+)
+def test_integers_that_were_written_as_floats_are_told(
+    tmp_path: Path, ids: list[str], section: dict[str, Any], status: str
+) -> None:
+    check = found(tmp_path, ["u,i,r,t", *[f"a,{i},3,4" for i in ids]], **section)["input.columns.item"]
+    assert check.status == status
+    assert ("set input.item_type=int" in check.detail) == (status == "warn")
+
+
 def test_a_log_that_is_not_there_is_for_another_check(tmp_path: Path) -> None:
     tree = {"paths": {"lake": "l"}, "input": {"path": str(tmp_path / "no.csv"), "format": "csv", "columns": NAMED}}
     assert list(samples(Config.model_validate(tree), "2024-06-01")) == []
@@ -74,7 +92,10 @@ MISTAKES: dict[str, tuple[list[str], dict[str, Any], str, str]] = {
         ["u,i,r,t", *[f"{line}000" for line in LINES]], {}, "fail",
         "set input.time_unit to what the times count: ms or us",
     ),
-    "one odd row": (["u,i,r,t", *LINES, "1,2,good,4"], {"max_bad_fraction": 0.1}, "warn", "set input.columns.rating"),
+    "one odd row": (
+        ["u,i,r,t", *LINES, "1,2,good,4"], {"max_bad_fraction": 0.1}, "warn",
+        "a night goes on without them; if they should fit, set input.columns.rating",
+    ),
 }  # fmt: skip
 
 

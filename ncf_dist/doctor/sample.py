@@ -100,11 +100,13 @@ def _log(config: Config, ds: str) -> Iterator[Check]:
     bad = total - reasons[LATE] - (rows.num_rows if rows else 0)
     if bad:
         shown = rejects.filter(pc.not_equal(rejects["reason"], LATE))
-        status: Status = "fail" if bad > section.max_bad_fraction * (total - reasons[LATE]) else "warn"
-        advice = hint(section, reasons, shown["raw"][0].as_py())
+        too_many = bad > section.max_bad_fraction * (total - reasons[LATE])
+        # Where few do not fit the config is likely right.
+        few = "" if too_many else "a night goes on without them; if they should fit, "
+        advice = few + hint(section, reasons, shown["raw"][0].as_py())
         where = f"{place_of(section.format, shown['place'][0].as_py())} of {shown['file'][0].as_py()}"
         detail = f"{bad:,} of the first {total:,} do not fit: {dict(reasons)}, for example {where}"
-        yield Check("input rows", status, f"{detail}: {advice}", "data")
+        yield Check("input rows", "fail" if too_many else "warn", f"{detail}: {advice}", "data")
     else:
         yield Check("input rows", "ok" if total else "warn", f"the first {total:,} fit" if total else "there is none")
     if rows is None:
@@ -118,7 +120,10 @@ def _log(config: Config, ds: str) -> Iterator[Check]:
     places = dict(FORMATS[section.format].fields or section.columns.model_dump())
     for name, column in (("user", "user_id"), ("item", "item_id"), ("rating", "rating"), ("timestamp", "timestamp")):
         if places.get(name) is not None:
-            yield Check(f"input.columns.{name}", "ok", f"{places[name]}: {_said(name, rows[column])}")
+            said = f"{places[name]}: {_said(name, rows[column])}"
+            if pointed := pa.types.is_string(rows[column].type) and _all_pointed(rows[column]):
+                said += f": whole numbers written as floats, published as such text: set input.{name}_type=int"
+            yield Check(f"input.columns.{name}", "warn" if pointed else "ok", said)
 
 
 def _side(config: Config, kind: str, side: SideTable) -> Iterator[Check]:
@@ -163,6 +168,11 @@ def _first(source: Source) -> Iterator[Chunk]:
         left -= len(chunk.place)
         if left <= 0:
             return
+
+
+def _all_pointed(ids: pa.ChunkedArray) -> bool:
+    """Whether each id is text such as 454.0, which a column of integers with gaps becomes in pandas."""
+    return bool(pc.all(pc.match_substring_regex(ids, r"^-?[0-9]+\.0$")).as_py())
 
 
 def _said(name: str, column: pa.ChunkedArray) -> str:
