@@ -24,7 +24,7 @@ from filelock import FileLock
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist import files
+from ncf_dist import files, last_line
 from ncf_dist.config import Config, Fetch
 from ncf_dist.errors import BusyRun, ConfigError, InputError
 from ncf_dist.fetch import delivery, download, grouplens, pipeline, synthetic
@@ -789,4 +789,4 @@ def test_the_job_prints_one_json_line(tmp_path: Path) -> None:
     (tmp_path / "source" / "movies.dat").unlink()
     failed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert failed.returncode == 3
-    assert "needed ratings.dat and movies.dat" in json.loads(failed.stdout.splitlines()[-1])["error"]
+    assert "needed ratings.dat and movies.dat" in last_line.read(failed.stdout.splitlines()[-1])["error"]

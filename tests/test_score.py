@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist import contracts, demo, engines, spark_io
+from ncf_dist import contracts, demo, engines, last_line, spark_io
 from ncf_dist.bundle import read_bundle, save_bundle
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config, Model, Score, load_config
@@ -672,7 +672,7 @@ def test_a_dry_run_writes_nothing_and_says_what_it_would_take(
     assert code == 0
     assert state() == before
     out, err = capsys.readouterr()
-    report = json.loads(out.splitlines()[-1])
+    report = last_line.read(out.splitlines()[-1])
     assert (report["status"], report["outputs"], report["run_key"]) == ("done", {}, None)
     found = report["metrics"]
     # Each pair of a GMF with 8 factors is 8 multiplications and 8 additions.

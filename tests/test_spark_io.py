@@ -33,7 +33,7 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist import config, gateway
+from ncf_dist import config, gateway, last_line
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config
 from ncf_dist.contracts import INDEX_LIST, ITEM_STATS, QUARANTINE, Contract
@@ -369,9 +369,9 @@ def test_a_job_whose_worker_dies_says_so_in_its_last_line(
         return Outcome("done")
 
     path = tmp_path / "config.yaml"
-    path.write_text(f"paths: {{lake: {tmp_path}/lake}}\ninput: {{path: unused}}\n")
+    path.write_text(f"paths: {{lake: {tmp_path}/lake, work: {tmp_path}/work}}\ninput: {{path: unused}}\n")
     assert run_job("score", job, ["--config", str(path), "--ds", "2026-01-31"]) == code
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    report = last_line.read(capsys.readouterr().out.splitlines()[-1])
     assert report["status"] == "failed"
     assert re.search(said, report["error"], re.DOTALL)
 

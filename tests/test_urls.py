@@ -19,7 +19,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncf_dist import urls
+from ncf_dist import last_line, urls
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config
 from ncf_dist.files import filesystem, resolve
@@ -224,7 +224,7 @@ def test_a_log_behind_a_password_is_read_and_the_password_is_nowhere(line: Path,
         run("prepare", "good", TOKEN + "-wrong"),
     ]
     assert [code for code, _, _ in ran] == [0, 0, 3, 1], ran
-    reports = [json.loads(out.splitlines()[-1]) for _, out, _ in ran]
+    reports = [last_line.read(out.splitlines()[-1]) for _, out, _ in ran]
     assert f"http://{server}/bad.dat" in reports[2]["error"]
     assert f"for http://{server}/good.dat" in reports[3]["error"]
     for text in [text for _, out, log in ran for text in (out, log)]:
