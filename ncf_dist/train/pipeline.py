@@ -9,7 +9,7 @@ from typing import Any
 
 from ncf_dist.ancestry import Line, index_sizes
 from ncf_dist.bundle import BUNDLE, read_bundle
-from ncf_dist.config import Config
+from ncf_dist.config import Config, Train
 from ncf_dist.errors import ConfigError
 from ncf_dist.files import read_bytes, write_atomic
 from ncf_dist.lake import Lake
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 STAGE = "train"
 PLOT = "history.svg"
+FEW_STEPS = 200
+"""In fewer a model has hardly left its start, at any usual learning rate."""
 
 
 def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
@@ -43,7 +45,7 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         log.info("already trained: %s", done.root)
         return Outcome.of(done, "already-done")
     table = prepare.table(train_contract(prepare, config.loss == "mse"))
-    steps_per_epoch(table.rows, world_size(config), config.train.batch_size)
+    check_steps(config.train, table.rows, world_size(config))
     check_memory(config, *index_sizes(prepare), table.rows, max(file.rows for file in table.files))
 
     if config.train.lr_find:
@@ -81,6 +83,17 @@ def _find_rate(config: Config, prepare: Manifest, run: str, first: str | None) -
     write_atomic(path, rate_figure(curve, smoothed([loss for _, loss in curve]), rate))
     log.info("suggested: --set train.lr=%.2g (no model was trained; the curve is in %s)", rate, path)
     return Outcome("done", None, {"lr_find": path}, {"train.lr_suggested": float(f"{rate:.3g}")})
+
+
+def check_steps(config: Train, rows: int, ranks: int) -> None:
+    """Raises ContractError when a rank would have no row."""
+    steps = steps_per_epoch(rows, ranks, config.batch_size)
+    if steps * config.epochs < FEW_STEPS:
+        log.warning(
+            "at most %d steps change the model: %s train rows, %d ranks of train.batch_size %s, train.epochs %d; "
+            "needed some %d to learn anything: lower train.batch_size",
+            steps * config.epochs, f"{rows:,}", ranks, f"{config.batch_size:,}", config.epochs, FEW_STEPS,
+        )  # fmt: skip
 
 
 def _check_negatives(config: Config) -> None:
