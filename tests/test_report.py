@@ -473,6 +473,13 @@ def test_every_figure_names_its_axes_and_keeps_within_itself(kind: str) -> None:
             assert left + width <= svg.WIDTH * 1.02, words
 
 
+@pytest.mark.parametrize("kind", reports.KINDS)
+def test_no_two_headings_read_the_same(kind: str) -> None:
+    """A page with ratings and ranks compares the model with others twice, in two tables."""
+    headings = re.findall(r"<h[1-3]>(.*?)</h[1-3]>", render(reports.kinds()[kind]))
+    assert len(set(headings)) == len(headings)
+
+
 @pytest.mark.parametrize(
     ("replicates", "read"), [(1000, "< 0.002"), (999, "≤ 0.002"), (200, "< 0.010"), (5000, "< 0.0004")]
 )
