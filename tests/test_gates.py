@@ -116,6 +116,21 @@ def test_a_refusal_names_value_bound_run_and_remedy(change: dict[str, Any], said
     assert all(words in verdict.message for words in said), verdict.message
 
 
+@given(st.none() | st.tuples(numbers, numbers).map(sorted), st.none() | st.tuples(numbers, numbers).map(sorted))
+def test_ratings_predicted_worse_than_their_mean_are_a_warning(ratings: Any, ranking: Any) -> None:
+    """RMSE: lower is better. Whatever it ranks, a model of ratings is refused by neither."""
+    rows = [
+        Comparison("mean", "rating", "rmse", 0.0, ratings),
+        Comparison("popularity", "full", "ndcg@10", 0.0, ranking),
+    ]
+    judged = Evaluated("e2", Figures([10], rows, "explicit"))
+    verdicts = judge(dataclasses.replace(GOOD, evaluated=judged), GATES)
+    assert not any(verdict.refuses for verdict in verdicts)
+    said = [verdict.message for verdict in verdicts if "worse than their mean" in verdict.message]
+    assert bool(said) == (ratings is not None and ratings[0] > 0)
+    assert all("evaluate run e2" in message and "model.biases" in message for message in said)
+
+
 # ---- a night that is refused -------------------------------------------------------------------------------
 
 

@@ -137,6 +137,8 @@ def _beats_popularity(facts: Facts) -> Verdict | None:
     if facts.evaluated is None or facts.evaluated.figures is None:
         return unknown("it was not evaluated" if facts.held_out else "nothing is held out (split.strategy none)")
     run, figures = facts.evaluated.run_key, facts.evaluated.figures
+    if worse := _worse_than_the_mean(facts.evaluated):
+        return Verdict("beats_popularity", worse, False)
     protocol, metric = metrics.headline(figures.ks)
     rows = {(row.other, row.protocol, row.metric): row for row in figures.comparisons}
     row = rows.get(("popularity", protocol, metric))
@@ -160,3 +162,17 @@ def _beats_popularity(facts: Facts) -> Verdict | None:
         "or with other settings, or look at the log",
         True,
     )
+
+
+def _worse_than_the_mean(evaluated: Evaluated) -> str | None:
+    """What is said of a model of ratings that predicts them worse than the simplest baseline does."""
+    assert evaluated.figures is not None
+    for row in evaluated.figures.comparisons:
+        if (row.other, row.protocol, row.metric) == ("mean", "rating", "rmse") and row.interval and row.interval[0] > 0:
+            low, high = row.interval
+            return (
+                f"the model predicts ratings worse than their mean does: rating.rmse is {row.difference:+.4f} beside "
+                f"it, 95 % interval {low:+.4f} to {high:+.4f} (evaluate run {evaluated.run_key}): train longer, or "
+                "with model.biases or model.y_range"
+            )
+    return None
