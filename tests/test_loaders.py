@@ -590,8 +590,14 @@ def test_a_reader_that_ends_before_its_last_files_is_opened_again(
     asked, opened = ThreadPool.all_workers_done, list[list[str]]()
 
     def late(pool: ThreadPool) -> bool:
-        done = bool(asked(pool))
-        time.sleep(0.3 * done)
+        done, rest, end = bool(asked(pool)), pool._ventilator, time.monotonic() + 60
+        while done and time.monotonic() < end:
+            given_out = rest._ventilated_items_count - rest._processed_items_count
+            if rest.completed():
+                break
+            time.sleep(0.01)
+            if given_out >= rest._max_ventilation_queue_size and not rest.completed():
+                break
         return done
 
     reader = loaders._petastorm_reader
@@ -676,12 +682,15 @@ def test_torchs_global_generator_is_neither_read_nor_moved(tmp_path: Path) -> No
 
 def test_a_reader_that_is_left_early_leaves_no_thread(tmp_path: Path) -> None:
     run = train_run(tmp_path, [10] * 6)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     batches = loader_of(run, backend="petastorm", shuffle_files=1, workers=3).epoch(0)
     next(batches)
-    assert threading.active_count() > before
+    assert set(threading.enumerate()) - before
     del batches
-    assert threading.active_count() == before
+    end = time.monotonic() + 60
+    while set(threading.enumerate()) - before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("reader", READERS)
