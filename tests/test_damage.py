@@ -368,3 +368,12 @@ def test_damage_ends_in_a_contract_error_or_a_sound_load(
         site.check()
     assert refused > count // 4
     assert loaded > count // 10
+
+
+def test_a_step_below_zero_is_damage(tmp_path: Path) -> None:
+    """Step -1 of a single one would be drawn at epoch + step / 0."""
+    history = {"epoch": 0, "epochs": [{"epoch": 0, "loss": 0.5}], "curve": [[0, -1, 0.5, 0.1]]}
+    (tmp_path / "history.json").write_text(json.dumps(history))
+    run = Manifest(stage="train", ds="2026-01-31", run_key="k", root=str(tmp_path), config={}, inputs={})
+    with pytest.raises(ContractError, match=r"history\.json.*a step of its curve is below 0"):
+        training(run)

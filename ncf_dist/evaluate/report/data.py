@@ -38,6 +38,8 @@ class History:
         numbers = [value for epoch in self.epochs for value in epoch.values()]
         if not all(math.isfinite(value) for value in (*numbers, *(v for point in self.curve for v in point))):
             raise ValueError("not all of its numbers are finite")
+        if any(step < 0 for _, step, _, _ in self.curve):
+            raise ValueError("a step of its curve is below 0")
         if not 0 <= self.epoch < len(self.epochs) or any(
             epoch.keys() != self.epochs[0].keys() or not {"epoch", "loss"} <= epoch.keys() for epoch in self.epochs
         ):
