@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -22,8 +22,10 @@ from pydantic import ValidationError
 
 from ncf_dist import config as settings
 from ncf_dist.config import Config, Model, Section, load_config, parse_ds
+from ncf_dist.config.train import LOSSES, Loss
 from ncf_dist.errors import ConfigError
 from ncf_dist.reference import reference
+from ncf_dist.train import losses
 
 ROOT = Path(__file__).parent.parent
 SMALL = "paths: {lake: l}\ninput: {path: log.dat}\n"
@@ -170,6 +172,14 @@ def test_a_bad_value_is_shown_with_what_is_allowed(load: Load, override: str, me
 )
 def test_settings_that_do_not_fit_together(load: Load, overrides: list[str], message: str) -> None:
     assert message in refused(load, SMALL, *overrides)
+
+
+def test_every_loss_is_declared_with_what_it_needs(load: Load) -> None:
+    """One without an entry would train on rows without negatives, and end with a loss that is not a number."""
+    assert set(get_args(Loss)) == set(LOSSES) == set(losses.LOSSES)
+    for name, (feedback, negatives) in LOSSES.items():
+        config = load(SMALL, f"train.loss={name}", f"input.feedback={feedback}", "model.name=mf")
+        assert (config.negatives_from is not None, config.shares_negatives) == (negatives == "row", negatives == "step")
 
 
 def test_the_loss_follows_the_feedback(load: Load) -> None:

@@ -8,6 +8,16 @@ from pydantic import Field, model_validator
 
 from ncf_dist.config.section import PositiveInt, Section
 
+Loss = Literal["bce", "bpr", "sampled_softmax", "mse"]
+LOSSES: dict[Loss, tuple[Literal["implicit", "explicit"], Literal["row", "step"] | None]] = {
+    "bce": ("implicit", "row"),
+    "bpr": ("implicit", "row"),
+    "sampled_softmax": ("implicit", "step"),
+    "mse": ("explicit", None),
+}
+"""What each loss of ncf_dist/train/losses.py needs: the feedback, and for whom negatives are drawn: each row, or all
+rows of a step together."""
+
 
 class Pretrained(Section):
     """NeuMF's start from two trained models (He et al. 2017, section 3.4.1)."""
@@ -37,7 +47,7 @@ class Train(Section):
     compiled: bool = True
     """gmf, mlp and neumf by bce or bpr, fp32 without dropout, on a CPU: compute a step's loss and gradients in one
     compiled call, where it was built. Faster, and equal within rounding. `false`: torch's operations do it."""
-    loss: Literal["bce", "bpr", "sampled_softmax", "mse"] | None = None
+    loss: Loss | None = None
     """ncf_dist/train/losses.py has the formulas. Default: bce for implicit feedback, mse for explicit."""
     negatives: Literal["table", "online"] = "table"
     """`table`: those that prepare drew, draw `e mod negatives.draws` in epoch e · `online`: drawn by the same hash on

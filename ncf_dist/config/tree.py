@@ -20,7 +20,7 @@ from ncf_dist.config.score import Score
 from ncf_dist.config.section import Section
 from ncf_dist.config.spark import Spark
 from ncf_dist.config.split import Split
-from ncf_dist.config.train import Train
+from ncf_dist.config.train import LOSSES, Loss, Train
 
 
 class Config(Section):
@@ -77,25 +77,33 @@ class Config(Section):
         return self
 
     @property
-    def loss(self) -> str:
+    def loss(self) -> Loss:
         """The loss in force: `train.loss`, or what the feedback asks for."""
         return self.train.loss or ("mse" if self.input.feedback == "explicit" else "bce")
+
+    @property
+    def shares_negatives(self) -> bool:
+        """Whether the loss in force draws negatives for a whole step, `train.shared_negatives` of them."""
+        return LOSSES[self.loss][1] == "step"
 
     @property
     def negatives_from(self) -> Literal["table", "online"] | None:
         """Where the loss in force gets the negatives of each row: `train.negatives`, or None for a loss that reads none
         (mse compares ratings, sampled_softmax draws items for a whole step)."""
-        return self.train.negatives if self.loss in ("bce", "bpr") else None
+        return self.train.negatives if LOSSES[self.loss][1] == "row" else None
 
     @model_validator(mode="after")
     def _loss_fits_the_data(self) -> Config:
-        explicit = self.input.feedback == "explicit"
-        if explicit != (self.loss == "mse"):
+        if LOSSES[self.loss][0] != self.input.feedback:
+            explicit, implicit = (
+                " or ".join(name for name, (needed, _) in LOSSES.items() if needed == feedback)
+                for feedback in ("explicit", "implicit")
+            )
             raise ValueError(
                 f"train.loss is {self.loss} with input.feedback={self.input.feedback}; "
-                "needed mse for explicit feedback and bce, bpr or sampled_softmax for implicit"
+                f"needed {explicit} for explicit feedback and {implicit} for implicit"
             )
-        if not explicit and self.model.y_range is not None:
+        if self.input.feedback == "implicit" and self.model.y_range is not None:
             raise ValueError(
                 f"model.y_range is {list(self.model.y_range)} with input.feedback=implicit, where scores are logits: "
                 "leave it out"

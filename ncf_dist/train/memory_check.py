@@ -18,7 +18,7 @@ def memory_parts(config: Config, n_users: int, n_items: int, rows: int, file_row
     train, loader, count = config.train, config.loader, parameter_count(config.model, n_users, n_items)
     moments, source, negatives = MOMENTS[train.optimiser], config.negatives_from, config.negatives.per_positive
     from_table = negatives if source == "table" else 0
-    columns = 2 + from_table + (config.loss == "mse")
+    columns = 2 + from_table + (config.input.feedback == "explicit")
     cached = 4 * rows * (columns + max(0, config.negatives.draws - 1) * from_table)
     if loader.cache != "none" and cached <= loader.cache_bytes:
         table, table_bytes = "the train table in loader.cache", cached
@@ -26,7 +26,7 @@ def memory_parts(config: Config, n_users: int, n_items: int, rows: int, file_row
         # A window four times: as it is used, and the next one as it is read, side by side, and permuted.
         table = "a window of loader.shuffle_files files"
         table_bytes = 4 * 4 * columns * min(rows, loader.shuffle_files * file_rows)
-    of_row = 1 + (train.shared_negatives if config.loss == "sampled_softmax" else negatives if source else 0)
+    of_row = 1 + (train.shared_negatives if config.shares_negatives else negatives if source else 0)
     weights = f"{count:,} parameters x 4 bytes x {3 + moments} (weights, gradients, {moments} moment(s), best epoch)"
     return {
         weights: 4 * count * (3 + moments),
@@ -41,7 +41,7 @@ def pair_width(config: Config) -> int:
     """How many numbers the model computes for each scored pair."""
     model = config.model
     hidden = sum(model.layers) if model.name in ("mlp", "neumf", "embedding_nn") else 0
-    factors = model.factors if model.name in ("gmf", "neumf", "mf") and config.loss != "sampled_softmax" else 1
+    factors = model.factors if model.name in ("gmf", "neumf", "mf") and not config.shares_negatives else 1
     return hidden + 2 * factors
 
 

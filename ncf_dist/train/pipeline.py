@@ -44,7 +44,7 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     if not config.train.lr_find and (done := stage.find()):
         log.info("already trained: %s", done.root)
         return Outcome.of(done, "already-done")
-    table = prepare.table(train_contract(prepare, config.loss == "mse"))
+    table = prepare.table(train_contract(prepare, config.input.feedback == "explicit"))
     check_steps(config.train, table.rows, world_size(config))
     check_memory(config, *index_sizes(prepare), table.rows, max(file.rows for file in table.files))
 

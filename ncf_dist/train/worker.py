@@ -96,8 +96,8 @@ def task_of(config: Config, prepare: Manifest) -> Task:
         seed=config.seed,
         negatives=counts[source] if source else 0,
         draws=stored["draws"] if source == "table" else 0,
-        shared=config.train.shared_negatives if config.loss == "sampled_softmax" else 0,
-        explicit=config.loss == "mse",
+        shared=config.train.shared_negatives if config.shares_negatives else 0,
+        explicit=config.input.feedback == "explicit",
     )
 
 
