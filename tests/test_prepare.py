@@ -480,6 +480,7 @@ def test_too_many_bad_rows_exit_with_all_of_them_to_look_at(spark: SparkSession,
     share = len(BAD) / (len(GOOD) + len(BAD))
     message = refused(small(tmp_path, path, input={"max_bad_fraction": share - 1e-6}))
     assert f"{len(BAD)} of {len(GOOD) + len(BAD)} rows ({share:.1%})" in message
+    assert ("raise input.max_bad_fraction" in message) == (share < 1 / 2), "where most rows fit, so does the config"
     assert "'timestamp is negative': 1" in message
     folder = Path(message.rpartition(" are in ")[2])
     stored = [row for file in folder.iterdir() for row in pq.ParquetFile(file).read().to_pylist()]
@@ -535,6 +536,8 @@ def test_the_smallest_log_has_every_table_and_counts_what_min_rating_leaves_out(
         "quarantined": {},
         "filtered": {"below min_rating": 1},
     }
+    (warning,) = night.outcome.extra["warnings"]
+    assert "2 of 2 rows are from before 1995" in warning, "whoever reads the last line alone must see it"
     assert night.rows("interactions") == [(0, 0, 4.0, SECOND_US, TRAIN)]
     assert night.rows("history") == [(0, [0], [])]
     assert night.rows("item_stats") == [(0, 1)]

@@ -397,6 +397,8 @@ def test_columns_are_found_by_the_header_of_each_file(tmp_path: Path) -> None:
     [
         ("a.csv", "user,item\n", {}, InputError, "has no column u for user .its first line names user, item.; needed"),
         ("a.csv", "", {}, InputError, "has no column u for user .its first line names none."),
+        ("a.csv", "", {}, InputError, "it is empty.; needed a header and rows: look at what writes .* of input.path"),
+        ("a.csv", "\n", {}, InputError, "it is empty.; needed a header and rows: look at what writes"),
         ("a.csv", "1,2\n", {"header": False}, ConfigError, "columns u, i, r, t are names, but .*needed positions"),
         ("a.csv", "x", {"separator": "::"}, ConfigError, "input.separator is '::'; needed one character"),
         ("a.csv", "x", {"format": "parquet"}, InputError, "a.csv is not a Parquet file"),

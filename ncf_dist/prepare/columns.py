@@ -227,9 +227,11 @@ def _positions(path: str, header: list[str] | None, wanted: Wanted) -> dict[str,
                 f"{len(header) - 1}; set {key} to one of these, or {wanted.key}.separator to what parts them"
             )
         if isinstance(place, str) and place not in header:
+            remedy = f"a header with it: set {key}, or {wanted.key}.header=false and positions"
+            if not any(header):
+                remedy = f"a header and rows: look at what writes the file, or leave it out of {wanted.key}.path"
             raise InputError(
-                f"{path} has no column {place} for {name} ({_header_for_message(header)}); "
-                f"needed a header with it: set {key}, or {wanted.key}.header=false and positions"
+                f"{path} has no column {place} for {name} ({_header_for_message(header)}); needed {remedy}"
             )
         positions[name] = header.index(place) if isinstance(place, str) else place
     return positions
@@ -239,4 +241,4 @@ def _header_for_message(header: Sequence[str]) -> str:
     """The names in a first line; but not what a row of data holds, which is about a person."""
     if any(re.fullmatch(r"(?=.*\d)[-+.:\d\sTZ]+|.*@.*", name) for name in header):
         return f"its first line has {len(header)} fields, and looks like a row and not like names"
-    return f"its first line names {', '.join(header[:20]) or 'none'}"
+    return f"its first line names {', '.join(header[:20]) or 'none: it is empty'}"

@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Ingested:
     """The log as typed rows. rows: user_id, item_id, rating, timestamp, part; user_ids, item_ids: one column, each id
-    once or a few times; read: rows of the input; quarantined: rows by reason; forgotten: rows of users to be forgotten.
+    once or a few times; read: rows of the input; quarantined: rows by reason; forgotten: rows of users to be forgotten;
+    warnings: what a person should know of the times.
     """
 
     rows: DataFrame
@@ -55,6 +56,7 @@ class Ingested:
     read: int
     quarantined: Mapping[str, int]
     forgotten: int
+    warnings: Sequence[str]
 
     @property
     def whole(self) -> int:
@@ -98,12 +100,13 @@ def ingest(
     if forgotten == total:
         raise InputError(f"all {total:,} rows of {config.path} are of users of input.forget; needed rows of others")
     _judge(space, config, rejects, reasons, total - forgotten, until)
-    for warning in time_warnings(config, stats, reasons, total - forgotten, until):
+    warnings = time_warnings(config, stats, reasons, total - forgotten, until)
+    for warning in warnings:
         log.warning("%s", warning)
     schema = staged_schema(*ids)
     rows = space.read(_staged_files(stats, "rows"), schema)
     users, items = (space.read(_staged_files(stats, name), pa.schema([schema.field(name)])) for name in ID_COLUMNS)
-    return Ingested(rows, users, items, quarantine, total, dict(sorted(reasons.items())), forgotten)
+    return Ingested(rows, users, items, quarantine, total, dict(sorted(reasons.items())), forgotten, warnings)
 
 
 def _staged_files(stats: Iterable[Mapping[str, Any]], kind: str) -> list[str]:
@@ -151,13 +154,19 @@ def _judge(
         example = rejects.where(F.col("reason") != LATE).orderBy("file", "place").first()
         assert example is not None
         wanted = FORMATS[config.format].example or f"{config.format} with {config.columns.model_dump()}"
+        advice = hint(config, reasons, example["raw"])
+        # Where most rows fit, so does the config.
+        remedy = (
+            f"fix the file, or raise input.max_bad_fraction; or {advice}"
+            if bad < judged / 2
+            else f"{advice}; or set input.format to what the file is, or fix it"
+        )
         raise InputError(
             f"{bad:,} of {judged:,} rows ({bad / judged:.1%}) of {config.path} do not fit "
             f"format {config.format}: {dict(sorted(reasons.items()))}, for example "
             f"{place_of(config.format, example['place'])} of {example['file']} ({example['reason']}); needed lines "
             f"like {wanted!r} and at most {config.max_bad_fraction:.1%} bad: "
-            f"{hint(config, reasons, example['raw'])}; or set input.format to what the file is, or fix it; every "
-            f"rejected row, what it holds and its reason are in {quarantine}"
+            f"{remedy}; every rejected row, what it holds and its reason are in {quarantine}"
         )
     if not judged:
         raise InputError(

@@ -10,7 +10,7 @@ import datetime as dt
 import json
 import logging
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ncf_dist.config import Config
@@ -59,12 +59,12 @@ def prepare(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     until = config.input.until or dt.date.fromisoformat(ds)
     try:
         with spark_session("ncf-prepare", config.spark) as spark:
-            tables, facts = make_tables(Workspace(spark, run), config, until, inputs, ids, forget, base)
+            tables, facts, warnings = make_tables(Workspace(spark, run), config, until, inputs, ids, forget, base)
     finally:
         remove(posixpath.join(run, STAGING))
     manifest = stage.finish(tables=tables, facts=facts, noted={"files": inputs.counts()})
     log.info("prepared %s in %.1f s: %s", run, manifest.seconds, json.dumps(facts["rows"]))
-    return Outcome.of(manifest, rows=facts["rows"])
+    return Outcome.of(manifest, rows=facts["rows"], warnings=warnings)
 
 
 def make_tables(
@@ -75,9 +75,9 @@ def make_tables(
     ids: IdTypes,
     forget: Forget,
     base: Manifest | None,
-) -> tuple[Mapping[str, TableInfo], dict[str, Any]]:
-    """(every table of the contracts, the facts of the run). until: the first day whose rows are left for later nights;
-    base: the run whose indexes this one extends."""
+) -> tuple[Mapping[str, TableInfo], dict[str, Any], Sequence[str]]:
+    """(every table of the contracts, the facts of the run, what a person should know). until: the first day whose rows
+    are left for later nights; base: the run whose indexes this one extends."""
     # Type every row; write the bad ones to the quarantine.
     ingested = ingest(space, config.input, inputs, ids, forget, until)
     # Remove what the config's filters leave out.
@@ -102,4 +102,5 @@ def make_tables(
 
     made = {"quarantine": ingested.quarantine, **indexes.tables, **users.tables, "train": train}
     facts = account(ingested, filtered, indexes, users, forget, config.input.feedback)
-    return {**made, "item_stats": item_stats, **sides.tables}, {**facts, **split_facts(rule), **sides.facts}
+    tables = {**made, "item_stats": item_stats, **sides.tables}
+    return tables, {**facts, **split_facts(rule), **sides.facts}, ingested.warnings

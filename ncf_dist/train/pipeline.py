@@ -45,7 +45,7 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         log.info("already trained: %s", done.root)
         return Outcome.of(done, "already-done")
     table = prepare.table(train_contract(prepare, config.input.feedback == "explicit"))
-    check_steps(config.train, table.rows, world_size(config))
+    warning = few_steps(config.train, table.rows, world_size(config))
     check_memory(config, *index_sizes(prepare), table.rows, max(file.rows for file in table.files))
 
     if config.train.lr_find:
@@ -59,7 +59,8 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     manifest = stage.finish(facts=facts, metrics=_metrics(history))
     log.info("trained %s in %.1f s: %s", bundle.model_version, manifest.seconds, dict(manifest.metrics))
     outputs = {"bundle": bundle.path, "history": posixpath.join(run, HISTORY), "plot": posixpath.join(run, PLOT)}
-    return Outcome.of(manifest, outputs=outputs, model_version=bundle.model_version)
+    warnings = [warning] if warning else []
+    return Outcome.of(manifest, outputs=outputs, model_version=bundle.model_version, warnings=warnings)
 
 
 def _metrics(history: dict[str, Any]) -> dict[str, Any]:
@@ -85,15 +86,18 @@ def _find_rate(config: Config, prepare: Manifest, run: str, first: str | None) -
     return Outcome("done", None, {"lr_find": path}, {"train.lr_suggested": float(f"{rate:.3g}")})
 
 
-def check_steps(config: Train, rows: int, ranks: int) -> None:
-    """Raises ContractError when a rank would have no row."""
-    steps = steps_per_epoch(rows, ranks, config.batch_size)
-    if steps * config.epochs < FEW_STEPS:
-        log.warning(
-            "at most %d steps change the model: %s train rows, %d ranks of train.batch_size %s, train.epochs %d; "
-            "needed some %d to learn anything: lower train.batch_size",
-            steps * config.epochs, f"{rows:,}", ranks, f"{config.batch_size:,}", config.epochs, FEW_STEPS,
-        )  # fmt: skip
+def few_steps(config: Train, rows: int, ranks: int) -> str | None:
+    """The warning that there are too few to learn anything. Raises ContractError when a rank would have no row."""
+    steps = steps_per_epoch(rows, ranks, config.batch_size) * config.epochs
+    if steps >= FEW_STEPS:
+        return None
+    warning = (
+        f"at most {steps} steps change the model: {rows:,} train rows, {ranks} ranks of train.batch_size "
+        f"{config.batch_size:,}, train.epochs {config.epochs}; needed some {FEW_STEPS} to learn anything: lower "
+        "train.batch_size"
+    )
+    log.warning("%s", warning)
+    return warning
 
 
 def _check_negatives(config: Config) -> None:
