@@ -232,7 +232,7 @@ def test_a_stage_that_waits_for_spark_ends(
     more = {"prepare": ("--set", "seed=99"), "fetch": ()}.get(job, ("--set", "train.epochs=1"))
     with killed_after(Job(line, job, *more, PYSPARK_PYTHON=str(python))) as running:
         running.wait_for(started.exists)
-        assert len(running.left()) >= 3, "the driver, its JVM, and the worker that is none"
+        running.wait_for(lambda: len(running.left()) >= 3)  # The driver, its JVM, and the worker that is none.
         assert not running.open_to_others()
         running.process.send_signal(ASKED[name])
         report = running.must_be_preempted(job)
