@@ -23,7 +23,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 ROOT = Path(__file__).parent.parent
 SPARK: dict[str, Any] = {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 2}
 
-LONGEST = ("any_log", "signals", "launchers", "score", "line", "prepare", "faults", "baselines", "learning")
+LONGEST = (
+    *(
+        "any_log",
+        "signals",
+        "train",
+        "line",
+        "faults",
+        "first_hour",
+        "baselines",
+        "urls",
+        "score",
+        "launchers",
+        "cases",
+    ),
+    *("publish_damage", "evaluate_score", "ranks", "prepare", "forgetting", "stored_lakes"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

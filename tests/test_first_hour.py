@@ -8,7 +8,6 @@ import json
 import os
 import pty
 import re
-import shutil
 import struct
 import subprocess
 import termios
@@ -29,8 +28,6 @@ DS = "2026-01-31"
 ODD_HOST = ("unshare", "--uts", "sh", "-c", 'hostname no-such-host.invalid && exec "$@"', "sh")
 """A machine of a name that nothing resolves."""
 GATE_S = 300
-PLAIN_ONLY = {"README.md"}
-"""Documents whose snippets do not work yet where the lake's path has a space or an umlaut: they read URLs as paths."""
 
 
 @dataclass(frozen=True)
@@ -181,14 +178,7 @@ def test_the_demo_ends_with_the_report(night: Seen, monkeypatch: pytest.MonkeyPa
 # ---- the documents ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def plain(night: Seen) -> Path:
-    """The same, in a place as most are: a lake is made of relative paths."""
-    return Path(shutil.copytree(night.folder, night.folder.parent / "plain"))
-
-
 @pytest.mark.parametrize("block", documented(), ids=str)
-def test_what_the_documents_say_works_as_printed(block: Block, night: Seen, plain: Path, spark: SparkSession) -> None:
-    folder = plain if block.file in PLAIN_ONLY else night.folder
-    with spark_in(spark, folder):
-        check(block, folder, {"spark": spark})
+def test_what_the_documents_say_works_as_printed(block: Block, night: Seen, spark: SparkSession) -> None:
+    with spark_in(spark, night.folder):
+        check(block, night.folder, {"spark": spark})
