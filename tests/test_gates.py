@@ -17,11 +17,12 @@ from pyspark.sql import SparkSession
 
 from ncf_dist import cli
 from ncf_dist.config import Config, Gate, Publish
+from ncf_dist.contracts import INTERACTIONS
 from ncf_dist.errors import ContractError, ExitCode, GateRefused
 from ncf_dist.files import remove
 from ncf_dist.lake import Lake
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.publish import table
+from ncf_dist.publish import pipeline, runs, table
 from ncf_dist.publish.gates import Comparison, Evaluated, Facts, Figures, Published, judge
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
@@ -104,6 +105,10 @@ def test_the_headline_is_the_one_of_the_report() -> None:
     [
         ({"rows": 0}, ("score run s2 has 0 rows; needed at least 1", "score.active_since")),
         ({"model_users": 44}, ("ranked for 44 users", "s2", "needed 45, half of the 90 of ds 2026-01-30 (run s1)")),
+        (
+            {"published": Published("2026-01-30", "s1", 90, 900), "interactions": 449},
+            ("kept 449 interactions", "s2", "needed 450, half of the 900 of ds 2026-01-30 (run s1)", "is complete"),
+        ),
         ({"evaluated": None}, ("judged train run t2", "score run s2", "run the job evaluate")),
         (
             {"evaluated": Evaluated("e2", report([-0.2, -0.1], difference=-0.15))},
@@ -114,6 +119,13 @@ def test_the_headline_is_the_one_of_the_report() -> None:
 def test_a_refusal_names_value_bound_run_and_remedy(change: dict[str, Any], said: tuple[str, ...]) -> None:
     (verdict,) = [v for v in judge(dataclasses.replace(GOOD, **change), GATES) if v.refuses]
     assert all(words in verdict.message for words in said), verdict.message
+
+
+@given(st.none() | counts, st.none() | counts)
+def test_a_log_that_was_cut_off_is_refused_though_it_names_every_user(now: int | None, then: int | None) -> None:
+    before = Published("2026-01-30", "s1", 90, then)
+    verdicts = found(dataclasses.replace(GOOD, published=before, interactions=now))
+    assert verdicts == ({"interactions": True} if now is not None and then is not None and 2 * now < then else {})
 
 
 @given(st.none() | st.tuples(numbers, numbers).map(sorted), st.none() | st.tuples(numbers, numbers).map(sorted))
@@ -172,6 +184,23 @@ def test_an_empty_night_replaces_nothing_whatever_is_required(night: Night) -> N
     for require in (Publish().require, ()):
         night.config = night.configured(require=require)
         assert "publish.require" not in str(refusal(night, "stays: rows: score run s2 has 0 rows"))
+
+
+def test_a_night_of_few_interactions_is_refused(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = runs.published_interactions(night.lake, "2026-01-30", "s1")
+    assert known == night.lake.stage("2026-01-30", "prepare").load("p1").table(INTERACTIONS).rows
+    assert runs.published_interactions(night.lake, "2026-01-30", "gone") is None
+    asked: list[tuple[Any, ...]] = []
+
+    def twice_and_one(*which: Any) -> int:
+        asked.append(which[1:])
+        return 2 * known + 1
+
+    monkeypatch.setattr(pipeline, "published_interactions", twice_and_one)
+    error = refusal(
+        night, f"interactions: prepare kept {known} interactions for score run s1; needed {known + 1}, half"
+    )
+    assert (asked, error.extra) == ([("2026-01-30", "s1")], {"refused": ["interactions"], "warnings": []})
 
 
 def test_a_night_of_few_users_is_refused_by_the_count_in_the_commit(night: Night) -> None:

@@ -9,7 +9,7 @@ from pydantic import model_validator
 
 from ncf_dist.config.section import Section
 
-Gate = Literal["users", "beats_popularity", "evaluated"]
+Gate = Literal["users", "interactions", "beats_popularity", "evaluated"]
 RESERVED = ("runs", "raw")
 """Folders that the lake itself has at its top."""
 _PLAIN_NAME = re.compile(r"[^\W_](?:[\w .-]{0,62}[\w-])?")
@@ -19,9 +19,10 @@ _PLAIN_NAME = re.compile(r"[^\W_](?:[\w .-]{0,62}[\w-])?")
 class Publish(Section):
     table: str = "recommendations"
     """Folder of the published Delta table inside the lake: one plain name."""
-    require: tuple[Gate, ...] = ("users", "beats_popularity", "evaluated")
+    require: tuple[Gate, ...] = ("users", "interactions", "beats_popularity", "evaluated")
     """What a night must pass to replace the published one; leave one out to switch it off. `users`: the model ranks for
-    at least half as many users as in the night that is published · `beats_popularity`: the paired 95 % interval of the
+    at least half as many users as in the night that is published · `interactions`: at least half as many are accepted
+    as in that night · `beats_popularity`: the paired 95 % interval of the
     headline metric does not lie wholly below popularity's · `evaluated`: the very model that score used was evaluated.
     A night without rows is never published."""
     verify: Literal["quick", "deep"] = "quick"

@@ -16,16 +16,18 @@ from pydantic import Field
 from ncf_dist import metrics
 
 LEAST_SHARE = 0.5
-"""Of the users of the night that is published: below it, something has cut the night down."""
+"""Of the users and interactions of the night that is published: below it, something has cut the night down."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """The newest night that readers see. model_users: how many the model ranked for; None where nobody knows."""
+    """The newest night that readers see. model_users: how many the model ranked for; None where nobody knows.
+    interactions: how many its prepare run kept; None where that run is gone."""
 
     ds: str
     run_key: str | None
     model_users: int | None
+    interactions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Evaluated:
 @dataclass(frozen=True)
 class Facts:
     """Of the night that wants to be published: the score run, the model's train run, what the audit counted, and what
-    there is to compare with. held_out: whether the split holds rows out at all."""
+    there is to compare with. held_out: whether the split holds rows out at all; interactions: how many prepare kept."""
 
     score_run: str
     train_run: str
@@ -68,6 +70,7 @@ class Facts:
     published: Published | None
     evaluated: Evaluated | None
     held_out: bool
+    interactions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,12 @@ class Verdict:
 
 def judge(facts: Facts, require: Collection[str]) -> list[Verdict]:
     """Everything that speaks against the night, in the order of the checks; empty where nothing does."""
-    checks = {"users": _users, "beats_popularity": _beats_popularity, "evaluated": _evaluated}
+    checks = {
+        "users": _users,
+        "interactions": _interactions,
+        "beats_popularity": _beats_popularity,
+        "evaluated": _evaluated,
+    }
     found = [_rows(facts), *(check(facts) for name, check in checks.items() if name in require)]
     return [verdict for verdict in found if verdict is not None]
 
@@ -116,6 +124,23 @@ def _users(facts: Facts) -> Verdict | None:
         f"the model ranked for {facts.model_users:,} users in score run {facts.score_run}; needed {least:,}, half of "
         f"the {before.model_users:,} of ds {before.ds} (run {before.run_key}), which is published: look at whether the "
         "log is complete and at score.active_since",
+        True,
+    )
+
+
+def _interactions(facts: Facts) -> Verdict | None:
+    """A log that lacks its end may still name nearly every user."""
+    before = facts.published
+    if before is None or before.interactions is None or facts.interactions is None:
+        return None
+    least = math.ceil(LEAST_SHARE * before.interactions)
+    if facts.interactions >= least:
+        return None
+    return Verdict(
+        "interactions",
+        f"prepare kept {facts.interactions:,} interactions for score run {facts.score_run}; needed {least:,}, half of "
+        f"the {before.interactions:,} of ds {before.ds} (run {before.run_key}), which is published: look at whether "
+        "the log is complete and at the filters of input",
         True,
     )
 

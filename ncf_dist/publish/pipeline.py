@@ -21,7 +21,7 @@ from ncf_dist.parquet import FileInfo
 from ncf_dist.publish import gates, leftovers
 from ncf_dist.publish.audit import Audit, Promise, audit, contract_of
 from ncf_dist.publish.repair import restore
-from ncf_dist.publish.runs import Runs, evaluated, find_runs
+from ncf_dist.publish.runs import Runs, evaluated, find_runs, interactions_of, published_interactions
 from ncf_dist.publish.table import Publication, PublishedTable
 from ncf_dist.stage import Outcome, Upstream
 
@@ -69,7 +69,9 @@ def _pass_gates(config: Config, table: PublishedTable, runs: Runs, audited: Audi
     before = None
     if newest is not None:
         ds, entry = newest
-        before = gates.Published(ds, entry.run_key if entry else None, entry.model_users if entry else None)
+        key = entry.run_key if entry else None
+        kept = published_interactions(Lake(config.paths.lake), ds, key)
+        before = gates.Published(ds, key, entry.model_users if entry else None, kept)
     facts = gates.Facts(
         score_run=runs.score.run_key,
         train_run=str(runs.score.inputs.get("train")),
@@ -78,6 +80,7 @@ def _pass_gates(config: Config, table: PublishedTable, runs: Runs, audited: Audi
         published=before,
         evaluated=evaluated(runs.evaluate),
         held_out=runs.prepare.config.get("split", {}).get("strategy") != "none",
+        interactions=interactions_of(runs.prepare),
     )
     verdicts = gates.judge(facts, config.publish.require)
     refused = [verdict for verdict in verdicts if verdict.refuses]

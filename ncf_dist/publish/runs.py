@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 from dataclasses import dataclass
 
 from ncf_dist import metrics
 from ncf_dist.config import Config
+from ncf_dist.contracts import INTERACTIONS
 from ncf_dist.errors import ContractError
 from ncf_dist.files import read_json
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.publish import gates
 from ncf_dist.stage import Upstream, find_upstream
+
+log = logging.getLogger(__name__)
 
 STAGE = "publish"
 
@@ -36,6 +40,23 @@ def find_runs(lake: Lake, config: Config, ds: str, given: Upstream | None) -> Ru
     mine = [run for run in judged if run.inputs.get("train") == upstream["train"].run_key]
     # The newest; but one that compares says more than one that does not.
     return Runs(upstream["prepare"], upstream["score"], max(mine, key=lambda run: bool(run.tables), default=None))
+
+
+def interactions_of(prepare: Manifest) -> int | None:
+    """How many interactions prepare kept; None where an earlier version did not say."""
+    table = prepare.tables.get(INTERACTIONS.name)
+    return table.rows if table else None
+
+
+def published_interactions(lake: Lake, ds: str, score_run: str | None) -> int | None:
+    """How many interactions a published night was made from; None where its runs are gone, or damaged."""
+    try:
+        score = lake.stage(ds, "score").find(score_run) if score_run else None
+        prepare = lake.stage(ds, "prepare").find(str(score.inputs.get("prepare"))) if score else None
+        return interactions_of(prepare) if prepare else None
+    except ContractError as error:
+        log.warning("the interactions of ds %s, which is published, are compared with nothing: %s", ds, error)
+        return None
 
 
 def evaluated(run: Manifest | None) -> gates.Evaluated | None:
