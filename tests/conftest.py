@@ -24,26 +24,14 @@ ROOT = Path(__file__).parent.parent
 SPARK: dict[str, Any] = {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 2}
 
 LONGEST = (
-    *(
-        "any_log",
-        "signals",
-        "train",
-        "line",
-        "faults",
-        "first_hour",
-        "baselines",
-        "urls",
-        "score",
-        "launchers",
-        "cases",
-    ),
-    *("publish_damage", "evaluate_score", "ranks", "prepare", "forgetting", "stored_lakes"),
+    "any_log signals train line faults first_hour baselines urls score launchers cases publish_damage evaluate_score "
+    "ranks prepare forgetting stored_lakes"
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A worker takes whole files, in this order: the longest first, else one of them runs alone at the end."""
-    rank = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    rank = {f"test_{name}.py": number for number, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
