@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ncf_dist.contracts import Contract
-from ncf_dist.files import filesystem, make_dirs, write_atomic
+from ncf_dist.files import filesystem, is_local, make_dirs, write_atomic
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,28 @@ class TableInfo:
         return sum(file.rows for file in self.files)
 
 
-def read_schema(path: str) -> pa.Schema:
+@contextlib.contextmanager
+def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file that is open for reading.
+
+    Arrow opens local files itself. Through a Python file its threads may still need the interpreter when the process
+    is about to end, which then sometimes aborts with a code of its own instead of the job's (apache/arrow#34314).
+    """
     fs, inner = filesystem(path)
-    with fs.open(inner, "rb") as source:
-        return pq.read_schema(source)
+    with contextlib.ExitStack() as stack:
+        source = inner if is_local(path) else stack.enter_context(fs.open(inner, "rb"))
+        yield stack.enter_context(pq.ParquetFile(source))
+
+
+def read_schema(path: str) -> pa.Schema:
+    with open_parquet(path) as file:
+        return file.schema_arrow
 
 
 def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
     """One Parquet file as an Arrow table."""
-    fs, inner = filesystem(path)
-    with fs.open(inner, "rb") as source:
-        return pq.ParquetFile(source).read(columns=columns)
+    with open_parquet(path) as file:
+        return file.read(columns=columns)
 
 
 def write_parts(parts: Iterable[pa.Table], run: str, contract: Contract) -> TableInfo:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from ncf_dist import files, lake, parquet
 from ncf_dist.contracts import ITEM_STATS
@@ -65,6 +66,22 @@ def test_a_finished_run_is_found_as_it_was_written(runs: StageRuns) -> None:
     assert written.outputs() == {"item_stats": f"{runs.root}/k1/item_stats"}
     assert written.table(ITEM_STATS).rows == 3
     assert parquet.read_table(written.files("item_stats")[0]).equals(STATS)
+
+
+def test_local_files_are_opened_by_arrow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of Arrow that hold a Python file may abort a process that ends. Through a URL there is no other way."""
+    write_parquet(STATS, str(tmp_path), "a b%20é.parquet")
+    write_parquet(STATS, "memory://opened", "part.parquet")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("opened by Python")
+
+    monkeypatch.setattr(LocalFileSystem, "open", refuse)
+    for folder, name in ((str(tmp_path), "a b%20é.parquet"), ("memory://opened", "part.parquet")):
+        assert parquet.read_table(f"{folder}/{name}").equals(STATS)
+        assert parquet.read_schema(f"{folder}/{name}").equals(STATS.schema)
+    with pytest.raises(FileNotFoundError):
+        parquet.read_table(f"{tmp_path}/missing.parquet")
 
 
 def test_without_its_manifest_a_run_does_not_exist_and_the_next_attempt_starts_empty(runs: StageRuns) -> None:

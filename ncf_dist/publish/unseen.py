@@ -24,14 +24,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ncf_dist.ancestry import index_sizes
 from ncf_dist.contracts import HISTORY, INTERACTIONS, UNSEEN_USERS, USER_INDEX, day_start
 from ncf_dist.errors import ContractError
-from ncf_dist.files import filesystem
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import read_table
+from ncf_dist.parquet import open_parquet, read_table
 from ncf_dist.sampling import hash64
 from ncf_dist.scratch import scratch_folder
 
@@ -267,9 +265,8 @@ class Offers:
 
     def _batches(self, table: str, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         for path in self.prepare.files(table):
-            fs, inner = filesystem(path)
-            with fs.open(inner, "rb") as source:
-                yield from pq.ParquetFile(source).iter_batches(rows, columns=columns)
+            with open_parquet(path) as file:
+                yield from file.iter_batches(rows, columns=columns)
 
     def _buckets(self, name: str, **columns: pa.DataType) -> Buckets:
         return Buckets(self._folder, name, pa.schema(columns), self.count)
