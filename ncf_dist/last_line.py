@@ -31,9 +31,10 @@ LEAST_CHARACTERS = 20
 """What a text is cut to at the least."""
 MOST = {
     **{"run_key": 100, "error": 500, "details": 400, "lake": 300, "version": 40, "model_version": 80, "rows": 250},
-    **{"metrics": 130, "warnings": 240, "outputs": 400, "runs": 400},
+    **{"metrics": 130, "warnings": 100, "outputs": 400, "runs": 400},
 }
-"""What is wanted most, the first first, and the bytes that each of them may take; metrics take what is left, too."""
+"""What is wanted most, the first first, and the bytes that each of them may take; metrics and warnings take what is
+left, too."""
 HEADLINES = ("{}.ndcg@{}", "{}.hr@{}")
 """Of the protocols `full` and `candidates`, at ten or the largest K there is."""
 RATINGS = ("rating.rmse", "rating.mae")
@@ -63,7 +64,7 @@ def line(report: Report) -> str:
     made: dict[str, Any] = {"job": found["job"], "ds": found.get("ds"), "run_key": None, "status": found["status"]}
     made |= {"outputs": {}, "metrics": {}, "details": None, "seconds": found["seconds"]}
     others = {key: MAX_BYTES for key in found if key not in {*made, *ORDER, *FILE_ONLY}}
-    for key, most in [*MOST.items(), ("metrics", MAX_BYTES), *others.items()]:
+    for key, most in [*MOST.items(), ("metrics", MAX_BYTES), *others.items(), ("warnings", MAX_BYTES)]:
         value = found.get(key)
         room = MAX_BYTES - len(_text({**made, key: None})) + len("null")
         if value is not None and (part := _fitted(value, min(most, room), key in PROSE)) is not _NO_ROOM:
@@ -164,8 +165,11 @@ def _headlines_first(metrics: Report) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits: the file has all of them."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    """Five digits: the file has all of them. The largest numbers stay as they are, or they would be infinite."""
+    if not isinstance(value, float):
+        return value
+    short = float(f"{value:.5g}")
+    return short if math.isfinite(short) else value
 
 
 def _lean(value: Any) -> Any:

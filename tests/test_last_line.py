@@ -65,6 +65,7 @@ reports = st.fixed_dictionaries(
 @given(reports)
 @example({**BASE, "error": "e" * 100_000, "warnings": ["w" * 10_000] * 1000})
 @example({**BASE, "metrics": {"": math.nan, "x": math.inf}, "lake": "/l" * 300, "details": "/l" * 300 + "/d"})
+@example({**BASE, "metrics": {"x": 1.7976931348623157e308}})
 @settings(max_examples=500, deadline=None)
 def test_whatever_a_job_says_the_line_is_short_and_parses(report: Report) -> None:
     text = last_line.line(report)

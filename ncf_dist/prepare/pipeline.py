@@ -53,7 +53,7 @@ def prepare(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     stage = StageRun(STAGE, config, ds, made_from)
     if done := stage.find():
         log.info("already prepared: %s", done.root)
-        return Outcome.of(done, "already-done", rows=done.facts["rows"])
+        return Outcome.of(done, "already-done", rows=done.facts["rows"], warnings=done.facts.get("warnings", []))
 
     run = stage.begin()
     until = config.input.until or dt.date.fromisoformat(ds)
@@ -62,9 +62,10 @@ def prepare(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
             tables, facts, warnings = make_tables(Workspace(spark, run), config, until, inputs, ids, forget, base)
     finally:
         remove(posixpath.join(run, STAGING))
+    facts["warnings"] = list(warnings)
     manifest = stage.finish(tables=tables, facts=facts, noted={"files": inputs.counts()})
     log.info("prepared %s in %.1f s: %s", run, manifest.seconds, json.dumps(facts["rows"]))
-    return Outcome.of(manifest, rows=facts["rows"], warnings=warnings)
+    return Outcome.of(manifest, rows=facts["rows"], warnings=facts["warnings"])
 
 
 def make_tables(

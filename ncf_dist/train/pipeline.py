@@ -43,7 +43,7 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     stage = StageRun(STAGE, config, ds, inputs)
     if not config.train.lr_find and (done := stage.find()):
         log.info("already trained: %s", done.root)
-        return Outcome.of(done, "already-done")
+        return Outcome.of(done, "already-done", warnings=done.facts.get("warnings", []))
     table = prepare.table(train_contract(prepare, config.input.feedback == "explicit"))
     warning = few_steps(config.train, table.rows, world_size(config))
     check_memory(config, *index_sizes(prepare), table.rows, max(file.rows for file in table.files))
@@ -54,13 +54,16 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     run_ranks(config, Spec(config.model_dump_json(by_alias=True), prepare.root, run, first), HISTORY)
     bundle, history = read_bundle(posixpath.join(run, BUNDLE)), json.loads(read_bytes(posixpath.join(run, HISTORY)))
     write_atomic(posixpath.join(run, PLOT), history_figure(history))
-    facts = {"model_version": bundle.model_version, "sha256": bundle.sha256, "prepare_run": prepare.run_key}
-    facts["products"] = history["products"]
+    facts: dict[str, Any] = {
+        "model_version": bundle.model_version,
+        "sha256": bundle.sha256,
+        "prepare_run": prepare.run_key,
+    }
+    facts |= {"products": history["products"], "warnings": [warning] if warning else []}
     manifest = stage.finish(facts=facts, metrics=_metrics(history))
     log.info("trained %s in %.1f s: %s", bundle.model_version, manifest.seconds, dict(manifest.metrics))
     outputs = {"bundle": bundle.path, "history": posixpath.join(run, HISTORY), "plot": posixpath.join(run, PLOT)}
-    warnings = [warning] if warning else []
-    return Outcome.of(manifest, outputs=outputs, model_version=bundle.model_version, warnings=warnings)
+    return Outcome.of(manifest, outputs=outputs, model_version=bundle.model_version, warnings=facts["warnings"])
 
 
 def _metrics(history: dict[str, Any]) -> dict[str, Any]:
