@@ -10,8 +10,8 @@ PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) pytho
 # The folder with ml-1m/, ml-100k/ and so on; tests that need it are skipped, and `make ml-1m` downloads, where it does not exist.
 NCF_DATA_DIR ?= $(CURDIR)/../shared/data
 export NCF_DATA_DIR
-# Processes that share the tests, each with a Spark session of its own: one more than cores, for tests wait a third of the time.
-TEST_WORKERS ?= 3
+# Processes that share the tests, each with a Spark session of its own.
+TEST_WORKERS ?= 2
 
 python := .venv/bin/python
 log := .venv/install.log

@@ -382,7 +382,7 @@ def test_whatever_is_wrong_in_a_config_is_a_config_error(tmp_path_factory: Any, 
                 place = place[key]
                 continue
             if data.draw(st.booleans()):
-                place[key] = data.draw(JUNK)
+                place[key] = copy.deepcopy(data.draw(JUNK))  # The next round may change what is inside of it.
             else:
                 name = data.draw(st.sampled_from(["pth", "", "[key]", "SideTable", "0", "str", key + "s"]))
                 place[name] = place.pop(key)
