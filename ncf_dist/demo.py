@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ncf_dist import metrics
 from ncf_dist.cli import parser
 from ncf_dist.config import Config, load_config
 from ncf_dist.contracts import INTERACTIONS, ITEM_INDEX, ITEMS, USER_INDEX, in_long_form
@@ -25,8 +26,6 @@ from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_table
 
-REPORT = "report.html"
-"""As evaluate names it."""
 USERS = 10
 LIKED = 4
 
@@ -90,7 +89,7 @@ def read_latest(root: str) -> Latest:
 def _report(lake: Lake, ds: str, score: Manifest) -> str | None:
     """The page of the newest run of evaluate that judged the model that `score` ranked with."""
     for run in lake.stage(ds, "evaluate").production():
-        path = posixpath.join(run.root, REPORT)
+        path = posixpath.join(run.root, metrics.PAGE)
         if run.inputs.get("train") == score.inputs.get("train") and exists(path):
             return path
     return None

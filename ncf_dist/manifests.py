@@ -44,7 +44,7 @@ class Manifest:
 
     def files(self, name: str) -> list[str]:
         """Full paths of the files of table `name`, in the manifest's order."""
-        return [posixpath.join(self.table_path(name), file.path) for file in self._table(name).files]
+        return self._table(name).paths(self.root)
 
     def table(self, contract: Contract) -> TableInfo:
         """The stored table, after checking that it was written to this contract. Raises ContractError."""

@@ -22,8 +22,8 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 
-STORED = "metrics.json"
-"""The file of an evaluate run that holds its figures."""
+STORED, PAGE = "metrics.json", "report.html"
+"""The files of an evaluate run that hold its figures: for programs, and for people."""
 
 
 def headline_k(ks: Iterable[int]) -> int:

@@ -38,6 +38,10 @@ class TableInfo:
     def rows(self) -> int:
         return sum(file.rows for file in self.files)
 
+    def paths(self, run: str) -> list[str]:
+        """Full paths of the files, in order. run: the folder that the table's path is relative to."""
+        return [posixpath.join(run, self.path, file.path) for file in self.files]
+
 
 @contextlib.contextmanager
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:

@@ -210,12 +210,17 @@ def map_in_arrow(frame: DataFrame, work: Pass, schema: str | StructType) -> Data
     return frame.mapInArrow(run, schema)
 
 
+def task_stats(frame: DataFrame, work: Pass) -> list[dict[str, Any]]:
+    """What `work` says of itself: it returns rows of one column `stats`, JSON objects."""
+    return [json.loads(row["stats"]) for row in map_in_arrow(frame, work, "stats string").collect()]
+
+
 def on_executor(entry: str, *given: Any) -> Pass:
     """The pass that the function `entry`, written "module:function", makes of `given`. For `map_in_arrow`.
 
     The module is imported on the executor, so that a driver sends work which needs torch, and needs none itself:
 
-        map_in_arrow(rows, on_executor("ncf_dist.score.ranker:score_pass", spec), "stats string")
+        task_stats(rows, on_executor("ncf_dist.score.ranker:score_pass", spec))
     """
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

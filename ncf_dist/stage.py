@@ -258,8 +258,8 @@ _NONE_SUCH = object()
 DEFAULTS: Tree = {**_defaults(Config), "input": _defaults(Input)}
 
 
-def production_nights(lake: Lake, stage: str, before: str | None = None) -> Iterator[Manifest]:
-    """The newest production run of `stage` of every night that has one, the latest night first."""
+def production_runs(lake: Lake, stage: str, before: str | None = None) -> Iterator[Manifest]:
+    """The production runs of `stage` of every night, the latest night first, of a night the newest first."""
     for ds in reversed(lake.nights()):
         if before is None or ds < before:
-            yield from lake.stage(ds, stage).production()[:1]
+            yield from lake.stage(ds, stage).production()

@@ -17,7 +17,7 @@ from ncf_dist.errors import ContractError
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.nightly.pipeline import STAGES
-from ncf_dist.stage import LINE, StageRun, decisive, find_upstream, production_nights, stored
+from ncf_dist.stage import LINE, StageRun, decisive, find_upstream, production_runs, stored
 
 DS = "2026-01-31"
 
@@ -145,12 +145,12 @@ def test_nightly_hands_on_what_it_made_and_looks_nothing_up(monkeypatch: pytest.
             assert found == {name: made[name] for name in LINE[stage].builds_on}
 
 
-def test_production_nights_leave_experiments_out_and_go_back_in_time() -> None:
+def test_production_runs_leave_experiments_out_and_go_back_in_time() -> None:
     line = Line()
     nights = {ds: line.run("prepare", ds) for ds in ("2026-01-02", "2026-01-01", "2026-01-04")}
     line.run("prepare", "2026-01-03", run="trial")
-    assert list(production_nights(Lake(line.lake), "prepare")) == [nights[ds] for ds in sorted(nights, reverse=True)]
-    assert list(production_nights(Lake(line.lake), "prepare", before="2026-01-02")) == [nights["2026-01-01"]]
+    assert list(production_runs(Lake(line.lake), "prepare")) == [nights[ds] for ds in sorted(nights, reverse=True)]
+    assert list(production_runs(Lake(line.lake), "prepare", before="2026-01-02")) == [nights["2026-01-01"]]
 
 
 CHOICES: dict[str, list[dict[str, Any]]] = {

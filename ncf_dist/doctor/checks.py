@@ -19,7 +19,7 @@ from ncf_dist.doctor import programs
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import NcfError
 from ncf_dist.lake import Lake
-from ncf_dist.stage import production_nights
+from ncf_dist.stage import production_runs
 
 JAVA = (17, 21)
 COMPILED = Path(__file__).parent.parent / "train"
@@ -123,7 +123,7 @@ def master(spark: SparkSection) -> Iterator[Check]:
 def _sizes(found: Lake) -> tuple[int, int] | None:
     """Users and items of the newest prepared night."""
     try:
-        newest = next(production_nights(found, "prepare"), None)
+        newest = next(production_runs(found, "prepare"), None)
         return index_sizes(newest) if newest else None
     except (NcfError, KeyError, ImportError, ValueError, OSError):
         return None

@@ -10,7 +10,6 @@ from pyspark.sql import SparkSession
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Config
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import TableInfo
 from ncf_dist.products import Products
 
 
@@ -29,6 +28,3 @@ class Evaluation:
     def fits(self) -> str:
         """Folder of the fitted baselines, which is removed once all users are ranked."""
         return posixpath.join(self.run, "baselines")
-
-    def paths(self, table: TableInfo) -> list[str]:
-        return [posixpath.join(self.run, table.path, info.path) for info in table.files]

@@ -16,7 +16,7 @@ from ncf_dist.errors import ConfigError
 from ncf_dist.evaluate.evaluation import Evaluation
 from ncf_dist.evaluate.spec import ALS_USER, GramFit
 from ncf_dist.parquet import TableInfo
-from ncf_dist.spark_io import ROWS_PER_FILE, map_in_arrow, on_executor, read_table, write_table
+from ncf_dist.spark_io import ROWS_PER_FILE, on_executor, read_table, task_stats, write_table
 
 ITEM_FACTORS = Contract(
     "als_items",
@@ -54,13 +54,13 @@ def fit_baselines(job: Evaluation) -> tuple[dict[str, tuple[str, ...]], DataFram
     if grams:
         spec = GramFit(tuple(job.prepare.files(contracts.HISTORY.name)), job.bundle.n_items, settings, grams)
         work = on_executor("ncf_dist.evaluate.baselines:fit", spec)
-        map_in_arrow(job.spark.range(0, 1, 1, 1), work, "stats string").collect()
+        task_stats(job.spark.range(0, 1, 1, 1), work)
         fitted |= {name: (path,) for name, path in grams.items()}
     if "als" not in fitted:
         return fitted, None
     seen = read_table(job.spark, job.prepare, contracts.HISTORY)
     users, items = fit_als(seen, settings, job.config.seed, job.fits)
-    fitted["als"] = tuple(posixpath.join(job.fits, items.path, info.path) for info in items.files)
+    fitted["als"] = tuple(items.paths(job.fits))
     return fitted, users
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import posixpath
 from collections.abc import Mapping
 
@@ -16,7 +15,7 @@ from ncf_dist.evaluate.periods import unit_of
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo
-from ncf_dist.spark_io import map_in_arrow, on_executor, read_table, table_info
+from ncf_dist.spark_io import on_executor, read_table, table_info, task_stats
 
 MIN_FILES = 16
 USERS_A_FILE = 25_000
@@ -42,7 +41,7 @@ def rank_held_out(
     # With a number of partitions: Spark would else merge a small input into one task, and the work is heavy.
     rows = rows.repartition(files, "_file").sortWithinPartitions("_file", "user_idx")
     work = on_executor("ncf_dist.evaluate.ranks:evaluation_pass", spec)
-    stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, work, "stats string").collect()]
+    stats = task_stats(rows, work)
     histograms: dict[str, Histogram] = {}
     for task in stats:
         for name, body in task["scores"].items():

@@ -24,7 +24,7 @@ def judge(job: Evaluation, ranks: TableInfo, other: Manifest | None, unit: str |
     stats = read_table(job.spark, job.prepare, contracts.ITEM_STATS)
     popularity = popularity_counts(stats)
     deciles = PopularityDeciles.of(*popularity)
-    paths = job.paths(ranks)
+    paths = ranks.paths(job.run)
     scorers = ["model", *settings.baselines]
     spec = FiguresPass(
         files=tuple(tuple((name, name, path) for name in scorers) for path in paths),

@@ -29,7 +29,7 @@ from ncf_dist.evaluate.histogram import on_common_bins
 from ncf_dist.evaluate.judging import judge
 from ncf_dist.evaluate.report.data import report_data
 from ncf_dist.evaluate.report.examples import examples
-from ncf_dist.evaluate.report.page import REPORT, headline_k, write_report
+from ncf_dist.evaluate.report.page import headline_k, write_report
 from ncf_dist.files import read_json, remove, write_atomic
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
@@ -41,7 +41,6 @@ from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
 log = logging.getLogger(__name__)
 
 STAGE = "evaluate"
-METRICS = metrics.STORED
 SCORE_BINS = 64
 
 
@@ -80,7 +79,7 @@ def evaluate(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         page = _page(job, train, stage, report, ranks)
     summary.log_comparison(report)
     # The metrics are a function of the tables alone; the page also shows seconds and memory.
-    write_atomic(posixpath.join(run, METRICS), json.dumps(report, indent=1).encode())
+    write_atomic(posixpath.join(run, metrics.STORED), json.dumps(report, indent=1).encode())
     log.info("report: %s", write_report(run, page))
     flat = summary.flat_metrics(report)
     facts = {
@@ -110,7 +109,7 @@ def _page(
     job: Evaluation, train: Manifest, stage: StageRun, report: dict[str, Any], ranks: TableInfo
 ) -> dict[str, Any]:
     """What the report page shows."""
-    seen = read_files(job.spark, job.paths(ranks), contracts.RANKS.schema).where(F.col("scorer") == "model")
+    seen = read_files(job.spark, ranks.paths(job.run), contracts.RANKS.schema).where(F.col("scorer") == "model")
     return report_data(
         job.spark,
         job.prepare,
@@ -126,7 +125,7 @@ def _page(
 
 def outcome(run: Manifest, status: str = "done") -> Outcome:
     """What a run says, finished now or before. A night without held-out rows has no report."""
-    names = {"metrics": METRICS, "report": REPORT} if run.tables else {}
+    names = {"metrics": metrics.STORED, "report": metrics.PAGE} if run.tables else {}
     files = {name: posixpath.join(run.root, file) for name, file in names.items()}
     return Outcome.of(run, status, files, **(_certainty(files["metrics"]) if files else {}))
 

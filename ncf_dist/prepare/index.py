@@ -29,7 +29,7 @@ from ncf_dist.prepare.id_types import IdTypes
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.spark_io import ROWS_PER_FILE, map_in_arrow, read_files, write_table
 from ncf_dist.spark_io import read_table as table_frame
-from ncf_dist.stage import production_nights
+from ncf_dist.stage import production_runs
 
 BUCKETS = 4096
 """Part of the meaning of an index: never change it."""
@@ -66,7 +66,7 @@ def base_run(lake: Lake, ds: str) -> Manifest | None:
     if tonight := lake.stage(ds, "prepare").production():
         recorded = tonight[0].inputs["index"]
         return lake.stage(recorded["ds"], "prepare").load(recorded["run_key"]) if recorded else None
-    return next(production_nights(lake, "prepare", before=ds), None)
+    return next(production_runs(lake, "prepare", before=ds), None)
 
 
 def base_types(base: Manifest | None) -> tuple[pa.DataType | None, pa.DataType | None]:

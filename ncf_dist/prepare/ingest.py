@@ -35,7 +35,7 @@ from ncf_dist.prepare.run_inputs import RunInputs
 from ncf_dist.prepare.source import Source, place_of
 from ncf_dist.prepare.values import YEAR_1995
 from ncf_dist.prepare.workspace import Workspace
-from ncf_dist.spark_io import ROWS_PER_FILE, FileSink, Pass, map_in_arrow, table_info, write_table
+from ncf_dist.spark_io import ROWS_PER_FILE, FileSink, Pass, table_info, task_stats, write_table
 
 MAX_TASKS = 10_000
 ID_COLUMNS = ("user_id", "item_id")
@@ -121,8 +121,7 @@ def _read_all(space: Workspace, config: Input, spec: RowSpec) -> list[dict[str, 
         if len(units) < len(source.units):
             log.info("%d of %d ranges are read again: a record begins elsewhere", len(units), len(source.units))
             numbers = numbers.where(F.col("id").isin(*units)).repartition(min(len(units), MAX_TASKS))
-        rows = map_in_arrow(numbers, read_pass(replace(spec, source=source)), "stats string").collect()
-        stats = [json.loads(row["stats"]) for row in rows]
+        stats = task_stats(numbers, read_pass(replace(spec, source=source)))
         for unit in stats:
             if "error" in unit:
                 raise InputError(f"{unit['error']}; needed whole files of format {config.format}: fix them")

@@ -32,7 +32,7 @@ from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.prepare.user_blocks import Block, deduplicate, whole_users
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray, Purpose, hash64
-from ncf_dist.spark_io import FileSink, Pass, map_in_arrow, table_info
+from ncf_dist.spark_io import FileSink, Pass, map_in_arrow, table_info, task_stats
 
 ROWS_PER_FILE = 500_000
 MIN_FILES = 8
@@ -100,7 +100,7 @@ def write_user_tables(
         weights = item_weights(space, indexes, counts, config.negatives.alpha)
         tables[weights.path] = weights
         spec = replace(spec, weights=tuple(space.files(weights)))
-    tasks = [json.loads(row["stats"]) for row in map_in_arrow(grouped, user_pass(spec), "stats string").collect()]
+    tasks = task_stats(grouped, user_pass(spec))
     totals = Counter[str]()
     for task in tasks:
         totals.update(task["counts"])

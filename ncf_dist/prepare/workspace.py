@@ -35,7 +35,7 @@ class Workspace:
 
     def files(self, table: TableInfo) -> list[str]:
         """Full paths of the files of a table of this run."""
-        return [posixpath.join(self.run, table.path, file.path) for file in table.files]
+        return table.paths(self.run)
 
     def read(self, files: Sequence[str], schema: pa.Schema) -> DataFrame:
         """The rows of these Parquet files; none where there is no file."""

@@ -116,16 +116,8 @@ def _users(facts: Facts) -> Verdict | None:
             f"{facts.model_users:,} of score run {facts.score_run} are compared with nothing",
             False,
         )
-    least = math.ceil(LEAST_SHARE * before.model_users)
-    if facts.model_users >= least:
-        return None
-    return Verdict(
-        "users",
-        f"the model ranked for {facts.model_users:,} users in score run {facts.score_run}; needed {least:,}, half of "
-        f"the {before.model_users:,} of ds {before.ds} (run {before.run_key}), which is published: look at whether the "
-        "log is complete and at score.active_since",
-        True,
-    )
+    said = f"the model ranked for {facts.model_users:,} users in score run {facts.score_run}"
+    return _shrunk("users", before, said, facts.model_users, before.model_users, "score.active_since")
 
 
 def _interactions(facts: Facts) -> Verdict | None:
@@ -133,14 +125,20 @@ def _interactions(facts: Facts) -> Verdict | None:
     before = facts.published
     if before is None or before.interactions is None or facts.interactions is None:
         return None
-    least = math.ceil(LEAST_SHARE * before.interactions)
-    if facts.interactions >= least:
+    said = f"prepare kept {facts.interactions:,} interactions for score run {facts.score_run}"
+    return _shrunk("interactions", before, said, facts.interactions, before.interactions, "the filters of input")
+
+
+def _shrunk(check: str, before: Published, said: str, now: int, then: int, where: str) -> Verdict | None:
+    """The refusal of a night that has less than LEAST_SHARE of what the published one has. said: how much that is;
+    where: what else than the log may have cut it down."""
+    least = math.ceil(LEAST_SHARE * then)
+    if now >= least:
         return None
     return Verdict(
-        "interactions",
-        f"prepare kept {facts.interactions:,} interactions for score run {facts.score_run}; needed {least:,}, half of "
-        f"the {before.interactions:,} of ds {before.ds} (run {before.run_key}), which is published: look at whether "
-        "the log is complete and at the filters of input",
+        check,
+        f"{said}; needed {least:,}, half of the {then:,} of ds {before.ds} (run {before.run_key}), which is published: "
+        f"look at whether the log is complete and at {where}",
         True,
     )
 

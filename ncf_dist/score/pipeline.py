@@ -6,9 +6,7 @@ for the others.
 
 from __future__ import annotations
 
-import json
 import logging
-import posixpath
 import sys
 import time
 from collections import Counter
@@ -28,10 +26,10 @@ from ncf_dist.score.written import check_written
 from ncf_dist.spark_io import (
     LIST_BATCH_ROWS,
     ROWS_PER_FILE,
-    map_in_arrow,
     on_executor,
     spark_session,
     table_info,
+    task_stats,
     write_table,
 )
 from ncf_dist.stage import Outcome, StageRun, Upstream
@@ -59,13 +57,13 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
             file = F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE))
             counts = popularity(spark, plan.prepare, config.score, ds)
             popular = write_table(counts, run, contracts.POPULARITY, file)
-            tables[popular.path], spec = popular, replace(spec, popularity_files=_paths(run, popular))
+            tables[popular.path], spec = popular, replace(spec, popularity_files=tuple(popular.paths(run)))
         users = users_to_rank(spark, plan.prepare, config.score, ds)
         rows = in_tasks(in_files(users, plan.n_files, plan.indexed), plan.tasks)
         work = on_executor("ncf_dist.score.ranker:score_pass", spec)
-        stats = [json.loads(row["stats"]) for row in map_in_arrow(rows, work, "stats string").collect()]
+        stats = task_stats(rows, work)
         table = table_info(plan.contract, [FileInfo(**f) for task in stats for f in task["files"]], run)
-        check_written(spark, plan.prepare, spec, _paths(run, table))
+        check_written(spark, plan.prepare, spec, tuple(table.paths(run)))
     tables[plan.contract.name] = table
     done = _total(task["counts"] for task in stats)
     facts, metrics = _account(stats, done, items, table.rows)
@@ -122,10 +120,10 @@ def forecast(config: Config, ds: str) -> Outcome:
         sample = rows.where("by_model").where(F.pmod(F.xxhash64("user_id"), F.lit(every)) == 0)
         sample = in_files(sample, 1, plan.indexed).repartition(slots)
         work = on_executor("ncf_dist.score.probe:probe_pass", spec, forecasting.SECONDS_A_SLOT)
-        probe = map_in_arrow(sample, work, "stats string").collect()
+        probe = task_stats(sample, work)
         probe_s = time.monotonic() - began
     result = forecasting.Forecast.of(
-        [json.loads(row["stats"]) for row in probe],
+        probe,
         model_users=users.get(True, 0),
         popular_users=users.get(False, 0),
         items=plan.bundle.n_items,
@@ -137,10 +135,6 @@ def forecast(config: Config, ds: str) -> Outcome:
     )
     print(result.table(ds, plan.bundle.model_version), file=sys.stderr, flush=True)
     return Outcome("done", metrics=result.metrics)
-
-
-def _paths(run: str, table: TableInfo) -> tuple[str, ...]:
-    return tuple(posixpath.join(run, table.path, file.path) for file in table.files)
 
 
 def _total(parts: Iterable[Mapping[str, float]]) -> Counter[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import posixpath
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from ncf_dist.errors import ContractError
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF, MLP, Embedding, NeuMF, Recommender, build_model
 from ncf_dist.parquet import read_table
+from ncf_dist.stage import production_runs
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +36,12 @@ def start_bundle(train: settings.Train, model: settings.Model, line: Line) -> st
     model of this kind and whose index tonight's begins with; None for a fresh start."""
     if train.warm_start != PREVIOUS:
         return train.warm_start
-    for run in earlier_trainings(line):
+    wanted = kind(model)
+    # A night may have several runs, of models of several kinds.
+    for run in production_runs(line.lake, "train", before=line.prepare.ds):
         try:
             bundle = read_bundle(posixpath.join(run.root, BUNDLE))
-            if (found := kind(bundle.model)) != (wanted := kind(model)):
+            if (found := kind(bundle.model)) != wanted:
                 different = {name: value for name, value in found.items() if value != wanted[name]}
                 log.info("warm start: not from %s of %s, whose model has %s", bundle.model_version, run.ds, different)
                 continue
@@ -52,14 +54,6 @@ def start_bundle(train: settings.Train, model: settings.Model, line: Line) -> st
         log.warning("warm start: not from the model of %s: %s", run.ds, objection)
     log.info("warm start: no earlier night has a model of this kind whose index tonight's begins with: a fresh start")
     return None
-
-
-def earlier_trainings(line: Line) -> Iterator[Manifest]:
-    """Production's finished runs of the nights before tonight, the latest night first, of a night the newest first: a
-    night may have several, of models of several kinds."""
-    for ds in reversed(line.lake.nights()):
-        if ds < line.prepare.ds:
-            yield from line.lake.stage(ds, "train").production()
 
 
 def kind(model: settings.Model, same: set[str] = SAME) -> dict[str, Any]:

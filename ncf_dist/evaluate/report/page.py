@@ -23,7 +23,6 @@ from ncf_dist.evaluate.report.figures import figures
 from ncf_dist.evaluate.report.verdict import verdicts
 from ncf_dist.files import write_atomic
 
-REPORT = "report.html"
 PROTOCOLS = {"rating": "predicted ratings", "full": "full catalogue", "candidates": "candidates"}
 TABLES = ("full", "candidates", "rating", "lists")
 COMPARED = (("rating",), ("full", "candidates"))
@@ -40,7 +39,7 @@ OPTIONAL: dict[str, Any] = {
 
 def write_report(run: str, data: Mapping[str, Any]) -> str:
     """Write report.html into the folder `run`; its path."""
-    path = posixpath.join(run, REPORT)
+    path = posixpath.join(run, metrics.PAGE)
     write_atomic(path, render(data).encode())
     return path
 
