@@ -26,6 +26,7 @@ INDEX = pa.int32()
 INDEX_LIST = pa.list_(pa.field("element", INDEX, nullable=False))
 LONG_LIST = pa.list_(pa.field("element", pa.int64(), nullable=False))
 FLOAT_LIST = pa.list_(pa.field("element", pa.float32(), nullable=False))
+SPLIT_CODE = pa.field("element", pa.int8(), nullable=False)
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,56 @@ HISTORY = _contract(
     "prepare",
     "what each user has seen: train and validation items, and apart from them the held-out test items",
 )
+
+RECENT = _contract(
+    "recent",
+    {"user_idx": INDEX, "item_idx": INDEX_LIST, "timestamp": LONG_LIST, "split": pa.list_(SPLIT_CODE)},
+    ("user_idx",),
+    "prepare",
+    "what each user did last, oldest first, with its time and split: the latest sequences.length train items, and as "
+    "many of train and validation, and of all; absent where sequences.length is 0",
+)
+
+
+def sequences(length: int) -> Contract:
+    """Windows of a user's train items in order of time, trainer-ready. Window 0 ends with the user's latest item, and
+    the next one ends where it begins, so that every item but the user's first is to be predicted once. `items` and
+    `gaps` are fixed-width binary, which one NumPy call decodes: length + 1 little-endian int32, and as many bytes;
+    what is past `length` is 0."""
+    return _contract(
+        "sequences",
+        {
+            "user_idx": INDEX,
+            "window": INDEX,
+            "length": INDEX,
+            "items": pa.binary(4 * (length + 1)),
+            "gaps": pa.binary(length + 1),
+        },
+        ("user_idx", "window"),
+        "prepare",
+        "one window of a user's train items a row, oldest first, with the coarse time since the item before "
+        "(gaps.gap_code), in hashed order, equal rows and one row group a file",
+    )
+
+
+NEXT_ITEMS = _contract(
+    "next_items",
+    {"item_idx": INDEX, "next_item_idx": INDEX, "weight": pa.int64()},
+    ("item_idx", "next_item_idx"),
+    "prepare",
+    "what follows what in train rows: pairs of items at most sequences.steps apart in a user's row, each worth "
+    "STEP_UNIT // distance; an item's sequences.next_items heaviest, heaviest first",
+)
+
+NEXT_TOTALS = _contract(
+    "next_totals",
+    {"item_idx": INDEX, "train_rows": pa.int64(), "weight": pa.int64()},
+    ("item_idx",),
+    "prepare",
+    "of every item the train rows, and the weight of all that follows it, kept in next_items or not",
+)
+STEP_UNIT = 2520
+"""The least number that 1 to 10 divide: distance weights 1 / d are whole numbers of it, and sums have no order."""
 
 ITEM_STATS = _contract(
     "item_stats",

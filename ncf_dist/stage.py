@@ -45,7 +45,7 @@ class Rule:
 
 
 LINE: Mapping[str, Rule] = {
-    "prepare": Rule((), ("input", "split", "negatives", "layout", "seed"), {}),
+    "prepare": Rule((), ("input", "split", "negatives", "sequences", "layout", "seed"), {}),
     "train": Rule(
         ("prepare",),
         ("model", "negatives", "train", "loader", "seed"),

@@ -19,6 +19,7 @@ from ncf_dist.config.paths import Paths
 from ncf_dist.config.publish import RESERVED, Gate, Publish
 from ncf_dist.config.score import IdList, Score
 from ncf_dist.config.section import NonNegativeInt, PositiveInt, Section
+from ncf_dist.config.sequences import Sequences
 from ncf_dist.config.spark import MEMORY_PATTERN, Spark
 from ncf_dist.config.split import Split
 from ncf_dist.config.train import Pretrained, Train
@@ -49,6 +50,7 @@ __all__ = [
     "Publish",
     "Score",
     "Section",
+    "Sequences",
     "SideColumn",
     "SideTable",
     "Spark",

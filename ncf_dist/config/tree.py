@@ -18,6 +18,7 @@ from ncf_dist.config.paths import Paths
 from ncf_dist.config.publish import Publish
 from ncf_dist.config.score import Score
 from ncf_dist.config.section import Section
+from ncf_dist.config.sequences import Sequences
 from ncf_dist.config.spark import Spark
 from ncf_dist.config.split import Split
 from ncf_dist.config.train import LOSSES, Loss, Train
@@ -31,6 +32,7 @@ class Config(Section):
     input: Input
     split: Split = Split()
     negatives: Negatives = Negatives()
+    sequences: Sequences = Sequences()
     layout: Layout = Layout()
     model: Model = Model()
     loader: Loader = Loader()
