@@ -162,7 +162,7 @@ def sequences(length: int) -> Contract:
     """Windows of a user's train items in order of time, trainer-ready. Window 0 ends with the user's latest item, and
     the next one ends where it begins, so that every item but the user's first is to be predicted once. `items` and
     `gaps` are fixed-width binary, which one NumPy call decodes: length + 1 little-endian int32, and as many bytes;
-    what is past `length` is 0."""
+    what is past `length` is 0, and so is the gap of a window's first item: a gap is within the window."""
     return _contract(
         "sequences",
         {

@@ -44,6 +44,7 @@ class Purpose(IntEnum):
     BOOTSTRAP = 9
     SHARED_NEGATIVE = 16
     EXAMPLE = 24
+    WINDOW_ORDER = 25
 
 
 class Stream(IntEnum):

@@ -35,7 +35,8 @@ from ncf_dist.prepare.input_files import select_files
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.prepare.user_blocks import Block, deduplicate, whole_users
-from ncf_dist.prepare.user_tables import UserPass, order_bucket, user_pass
+from ncf_dist.prepare.user_files import order_bucket
+from ncf_dist.prepare.user_tables import UserPass, user_pass
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import Purpose, hash64, negatives
 from tests.nights import Night, run
@@ -715,7 +716,7 @@ def test_a_user_who_has_seen_everything_has_no_train_rows_and_is_counted() -> No
     assert stats["counts"]["users_without_negatives"] == 1
     assert [(row["user_idx"], row["item_idx"]) for row in tables["staging"][0].to_pylist()] == [(1, 0)]
     assert sum(table.num_rows for table in tables["interactions"]) == 3 + 1
-    assert sum(stats["buckets"]) == stats["counts"]["train"] == 1
+    assert sum(stats["buckets"]["staging"]) == stats["counts"]["train"] == 1
 
 
 def test_files_hold_ranges_of_users() -> None:
@@ -762,7 +763,7 @@ def test_a_bucket_may_lie_in_many_files(spark: SparkSession, tmp_path: Path, buc
     )
     counts = np.bincount(order_bucket(np.array(hashes)), minlength=4096)
     assert {n: int(size) for n, size in enumerate(counts) if size} == buckets
-    table = layout.write_train(
+    table = layout.write_in_hashed_order(
         Workspace(spark, str(tmp_path)),
         frame,
         counts,

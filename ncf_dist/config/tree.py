@@ -66,6 +66,11 @@ class Config(Section):
             raise ValueError(
                 "split.strategy is temporal and input.columns.timestamp is not set; needed the column of the times"
             )
+        if self.sequences.length and timeless and self.split.ties == "hash":
+            raise ValueError(
+                f"sequences.length is {self.sequences.length} and input.columns.timestamp is not set; needed the "
+                "column of the times, or split.ties=file where the log's rows are in order of time"
+            )
         if self.score.active_since is not None and timeless:
             raise ValueError(
                 f"score.active_since is {self.score.active_since} and input.columns.timestamp is not set; needed the "

@@ -1,4 +1,5 @@
-"""The step layout: cut the train rows into files of equal size, in hashed order, with one shuffle.
+"""The step layout: cut rows (train rows, windows of sequences) into files of equal size, in hashed order, with one
+shuffle.
 
 A row's place in the table is the rank of its order hash. Bucket counts from the pass over users give each bucket's
 first rank, so it is known in which files a bucket lies: in one, or at a boundary in several. The rows of a bucket are
@@ -17,9 +18,11 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from ncf_dist.config import Config, Layout
-from ncf_dist.contracts import Contract
+from ncf_dist.contracts import Contract, sequences
 from ncf_dist.parquet import FileInfo, TableInfo
-from ncf_dist.prepare.user_tables import ORDER_BUCKETS, UserTables, staging_schema, train_contract
+from ncf_dist.prepare.sequences import staged_windows
+from ncf_dist.prepare.user_files import ORDER_BUCKETS
+from ncf_dist.prepare.user_tables import UserTables, staging_schema, train_contract
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray
 from ncf_dist.spark_io import WRITTEN, FileSink, Pass, map_in_arrow, runs_of, table_info, written_batch
@@ -41,14 +44,29 @@ def boundaries(rows: int, files: int) -> IntArray:
 def write_train_table(space: Workspace, config: Config, users: UserTables) -> TableInfo:
     """Write the train table from the rows that the pass over users staged."""
     explicit = config.input.feedback == "explicit"
-    staged = space.read(users.staged, staging_schema(config.negatives, explicit))
-    return write_train(space, staged, users.buckets, train_contract(config.negatives, explicit), config.layout)
+    staged = space.read(users.train.files, staging_schema(config.negatives, explicit))
+    contract = train_contract(config.negatives, explicit)
+    return write_in_hashed_order(space, staged, users.train.buckets, contract, config.layout)
 
 
-def write_train(
+def write_sequences_table(space: Workspace, config: Config, users: UserTables) -> dict[str, TableInfo]:
+    """The table sequences, where the config has one, from the windows that the pass over users staged. A window counts
+    as sequences.length rows of a file, so that a reader holds about as many items at a time as of the train table."""
+    length = config.sequences.length
+    if users.windows is None:
+        return {}
+    rows_per_file = max(1, config.layout.rows_per_file // length)
+    layout = config.layout.model_copy(update={"rows_per_file": rows_per_file})
+    staged = space.read(users.windows.files, staged_windows(length))
+    table = write_in_hashed_order(space, staged, users.windows.buckets, sequences(length), layout)
+    return {table.path: table}
+
+
+def write_in_hashed_order(
     space: Workspace, staged: DataFrame, buckets: IntArray, contract: Contract, layout: Layout
 ) -> TableInfo:
-    """Write the train table from the staged rows; `buckets`: (ORDER_BUCKETS,) rows in each."""
+    """Write a table from the staged rows, which have the column `order_hash` too; `buckets`: (ORDER_BUCKETS,) rows in
+    each."""
     rows = int(buckets.sum())
     files = file_count(rows, layout)
     ends = boundaries(rows, files)
@@ -65,16 +83,16 @@ def write_train(
     # Sorted by one small number, which Spark does by radix; a file's own rows are sorted where they are written.
     placed = placed.repartition("_file").sortWithinPartitions("_file")
     starts = ranks[np.minimum(np.searchsorted(last, np.arange(files)), ORDER_BUCKETS - 1)]
-    writer = _writer(f"{space.run}/{contract.name}", contract.schema, starts, ends)
+    writer = _writer(space.run, contract, starts, ends)
     written = map_in_arrow(placed, writer, WRITTEN).collect()
     return table_info(contract, [FileInfo(**row.asDict()) for row in written], space.run)
 
 
-def _writer(folder: str, schema: pa.Schema, starts: IntArray, ends: IntArray) -> Pass:
+def _writer(run: str, contract: Contract, starts: IntArray, ends: IntArray) -> Pass:
     """starts: (F,) rank of the first row that each file is sent; ends: (F+1,) ranks it keeps."""
 
     def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        sink = FileSink(folder, schema, rows_per_file=int(np.diff(ends).max()) + 1)
+        sink = FileSink(f"{run}/{contract.name}", contract.schema, rows_per_file=int(np.diff(ends).max()) + 1)
         held: list[pa.Table] = []
         file = -1
 
@@ -82,8 +100,8 @@ def _writer(folder: str, schema: pa.Schema, starts: IntArray, ends: IntArray) ->
             if held:
                 table = pa.concat_tables(held).combine_chunks()
                 low, high = int(ends[file]) - int(starts[file]), int(ends[file + 1]) - int(starts[file])
-                keys = [table.column(name).to_numpy() for name in ("item_idx", "user_idx", "order_hash")]
-                sink.add(file, table.take(pa.array(np.lexsort(keys)[low:high])).select(schema.names))
+                keys = [table.column(name).to_numpy() for name in (*reversed(contract.key), "order_hash")]
+                sink.add(file, _of(contract.schema, table.take(pa.array(np.lexsort(keys)[low:high]))))
                 held.clear()
 
         for batch in batches:
@@ -97,3 +115,16 @@ def _writer(folder: str, schema: pa.Schema, starts: IntArray, ends: IntArray) ->
         yield written_batch(sink.close())
 
     return write
+
+
+def _of(schema: pa.Schema, table: pa.Table) -> pa.Table:
+    """The columns of a schema. Spark knows no fixed-width binary, and Arrow 14 does not cast to it."""
+    columns = [table.column(name).combine_chunks() for name in schema.names]
+    for place, field in enumerate(schema):
+        if pa.types.is_fixed_size_binary(field.type):
+            column = columns[place]
+            width, data = field.type.byte_width, column.buffers()[2]
+            columns[place] = pa.FixedSizeBinaryArray.from_buffers(
+                field.type, len(column), [None, data.slice(column.offset * width, len(column) * width)]
+            )
+    return pa.table(columns, names=schema.names)

@@ -27,8 +27,9 @@ from ncf_dist.prepare.id_types import IdTypes, id_types
 from ncf_dist.prepare.index import base_run, base_types, extend_indexes
 from ncf_dist.prepare.ingest import ingest
 from ncf_dist.prepare.item_tables import write_item_stats
-from ncf_dist.prepare.layout import write_train_table
+from ncf_dist.prepare.layout import write_sequences_table, write_train_table
 from ncf_dist.prepare.run_inputs import RunInputs
+from ncf_dist.prepare.sequences import sequence_facts
 from ncf_dist.prepare.side_tables import write_side_tables
 from ncf_dist.prepare.splits import split_facts, split_rule
 from ncf_dist.prepare.user_tables import write_user_tables
@@ -94,14 +95,16 @@ def make_tables(
         indexed = with_candidates(indexed, given, indexes)
     users = write_user_tables(space, config, indexes, indexed, rule, filtered.count, given is not None)
     log.info("split: %s", {table.name: users.tables[table.name].rows for table in (INTERACTIONS, VALIDATION, TEST)})
-    # Lay the train rows out in equal files, in hashed order.
+    # Lay the train rows, and windows of the users' order, out in equal files, in hashed order.
     train = write_train_table(space, config, users)
     log.info("train: %s rows in %d files", f"{train.rows:,}", len(train.files))
+    ordered = write_sequences_table(space, config, users)
     # What belongs to items and users.
     item_stats = write_item_stats(space, indexes, users.tables[INTERACTIONS.name])
     sides = write_side_tables(space, config.input, inputs, indexes, ids, forget)
 
-    made = {"quarantine": ingested.quarantine, **indexes.tables, **users.tables, "train": train}
+    made = {"quarantine": ingested.quarantine, **indexes.tables, **users.tables, "train": train, **ordered}
     facts = account(ingested, filtered, indexes, users, forget, config.input.feedback)
+    facts |= sequence_facts(config.sequences, users.counts)
     tables = {**made, "item_stats": item_stats, **sides.tables}
     return tables, {**facts, **split_facts(rule), **sides.facts}, ingested.warnings

@@ -60,7 +60,7 @@ class SplitRule:
         """
         code = np.full(len(user), TRAIN_SPLIT, dtype=np.int8)
         strategy, tied = self.split.strategy, 0
-        tie = hash64(self.seed, int(Purpose.TIME_TIE), user, item)
+        tie = self.tie(user, item)
         if strategy in ("leave-one-out", "leave-k-out"):
             tied = leave_k(code, timestamp, tie, offsets, self.split.k, self.split.min_interactions)
         elif strategy == "temporal":
@@ -78,6 +78,11 @@ class SplitRule:
         if not self.split.validation:
             code[code == VALIDATION_SPLIT] = TRAIN_SPLIT
         return code, tied
+
+    def tie(self, user: IntArray, item: IntArray) -> IntArray:
+        """(R,) what orders rows of equal time."""
+        tie: IntArray = hash64(self.seed, int(Purpose.TIME_TIE), user, item)
+        return tie
 
     def _temporal(self, code: npt.NDArray[np.int8], time: IntArray, tie: IntArray, offsets: IntArray) -> int:
         at_cut = np.zeros(len(code), dtype=bool)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ncf_dist.prepare.splits import SplitRule
+from ncf_dist.prepare.splits import SplitRule, latest_first
 from ncf_dist.sampling import IntArray
 
 BLOCK_ROWS = 262_144
@@ -44,6 +44,10 @@ class Block:
 
     def split(self, rule: SplitRule) -> tuple[npt.NDArray[np.int8], int]:
         return rule(self.user, self.item, self.timestamp, self.part, self.offsets)
+
+    def in_time(self, rule: SplitRule) -> IntArray:
+        """(R,) the rows of each user in order of time."""
+        return latest_first(self.timestamp, rule.tie(self.user, self.item), self.offsets)[0]
 
 
 def whole_users(

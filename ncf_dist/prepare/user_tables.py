@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,27 +24,30 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts, sampling
-from ncf_dist.config import Config, Negatives
+from ncf_dist.config import Config, Negatives, Sequences
 from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.prepare.index import Indexes
 from ncf_dist.prepare.item_tables import item_weights, read_weights
+from ncf_dist.prepare.sequences import WINDOWS, OrderSinks
 from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.prepare.user_blocks import Block, deduplicate, whole_users
+from ncf_dist.prepare.user_files import StagingSink, UserSink, lists, offsets_of
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray, Purpose, hash64
-from ncf_dist.spark_io import FileSink, Pass, map_in_arrow, table_info, task_stats
+from ncf_dist.spark_io import Pass, map_in_arrow, table_info, task_stats
 
 ROWS_PER_FILE = 500_000
 MIN_FILES = 8
 BY_USER = (contracts.INTERACTIONS, contracts.HISTORY, contracts.VALIDATION, contracts.TEST)
-ORDER_BUCKETS = 4096
-"""Train rows are counted by the top bits of their order hash, to cut them into equal files."""
+TRAIN_ROWS = "staging"
+"""The name of the staged train rows."""
 
 
 @dataclass(frozen=True)
 class UserPass:
     """What the pass needs to know; sent to the workers. weights: files of item_weights, none for uniform negatives.
-    explicit: train rows have ratings in place of negatives. given: rows bring their candidates."""
+    explicit: train rows have ratings in place of negatives. given: rows bring their candidates. staging: a folder whose
+    name those of other staged rows begin with."""
 
     run: str
     staging: str
@@ -56,17 +59,26 @@ class UserPass:
     explicit: bool = False
     given: bool = False
     weights: tuple[str, ...] = ()
+    sequences: Sequences = field(default_factory=Sequences)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Rows for a table in hashed order. files: their paths; buckets: (ORDER_BUCKETS,) how many rows each bucket of the
+    order has."""
+
+    files: Sequence[str]
+    buckets: IntArray
 
 
 @dataclass(frozen=True)
 class UserTables:
-    """tables: those of `BY_USER`, and item_weights where negatives are weighted; staged: files of train rows for the
-    train table; buckets: (ORDER_BUCKETS,) how many of these rows each bucket of their order has; counts: of rows and
-    users, by name."""
+    """tables: those of `BY_USER`, recent where it is made, and item_weights where negatives are weighted; train,
+    windows: rows for the tables train and sequences (None where it is not made); counts: of rows and users, by name."""
 
     tables: Mapping[str, TableInfo]
-    staged: Sequence[str]
-    buckets: IntArray
+    train: Staged
+    windows: Staged | None
     counts: Counter[str]
 
 
@@ -86,6 +98,7 @@ def write_user_tables(
         seed=config.seed,
         explicit=config.input.feedback == "explicit",
         given=given,
+        sequences=config.sequences,
     )
     file = F.floor(F.col("user_idx") / F.lit(spec.users_per_file))
     grouped = (
@@ -106,14 +119,20 @@ def write_user_tables(
         totals.update(task["counts"])
     if totals["rows"] != count:
         raise AssertionError(f"{totals['rows']:,} rows reached the users of {count:,}: rows were lost")
-    for contract in BY_USER:
+    ordered = config.sequences.length > 0
+    for contract in (*BY_USER, contracts.RECENT) if ordered else BY_USER:
         tables[contract.name] = table_info(contract, _files(tasks, contract.name), space.run)
-    staged = [space.staged("train", info.path) for info in _files(tasks, "staging")]
-    return UserTables(tables, staged, np.sum([task["buckets"] for task in tasks], axis=0), totals)
+    windows = _staged(tasks, WINDOWS, f"{spec.staging}-{WINDOWS}") if ordered else None
+    return UserTables(tables, _staged(tasks, TRAIN_ROWS, spec.staging), windows, totals)
 
 
 def _files(tasks: Sequence[Mapping[str, Any]], name: str) -> list[FileInfo]:
     return [FileInfo(**info) for task in tasks for info in task["files"][name]]
+
+
+def _staged(tasks: Sequence[Mapping[str, Any]], name: str, folder: str) -> Staged:
+    files = [f"{folder}/{info.path}" for info in _files(tasks, name)]
+    return Staged(files, np.sum([task["buckets"][name] for task in tasks], axis=0))
 
 
 def train_contract(negatives: Negatives, explicit: bool) -> contracts.Contract:
@@ -144,7 +163,7 @@ def user_pass(spec: UserPass) -> Pass:
         stats = {
             "counts": counts,
             "files": {n: [vars(f) for f in files] for n, files in writers.close().items()},
-            "buckets": writers.buckets.tolist(),
+            "buckets": writers.buckets,
         }
         yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
 
@@ -166,26 +185,24 @@ def count_pass(spec: UserPass) -> Pass:
     return run
 
 
-def _lists(values: IntArray, offsets: IntArray) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values.astype(np.int32)))
-
-
-def _offsets(row: IntArray, users: int) -> IntArray:
-    return np.concatenate([[0], np.cumsum(np.bincount(row, minlength=users))]).astype(np.int64)
-
-
 class _Writers:
     """The tables of the pass, each row in the file that its user decides."""
 
     def __init__(self, spec: UserPass) -> None:
         self.spec = spec
-        self.sinks = {c.name: FileSink(f"{spec.run}/{c.name}", c.schema) for c in BY_USER}
-        self.sinks["staging"] = FileSink(spec.staging, staging_schema(spec.negatives, spec.explicit))
-        self.buckets: IntArray = np.zeros(ORDER_BUCKETS, dtype=np.int64)
+        share = spec.users_per_file
+        self.order = OrderSinks(spec.sequences, spec.run, spec.staging, share, spec.seed)
+        self.sinks = {c.name: UserSink(f"{spec.run}/{c.name}", c.schema, share) for c in BY_USER}
+        self.sinks[TRAIN_ROWS] = StagingSink(spec.staging, staging_schema(spec.negatives, spec.explicit), share)
+        self.sinks |= self.order.sinks
         self.weights = read_weights(spec.weights, spec.n_items) if spec.weights else None
 
     def close(self) -> dict[str, Any]:
         return {name: sink.close() for name, sink in self.sinks.items()}
+
+    @property
+    def buckets(self) -> dict[str, list[int]]:
+        return {name: sink.buckets.tolist() for name, sink in self.sinks.items() if isinstance(sink, StagingSink)}
 
     def write(self, block: Block, counts: Counter[str]) -> None:
         split, tied = block.split(self.spec.rule)
@@ -194,12 +211,16 @@ class _Writers:
         counts.update(users=users, tied_users=tied, accepted=len(split))
 
         columns = [block.user, block.item, block.rating, block.timestamp, split]
-        self._add("interactions", block.user, dict(zip(contracts.INTERACTIONS.columns, columns, strict=True)))
-        lists = [_lists(block.item[keep], _offsets(row[keep], users)) for keep in (~in_test, in_test)]
-        self._add("history", block.users, dict(zip(contracts.HISTORY.columns, [block.users, *lists], strict=True)))
+        self._add(contracts.INTERACTIONS, block.user, columns)
+        seen = [lists(block.item[keep], offsets_of(row[keep], users)) for keep in (~in_test, in_test)]
+        self._add(contracts.HISTORY, block.users, [block.users, *seen])
         for name, code in (("validation", contracts.VALIDATION_SPLIT), ("test", contracts.TEST_SPLIT)):
             self._held_out(name, block, split == code, row, counts)
         self._train(block, split == contracts.TRAIN_SPLIT, row, users, counts)
+        self.order.write(block, split, self.spec.rule, counts)
+
+    def _add(self, contract: contracts.Contract, user: IntArray, columns: Sequence[Any]) -> None:
+        self.sinks[contract.name].add_rows(user, dict(zip(contract.columns, columns, strict=True)))
 
     def _held_out(
         self, name: str, block: Block, chosen: npt.NDArray[np.bool_], row: IntArray, counts: Counter[str]
@@ -208,11 +229,11 @@ class _Writers:
         user, item = block.user[chosen], block.item[chosen]
         if spec.given and name == "test":
             assert block.candidates is not None
-            lists = [
+            chosen_from = [
                 sorted(set(given or ()) - {own}) for given, own in zip(block.candidates[chosen], item, strict=True)
             ]
-            offsets = np.concatenate([[0], np.cumsum([len(items) for items in lists])]).astype(np.int64)
-            values = np.array([value for items in lists for value in items], dtype=np.int64)
+            offsets = np.concatenate([[0], np.cumsum([len(items) for items in chosen_from])]).astype(np.int64)
+            values = np.array([value for items in chosen_from for value in items], dtype=np.int64)
         else:
             values, offsets = sampling.candidates(
                 spec.seed, wanted, user, item, row[chosen], block.item, block.offsets, spec.n_items
@@ -220,7 +241,7 @@ class _Writers:
         counts[f"{name}_short_candidates"] += int((np.diff(offsets) < wanted).sum())
         counts[name] += len(user)
         columns = {"user_idx": user, "item_idx": item, "rating": block.rating[chosen]}
-        self._add(name, user, {**columns, "candidates": _lists(values, offsets)})
+        self.sinks[name].add_rows(user, {**columns, "candidates": lists(values, offsets)})
 
     def _train(
         self, block: Block, in_train: npt.NDArray[np.bool_], row: IntArray, users: int, counts: Counter[str]
@@ -234,15 +255,14 @@ class _Writers:
             user, item = columns["user_idx"], columns["item_idx"]
         counts["train"] += len(user)
         order = hash64(spec.seed, int(Purpose.TRAIN_ORDER), user, item)
-        self.buckets += np.bincount(order_bucket(order), minlength=ORDER_BUCKETS)
-        self._add("staging", user, {**columns, "order_hash": order})
+        self.sinks[TRAIN_ROWS].add_rows(user, {**columns, "order_hash": order})
 
     def _contrasted(
         self, block: Block, in_train: npt.NDArray[np.bool_], row: IntArray, users: int, counts: Counter[str]
     ) -> dict[str, Any]:
         """Train positives with their negatives."""
         spec, weighted = self.spec, None
-        seen, offsets = block.item[in_train], _offsets(row[in_train], users)
+        seen, offsets = block.item[in_train], offsets_of(row[in_train], users)
         # A user who has seen the whole catalogue has nothing to contrast with: no train rows, and counted.
         usable = in_train & (np.diff(offsets) < spec.n_items)[row]
         counts["users_without_negatives"] += int((np.diff(offsets) >= spec.n_items).sum())
@@ -260,19 +280,3 @@ class _Writers:
                 drawn = sampling.negatives_of(key, draw, slot, row, gaps, offsets, spec.n_items, weighted=weighted)
                 columns[contracts.negative_column(draw, slot)] = drawn.astype(np.int32)
         return columns
-
-    def _add(self, name: str, user: IntArray, columns: dict[str, Any]) -> None:
-        sink = self.sinks[name]
-        table = pa.table(
-            [pa.array(c).cast(f.type) for c, f in zip(columns.values(), sink.schema, strict=True)],
-            schema=sink.schema,
-        )
-        file = user // self.spec.users_per_file
-        for number in np.unique(file):
-            start, end = np.searchsorted(file, [number, number + 1])
-            sink.add(int(number), table.slice(int(start), int(end - start)))
-
-
-def order_bucket(order: Any) -> Any:
-    """Bucket of an order hash: ascending with the (signed) hash, equal width."""
-    return (order >> 52) + ORDER_BUCKETS // 2
