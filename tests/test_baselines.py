@@ -20,12 +20,12 @@ from sklearn.metrics.pairwise import cosine_similarity
 from ncf_dist import config as settings
 from ncf_dist.bundle import save_bundle
 from ncf_dist.config import Config, Evaluate, Model
-from ncf_dist.contracts import INDEX_LIST
 from ncf_dist.errors import ConfigError, ContractError
-from ncf_dist.evaluate import baselines
-from ncf_dist.evaluate.baselines import DotScorer, ItemItemScorer, ease, gram, item_factors, item_knn
+from ncf_dist.evaluate.baselines import DotScorer, ItemItemScorer, item_factors
 from ncf_dist.evaluate.fitting import check_gram
 from ncf_dist.evaluate.pipeline import evaluate
+from ncf_dist.item_item import gram as gram_module
+from ncf_dist.item_item.gram import ease, gram, item_knn
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF
@@ -59,10 +59,10 @@ def ragged(lists: list[list[int]]) -> Lists:
 
 @pytest.mark.parametrize("block", [1, 7, 512])
 def test_the_gram_matrix_is_counted_in_blocks(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(baselines, "USERS_A_BLOCK", block)
+    monkeypatch.setattr(gram_module, "USERS_A_BLOCK", block)
     lists, x = histories(), matrix(histories(), 12)
-    columns = [pa.array(part, INDEX_LIST) for part in (lists[:25], lists[25:])]
-    assert gram(columns, 12).numpy().tolist() == (x.T @ x).tolist()
+    files = [ragged(part) for part in (lists[:25], lists[25:])]
+    assert gram(((file.values, file.offsets) for file in files), 12).numpy().tolist() == (x.T @ x).tolist()
 
 
 def ease_in_numpy(x: np.ndarray, ridge: float) -> np.ndarray:

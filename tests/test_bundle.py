@@ -16,10 +16,22 @@ import safetensors.torch
 import torch
 
 from ncf_dist import files
-from ncf_dist.bundle import CARD, WEIGHTS, Bundle, load_model, read_bundle, save_bundle, verify_weights
+from ncf_dist.bundle import (
+    CARD,
+    PARTS,
+    WEIGHTS,
+    Bundle,
+    load_model,
+    load_parts,
+    read_bundle,
+    save_bundle,
+    verify_weights,
+)
 from ncf_dist.config import Model
 from ncf_dist.errors import ContractError, TrainingFailed
 from ncf_dist.files import write_bytes
+from ncf_dist.item_item.part import Part
+from ncf_dist.item_item.rows import ItemRows
 from ncf_dist.models import Recommender, build_model
 from ncf_dist.stored import MAX_JSON_BYTES
 
@@ -34,6 +46,22 @@ def trained(seed: int = 1) -> Recommender:
 
 def save(folder: Path, model: Recommender) -> Bundle:
     return save_bundle(str(folder), model, CONFIG, USERS, ITEMS, {"prepare_run": "p1", "seed": 1})
+
+
+def parts(weight: float = 0.5) -> tuple[Part, Part]:
+    """What follows item 0, and what is had with items 0 and 1."""
+    follows = ItemRows(
+        torch.tensor([0, 2, 2, 2, 2, 2, 2, 2]),
+        torch.tensor([1, 3], dtype=torch.int32),
+        torch.tensor([1.5, 0.25]),
+        torch.arange(float(ITEMS)),
+    )
+    had = ItemRows(torch.tensor([0, 1, 2, 2, 2, 2, 2, 2]), torch.tensor([4, 0], dtype=torch.int32), torch.ones(2))
+    return Part("counts", weight, 2.0, 20, follows), Part("ease", 5.0, 30.0, 100, had)
+
+
+def save_with_parts(folder: Path, weight: float = 0.5) -> Bundle:
+    return save_bundle(str(folder), trained(), CONFIG, USERS, ITEMS, {}, parts(weight))
 
 
 class Bomb:
@@ -82,19 +110,21 @@ def test_model_version_names_the_weights(tmp_path: Path) -> None:
     assert other.model_version != first.model_version
 
 
+@pytest.mark.parametrize("file", [WEIGHTS, PARTS])
 @pytest.mark.parametrize("place", ["first byte", "middle", "last byte"])
-def test_one_flipped_bit_is_noticed(tmp_path: Path, place: str) -> None:
-    bundle = save(tmp_path, trained())
-    data = bytearray((tmp_path / WEIGHTS).read_bytes())
+def test_one_flipped_bit_is_noticed(tmp_path: Path, place: str, file: str) -> None:
+    bundle = save_with_parts(tmp_path)
+    data = bytearray((tmp_path / file).read_bytes())
     data[{"first byte": 0, "middle": len(data) // 2, "last byte": -1}[place]] ^= 1
-    (tmp_path / WEIGHTS).write_bytes(data)
-    with pytest.raises(ContractError, match="damaged, rerun the job train"):
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(ContractError, match=f"{file} has SHA-256 .* damaged, rerun the job train"):
         verify_weights(bundle)
 
 
-def test_missing_weights(tmp_path: Path) -> None:
-    bundle = save(tmp_path, trained())
-    (tmp_path / WEIGHTS).unlink()
+@pytest.mark.parametrize("file", [WEIGHTS, PARTS])
+def test_missing_weights(tmp_path: Path, file: str) -> None:
+    bundle = save_with_parts(tmp_path)
+    (tmp_path / file).unlink()
     with pytest.raises(ContractError, match="cannot be read .* rerun the job train"):
         verify_weights(bundle)
 
@@ -123,6 +153,82 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, value: floa
         model.get_parameter("gmf.item.weight")[3, 1] = value
     with pytest.raises(TrainingFailed, match=r"gmf\.item\.weight are not all finite"):
         save(tmp_path / "bundle", model)
+    assert not (tmp_path / "bundle").exists()
+
+
+# ---- with item-to-item parts -------------------------------------------------------------------------------
+
+
+def test_parts_come_back(tmp_path: Path) -> None:
+    saved = save_with_parts(tmp_path / "local")
+    remote = f"memory://{tmp_path.name}"
+    for name in (WEIGHTS, PARTS, CARD):
+        write_bytes(f"{remote}/{name}", (tmp_path / "local" / name).read_bytes())
+    for found in (read_bundle(saved.path), read_bundle(remote)):
+        assert (found.parts, found.model_version, found.looks_back) == (saved.parts, saved.model_version, 100)
+        verify_weights(found)
+        for part, wanted in zip(load_parts(found), parts(), strict=True):
+            assert (part.name, part.weight, part.half_life, part.last) == (
+                wanted.name, wanted.weight, wanted.half_life, wanted.last
+            )  # fmt: skip
+            tensors = part.rows.tensors("it")
+            assert all(torch.equal(tensor, tensors[name]) for name, tensor in wanted.rows.tensors("it").items())
+
+
+def test_a_bundle_without_parts_is_what_it_was(tmp_path: Path) -> None:
+    """Its card says nothing of parts, so that earlier versions read it, too."""
+    bundle = save(tmp_path, trained())
+    assert set(json.loads((tmp_path / CARD).read_text())) == {
+        "facts", "model", "model_version", "n_items", "n_users", "sha256"
+    }  # fmt: skip
+    assert not (tmp_path / PARTS).exists()
+    assert (bundle.parts, bundle.looks_back, load_parts(read_bundle(str(tmp_path)))) == (None, 0, ())
+
+
+def test_model_version_names_the_parts(tmp_path: Path) -> None:
+    """Other parts, or another weight of one, are another model; the weights alone are another one still."""
+    first, again, other = (save_with_parts(tmp_path / str(n), weight) for n, weight in enumerate((0.5, 0.5, 0.6)))
+    plain = save(tmp_path / "plain", trained())
+    assert first.model_version == again.model_version
+    assert first.sha256 == other.sha256 == plain.sha256
+    assert len({first.model_version, other.model_version, plain.model_version}) == 3
+
+
+def test_a_card_whose_parts_were_changed(tmp_path: Path) -> None:
+    save_with_parts(tmp_path)
+    card = json.loads((tmp_path / CARD).read_text())
+    card["parts"]["parts"][0]["weight"] = 50.0
+    (tmp_path / CARD).write_text(json.dumps(card))
+    with pytest.raises(ContractError, match="its model and weights say"):
+        read_bundle(str(tmp_path))
+
+
+WRONG_PARTS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    r"counts\.offsets is missing": lambda t: t.pop("counts.offsets"),
+    r"ease\.items are not all from 0 to 6": lambda t: t.update({"ease.items": torch.tensor([4, 7], dtype=torch.int32)}),
+    r"counts\.column is torch\.float32 \[2\], needed torch\.float32 \[7\]": lambda t: t.update(
+        {"counts.column": torch.zeros(2)}
+    ),
+    r"other is not part of it": lambda t: t.update({"other.values": torch.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("problem", WRONG_PARTS)
+def test_parts_that_are_not_the_cards_are_refused_by_name(tmp_path: Path, problem: str) -> None:
+    """Also where all digests fit: an item that is none would be read outside of the catalogue."""
+    bundle = save_with_parts(tmp_path)
+    tensors = safetensors.torch.load((tmp_path / PARTS).read_bytes())
+    WRONG_PARTS[problem](tensors)
+    (tmp_path / PARTS).write_bytes(safetensors.torch.save(tensors))
+    with pytest.raises(ContractError, match=f"{PARTS} is not what {CARD} says of it: {problem}: rerun the job train"):
+        load_parts(bundle)
+
+
+def test_parts_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    broken = parts()
+    broken[0].rows.values[1] = float("inf")
+    with pytest.raises(TrainingFailed, match=r"counts\.values are not all finite"):
+        save_bundle(str(tmp_path / "bundle"), trained(), CONFIG, USERS, ITEMS, {}, broken)
     assert not (tmp_path / "bundle").exists()
 
 

@@ -15,6 +15,7 @@ from ncf_dist.contracts import FLOAT_LIST, INDEX, Contract
 from ncf_dist.errors import ConfigError
 from ncf_dist.evaluate.evaluation import Evaluation
 from ncf_dist.evaluate.spec import ALS_USER, GramFit
+from ncf_dist.item_item.gram import COPIES, bytes_to_fit
 from ncf_dist.parquet import TableInfo
 from ncf_dist.spark_io import ROWS_PER_FILE, on_executor, read_table, task_stats, write_table
 
@@ -26,18 +27,16 @@ ITEM_FACTORS = Contract(
     "evaluate",
 )
 GRAM = ("ease", "item_knn")
-GRAM_COPIES = 3
-"""Matrices of items x items, float64, at the worst moment of fitting: the Gram matrix, its factor, the inverse."""
 
 
 def check_gram(config: Evaluate, n_items: int) -> None:
     """Raise ConfigError where a baseline's matrix of items x items takes more than `evaluate.gram_bytes`."""
-    needed = GRAM_COPIES * 8 * n_items**2
+    needed = bytes_to_fit(n_items)
     asked = [name for name in config.baselines if name in GRAM]
     if asked and needed > config.gram_bytes:
         raise ConfigError(
             f"evaluate.baselines asks for {' and '.join(asked)}: {n_items:,} items x {n_items:,} items x 8 bytes x "
-            f"{GRAM_COPIES} matrices = {needed:,} bytes; evaluate.gram_bytes allows {config.gram_bytes:,}: raise it "
+            f"{COPIES} matrices = {needed:,} bytes; evaluate.gram_bytes allows {config.gram_bytes:,}: raise it "
             f"where executors have that much, or leave {' and '.join(asked)} out"
         )
 
