@@ -42,7 +42,7 @@ from ncf_dist import contracts
 from ncf_dist.config import Loader, Model, Train
 from ncf_dist.errors import Preempted
 from ncf_dist.manifests import Manifest
-from ncf_dist.models import Recommender, build_model
+from ncf_dist.models import Recommender, Users, build_model
 from ncf_dist.parquet import write_parts
 from ncf_dist.scoring import Lists, ModelScorer, recommend
 from ncf_dist.train import checkpoints
@@ -253,7 +253,7 @@ def ranked(model: Recommender, device: str, eligible: Tensor | None, seen: Lists
         users = torch.arange(USERS, device=place)
         items = None if eligible is None else eligible.to(place)
         scorer = ModelScorer(copy.deepcopy(model).to(place), ITEMS, eligible=items)
-        values, best = recommend(scorer, users, seen, K)
+        values, best = recommend(scorer, Users(users), seen, K)
     return values.cpu(), best.cpu()
 
 

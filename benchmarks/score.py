@@ -57,7 +57,7 @@ from ncf_dist.config import Config, Model
 from ncf_dist.lake import Lake
 from ncf_dist.machine import cores, processor
 from ncf_dist.manifests import Manifest
-from ncf_dist.models import MF, Recommender, build_model
+from ncf_dist.models import MF, Recommender, Users, build_model
 from ncf_dist.parquet import write_parts
 from ncf_dist.score.pipeline import score
 from ncf_dist.scoring import Lists, ModelScorer
@@ -232,7 +232,7 @@ def rank(name: str, users: int, items: int, precision: Any, repeats: int) -> tup
         start = time.process_time()
         for first in range(0, users, USERS_A_CALL):
             some = torch.arange(first, min(first + USERS_A_CALL, users))
-            found[some] = scoring.recommend(scorer, some, lists.part(first, first + len(some)), K)[1]
+            found[some] = scoring.recommend(scorer, Users(some), lists.part(first, first + len(some)), K)[1]
         times.append(time.process_time() - start)
     return times[1:], found
 

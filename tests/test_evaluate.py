@@ -27,12 +27,12 @@ from ncf_dist.evaluate.bootstrap import interval, p_value, poisson_weights
 from ncf_dist.evaluate.histogram import BINS, Histogram, on_common_bins
 from ncf_dist.evaluate.lists import list_metrics, popularity_counts
 from ncf_dist.evaluate.periods import UNITS
-from ncf_dist.evaluate.ranks import Score, Users, blocks, model_scores, popularity_scores, rank_users
+from ncf_dist.evaluate.ranks import Judged, Score, blocks, model_scores, popularity_scores, rank_users
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles, codes_of, name_of
 from ncf_dist.evaluate.spec import FiguresPass
 from ncf_dist.evaluate.summary import by_segment, comparisons, flat_metrics, of_scorer
 from ncf_dist.evaluate.sums import Ranks, file_sums, read_ranks, sum_up, with_other
-from ncf_dist.models import MF, build_model
+from ncf_dist.models import MF, Users, build_model
 from ncf_dist.parquet import write_parquet
 from ncf_dist.scoring import ModelScorer, PopularityScorer, Scores, by_item, mask, top_k
 from ncf_dist.scoring import blocks as kernel
@@ -71,7 +71,7 @@ def cases(draw: st.DrawFn, most_items: int = 9) -> tuple[list[list[float]], list
     return scores, users
 
 
-def users_of(users: list[dict[str, Any]]) -> Users:
+def users_of(users: list[dict[str, Any]]) -> Judged:
     held_out = [
         [{"item_idx": item, "rating": 4.0, "timestamp": item + 10, "candidates": c} for item, c in user["held"].items()]
         for user in users
@@ -83,7 +83,7 @@ def users_of(users: list[dict[str, Any]]) -> Users:
             "held_out": pa.array(held_out, HELD_OUT),
         }
     )
-    return Users.of(table)
+    return Judged.of(table)
 
 
 def dense(scores: torch.Tensor) -> Score:
@@ -112,7 +112,7 @@ def test_ranks_are_those_of_a_full_sort(case: tuple[list[list[float]], list[dict
         assert row["equal"] == [sum(own[c] == own[item] for c in cs) for item, cs in held.items()]
 
 
-def whole_ranks(name: str, scores: torch.Tensor, users: Users, longest: int) -> tuple[dict[str, Any], list[Any]]:
+def whole_ranks(name: str, scores: torch.Tensor, users: Judged, longest: int) -> tuple[dict[str, Any], list[Any]]:
     """What `rank_users` says, from all scores (U, I) at once: columns as lists, and histograms."""
     held, among = users.held, users.candidates
     row, item = torch.from_numpy(held.row), torch.from_numpy(held.values)
@@ -148,7 +148,7 @@ def test_a_pass_over_blocks_gives_what_all_scores_at_once_give(
             every, score = torch.tensor(given), dense(torch.tensor(given))
         else:
             scorer = ModelScorer(build_model(Model(name="neumf", factors=3, layers=(4, 2)), 9, n_items), n_items)
-            every, score = scorer.scores(users.user), model_scores(scorer)
+            every, score = scorer.scores(users.users), model_scores(scorer)
         histograms = {"all": Histogram(), "held_out": Histogram(), "first": Histogram()}
         table = rank_users("model", score, users, longest, histograms)
     flat, counted = whole_ranks("model", every, users, longest)
@@ -181,13 +181,13 @@ def test_a_million_items_are_ranked_within_a_few_blocks() -> None:
     rows = [
         {"seen": seen[user], "held": {n_items - 1 - user: rng.integers(0, n_items, 5).tolist()}} for user in range(64)
     ]
-    users = replace(users_of(rows), user=torch.arange(64))
+    users = replace(users_of(rows), users=Users(torch.arange(64)))
     falling = torch.arange(n_items).flip(0).float()
     als, factors = DotScorer(torch.stack([falling, falling], 1)), torch.ones(64, 2)
     popular = PopularityScorer(np.arange(n_items)[::-1])
     scorers: dict[str, Score] = {
         "model": model_scores(ModelScorer(MF(64, n_items, 2, biases=False), n_items)),
-        "popularity": lambda block: popularity_scores(popular, len(block.user)),
+        "popularity": lambda block: popularity_scores(popular, len(block.users)),
         "als": lambda block: by_item(n_items, partial(als.of, factors)),
     }
     most = 0

@@ -21,7 +21,7 @@ from ncf_dist import engines, products
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Config, Model
 from ncf_dist.errors import ConfigError
-from ncf_dist.models import MF, RankingSide, build_model
+from ncf_dist.models import MF, RankingSide, Users, build_model
 from ncf_dist.products import Products
 from ncf_dist.scoring import ModelScorer
 from ncf_dist.scoring import blocks as kernel
@@ -192,10 +192,10 @@ def test_either_library_gives_the_same_scores() -> None:
             ModelScorer(model, 2000, engine="onednn")
         return
     users = torch.arange(300)
-    wanted = ModelScorer(model, 2000).scores(users)
+    wanted = ModelScorer(model, 2000).scores(Users(users))
     before = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    assert torch.equal(ModelScorer(model, 2000, engine="onednn").scores(users), wanted)
-    assert torch.equal(ModelScorer(model, 2000, engine="onednn").scores(users[77:78]), wanted[77:78])
+    assert torch.equal(ModelScorer(model, 2000, engine="onednn").scores(Users(users)), wanted)
+    assert torch.equal(ModelScorer(model, 2000, engine="onednn").scores(Users(users[77:78])), wanted[77:78])
     assert torch.backends.mkldnn.matmul.fp32_precision == before  # type: ignore[attr-defined]
 
 

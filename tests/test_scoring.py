@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ncf_dist.config import Model
-from ncf_dist.models import MF, MODELS, Embedding, Recommender, build_model
+from ncf_dist.models import MF, MODELS, Embedding, Recommender, Users, build_model
 from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, mask, recommend, top_k
 from ncf_dist.scoring import blocks as kernel
 from ncf_dist.scoring.topk import Best
@@ -127,7 +127,7 @@ def test_mask_changes_only_what_was_seen() -> None:
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30), st.integers(1, 3))
 @budget(max_examples=100, deadline=None)
 def test_popularity_orders_by_count(counts: list[int], users: int) -> None:
-    scores = PopularityScorer(np.array(counts)).scores(torch.arange(users))
+    scores = PopularityScorer(np.array(counts)).scores(Users(torch.arange(users)))
     assert scores.shape == (users, len(counts))
     assert scores.dtype == torch.float32
     assert top_k(scores, len(counts))[1].tolist() == [brute_force(counts, [])] * users  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def test_popularity_orders_by_count(counts: list[int], users: int) -> None:
 def test_popularity_tells_counts_apart_that_float32_does_not() -> None:
     counts = np.array([2**24, 2**24 + 1, 2**24 + 1])
     assert np.float32(2**24) == np.float32(2**24 + 1)
-    assert top_k(PopularityScorer(counts).scores(torch.arange(1)), 3)[1].tolist() == [[1, 2, 0]]
+    assert top_k(PopularityScorer(counts).scores(Users(torch.arange(1))), 3)[1].tolist() == [[1, 2, 0]]
 
 
 def test_scores_are_the_callers_to_change() -> None:
@@ -144,10 +144,10 @@ def test_scores_are_the_callers_to_change() -> None:
         PopularityScorer(np.array([3, 1, 2])),
         ModelScorer(build_model(Model(name="gmf"), 2, 3), 3),
     ):
-        first = scorer.scores(torch.tensor([0, 0]))
+        first = scorer.scores(Users(torch.tensor([0, 0])))
         before = first.clone()
         mask(first, lists([[0, 1, 2], []]))
-        assert torch.equal(scorer.scores(torch.tensor([0, 0])), before)
+        assert torch.equal(scorer.scores(Users(torch.tensor([0, 0]))), before)
 
 
 # ---- a model's scores -------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def test_scores_are_the_models(shape: dict[str, Any], n_users: int, n_items: int
     users = torch.randint(n_users, (n_users + 3,))
     with torch.no_grad(), blocks_of(8, 64):
         wanted = model(users[:, None], torch.arange(n_items)[None])
-        torch.testing.assert_close(ModelScorer(model, n_items).scores(users), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ModelScorer(model, n_items).scores(Users(users)), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("y_range", [None, (0.0, 5.5)])
@@ -233,15 +233,15 @@ def test_a_model_is_scored_through_the_sides_that_it_declares(y_range: tuple[flo
     users = torch.arange(300).flip(0)
     with torch.no_grad():
         wanted = model(users[:, None], torch.arange(1500)[None])
-    torch.testing.assert_close(ModelScorer(model, 1500).scores(users), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ModelScorer(model, 1500).scores(Users(users)), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_no_users_no_scores() -> None:
     scorer = ModelScorer(model_of("neumf", 3, 5), 5)
-    scores = scorer.scores(torch.arange(0))
+    scores = scorer.scores(Users(torch.arange(0)))
     assert scores.shape == (0, 5)
     assert top_k(scores, 2)[1].shape == (0, 2)
-    assert recommend(scorer, torch.arange(0), lists([]), 2)[1].shape == (0, 2)
+    assert recommend(scorer, Users(torch.arange(0)), lists([]), 2)[1].shape == (0, 2)
 
 
 def test_hidden_layers_are_bounded_whatever_the_catalogue() -> None:
@@ -261,15 +261,15 @@ def test_bf16_rounds_factors_and_leaves_other_products_alone() -> None:
     """Eight bits of precision a factor: an error of at most 2^-7 of the sum of the terms' sizes, were there no luck."""
     model = model_of("mf", 50, 2000, 64)
     users, items = torch.arange(50), torch.arange(2000)
-    exact = ModelScorer(model, 2000).scores(users)
-    rounded = ModelScorer(model, 2000, precision="bf16").scores(users)
+    exact = ModelScorer(model, 2000).scores(Users(users))
+    rounded = ModelScorer(model, 2000, precision="bf16").scores(Users(users))
     with torch.no_grad():
         user, item = model.user_side(users).dot, model.item_side(items).dot
         assert user is not None
         assert item is not None
         sizes = user.abs() @ item.abs().T
     assert ((rounded - exact).abs() <= 2**-7 * sizes + 1e-6).all()
-    assert torch.equal(ModelScorer(model, 2000).scores(users), exact)
+    assert torch.equal(ModelScorer(model, 2000).scores(Users(users)), exact)
 
 
 # ---- recommend ---------------------------------------------------------------------------------------------
@@ -308,7 +308,9 @@ def test_recommend_is_the_head_of_a_full_sort(
     wanted_scores = (user @ item.T).tolist()
     left_out = set() if eligible is None else set(range(len(item))) - set(eligible)
     with blocks_of(users_a_block, items_a_block):
-        values, items = recommend(scorer_of_factors(user, item, eligible), torch.arange(len(user)), lists(seen), k)
+        values, items = recommend(
+            scorer_of_factors(user, item, eligible), Users(torch.arange(len(user))), lists(seen), k
+        )
     assert values.shape == items.shape == (len(user), min(k, len(item)))
     for row, scores in enumerate(wanted_scores):
         wanted = brute_force(scores, [*seen[row], *left_out])[:k]
@@ -327,15 +329,15 @@ def random_lists(users: int, items: int, most: int = 200) -> Seen:
 def test_recommend_is_top_k_of_the_masked_scores(name: str, k: int) -> None:
     scorer, seen = ModelScorer(model_of(name, 300, 2100), 2100), lists(random_lists(300, 2100))
     users = torch.arange(300)
-    values, items = recommend(scorer, users, seen, k)
-    best, index = top_k(mask(scorer.scores(users), seen), k)
+    values, items = recommend(scorer, Users(users), seen, k)
+    best, index = top_k(mask(scorer.scores(Users(users)), seen), k)
     assert torch.equal(values, best)
     assert torch.equal(items, index.masked_fill(best == -torch.inf, -1))
 
 
 def test_recommend_ranks_any_scorer() -> None:
     """Item 1 is the most popular; user 1 has seen all but item 0."""
-    values, items = recommend(PopularityScorer(np.array([3, 9, 3])), torch.arange(2), lists([[], [2, 1]]), 5)
+    values, items = recommend(PopularityScorer(np.array([3, 9, 3])), Users(torch.arange(2)), lists([[], [2, 1]]), 5)
     assert items.tolist() == [[1, 0, 2], [0, -1, -1]]
     assert values.tolist() == [[1.0, 0.0, 0.0], [0.0, -np.inf, -np.inf]]
 
@@ -343,7 +345,9 @@ def test_recommend_ranks_any_scorer() -> None:
 def test_a_seen_item_does_not_raise_the_bar() -> None:
     """All the best items of the first block are seen: those of lower score must still be found."""
     item = torch.arange(3000.0).flip(0)[:, None]
-    values, items = recommend(scorer_of_factors(torch.ones(1, 1), item), torch.arange(1), lists([list(range(2500))]), 3)
+    values, items = recommend(
+        scorer_of_factors(torch.ones(1, 1), item), Users(torch.arange(1)), lists([list(range(2500))]), 3
+    )
     assert items.tolist() == [[2500, 2501, 2502]]
     assert values.tolist() == [[499.0, 498.0, 497.0]]
 
@@ -375,7 +379,10 @@ def test_eligible_items_must_be_ascending_ones_of_the_catalogue(eligible: list[i
 def test_what_is_not_eligible_scores_lowest_and_the_others_keep_their_bits(name: str) -> None:
     model, users = model_of(name, 50, 5000), torch.arange(50)
     eligible = torch.from_numpy(np.flatnonzero(np.random.default_rng(3).random(5000) < 0.4))
-    every, some = ModelScorer(model, 5000).scores(users), ModelScorer(model, 5000, eligible=eligible).scores(users)
+    every, some = (
+        ModelScorer(model, 5000).scores(Users(users)),
+        ModelScorer(model, 5000, eligible=eligible).scores(Users(users)),
+    )
     assert torch.equal(some[:, eligible], every[:, eligible])
     others = torch.ones(5000, dtype=torch.bool)
     others[eligible] = False
@@ -393,22 +400,22 @@ def test_a_score_does_not_depend_on_the_call(name: str, precision: Literal["fp32
     """
     n_users, n_items = 520, 1100
     scorer = ModelScorer(model_of(name, n_users, n_items), n_items, precision=precision)
-    together = scorer.scores(torch.arange(n_users))
+    together = scorer.scores(Users(torch.arange(n_users)))
     shuffled = torch.from_numpy(np.random.default_rng(1).permutation(n_users))
     for size in (1, 2, 7, 512):
         some = shuffled[:size]
-        assert torch.equal(scorer.scores(some), together[some]), size
+        assert torch.equal(scorer.scores(Users(some)), together[some]), size
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_a_recommendation_does_not_depend_on_the_call(name: str) -> None:
     n_users, n_items = 520, 1100
     scorer, seen = ModelScorer(model_of(name, n_users, n_items), n_items), random_lists(n_users, n_items)
-    values, items = recommend(scorer, torch.arange(n_users), lists(seen), 10)
+    values, items = recommend(scorer, Users(torch.arange(n_users)), lists(seen), 10)
     for size in (1, 2, 7, 512):
         for start in (0, 512) if size == 512 else (0, 255, 256, 519):
             users = torch.arange(n_users)[start : start + size]
-            some = recommend(scorer, users, lists([seen[u] for u in users]), 10)
+            some = recommend(scorer, Users(users), lists([seen[u] for u in users]), 10)
             assert torch.equal(some[0], values[users]), (size, start)
             assert torch.equal(some[1], items[users]), (size, start)
 
@@ -437,7 +444,7 @@ def test_scoring_keeps_to_the_models_device(name: str, listed: bool) -> None:
     seen, users = lists(random_lists(n_users, n_items, 60)), torch.arange(n_users)
     eligible = torch.from_numpy(np.flatnonzero(np.random.default_rng(3).random(n_items) < 0.4)) if listed else None
     with blocks_of(4, 16):
-        wanted = recommend(ModelScorer(model, n_items, eligible=eligible), users, seen, 10)
+        wanted = recommend(ModelScorer(model, n_items, eligible=eligible), Users(users), seen, 10)
         with FarDevice():
             for module in model.modules():
                 for key, parameter in module._parameters.items():
@@ -447,10 +454,10 @@ def test_scoring_keeps_to_the_models_device(name: str, listed: bool) -> None:
             ours = [None, eligible] if eligible is None else [eligible, eligible.to(DEVICE)]
             for items in ours:
                 scorer = ModelScorer(model, n_items, eligible=items)
-                assert scorer.scores(users.to(DEVICE)).device == DEVICE
-                assert scorer.of(users[:4].to(DEVICE), torch.arange(20)).device == DEVICE
+                assert scorer.scores(Users(users.to(DEVICE))).device == DEVICE
+                assert scorer.of(Users(users[:4].to(DEVICE)), torch.arange(20)).device == DEVICE
                 for some in (users, users.to(DEVICE)):
-                    values, found = recommend(scorer, some, seen, 10)
+                    values, found = recommend(scorer, Users(some), seen, 10)
                     assert values.device == found.device == some.device
                     assert torch.equal(found.cpu(), wanted[1])
                     assert torch.equal(values.cpu(), wanted[0])
@@ -460,5 +467,5 @@ def test_popularity_and_ranks_keep_to_the_users_device() -> None:
     with FarDevice():
         users = torch.arange(2).to(DEVICE)
         scorer = PopularityScorer(np.array([3, 9, 3]))
-        assert recommend(scorer, users, lists([[], [2, 1]]), 5)[1].cpu().tolist() == [[1, 0, 2], [0, -1, -1]]
-        assert catalogue_rank(scorer.scores(users), torch.tensor([0, 2]).to(DEVICE)).cpu().tolist() == [2, 3]
+        assert recommend(scorer, Users(users), lists([[], [2, 1]]), 5)[1].cpu().tolist() == [[1, 0, 2], [0, -1, -1]]
+        assert catalogue_rank(scorer.scores(Users(users)), torch.tensor([0, 2]).to(DEVICE)).cpu().tolist() == [2, 3]

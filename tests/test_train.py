@@ -30,7 +30,7 @@ from ncf_dist.config import Config, Loader, Model, Negatives, Train
 from ncf_dist.errors import ConfigError, ContractError, ExitCode, TrainingFailed
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
-from ncf_dist.models import GMF, build_model
+from ncf_dist.models import GMF, Users, build_model
 from ncf_dist.parquet import read_table
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.scoring import Lists, ModelScorer, mask
@@ -519,7 +519,7 @@ def test_train_from_log_to_bundle_on_two_ranks(line: Line) -> None:
         np.arange(PEOPLE + 1, dtype=np.int64) * (GOODS // 2 - 1),
     )
     users, items = (torch.from_numpy(test[name].to_numpy().astype(np.int64)) for name in ("user_idx", "item_idx"))
-    scores = mask(ModelScorer(load_model(bundle), bundle.n_items).scores(users), seen)
+    scores = mask(ModelScorer(load_model(bundle), bundle.n_items).scores(Users(users)), seen)
     assert (catalogue_rank(scores, items) == 1).double().mean() > 0.9
 
     story = json.loads(Path(outcome.outputs["history"]).read_text())

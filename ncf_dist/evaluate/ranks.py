@@ -28,20 +28,21 @@ from ncf_dist.contracts import RANKS
 from ncf_dist.evaluate.baselines import item_factors, item_weights
 from ncf_dist.evaluate.histogram import Histogram
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
+from ncf_dist.models import Users
 from ncf_dist.parquet import read_table
 from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, Scores, by_item, rank, scores_of
 from ncf_dist.scoring import blocks as kernel
 from ncf_dist.spark_io import FileSink, Pass, runs_of
 
-Score = Callable[["Users"], Scores]
+Score = Callable[["Judged"], Scores]
 
 
 @dataclass(frozen=True)
-class Users:
+class Judged:
     """A block of U users with S held-out items and C candidates. held: item_idx by user; candidates: by held-out item;
     rating, timestamp: (S,). als: (U, D) factors or None."""
 
-    user: Tensor
+    users: Users
     seen: Lists
     held: Lists
     rating: pa.Array
@@ -50,7 +51,7 @@ class Users:
     als: Tensor | None
 
     @classmethod
-    def of(cls, table: pa.Table) -> Users:
+    def of(cls, table: pa.Table) -> Judged:
         """Rows (user_idx, seen list, held_out list of (item_idx, rating, timestamp, candidates)), and ALS factors."""
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
         held_out = columns["held_out"]
@@ -62,7 +63,7 @@ class Users:
             flat = columns[ALS_USER].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
             als = torch.from_numpy(flat.reshape(table.num_rows, -1))
         return cls(
-            torch.from_numpy(columns["user_idx"].to_numpy().astype(np.int64)),
+            Users(torch.from_numpy(columns["user_idx"].to_numpy().astype(np.int64))),
             Lists.of(columns["seen"]),
             Lists(items.field("item_idx").to_numpy().astype(np.int64), offsets),
             items.field("rating"),
@@ -73,7 +74,7 @@ class Users:
 
 
 def evaluation_pass(spec: EvaluationPass) -> Pass:
-    """For mapInArrow: rows (_file, …) as `Users.of` reads them, ascending in (_file, user_idx), in; one row `stats`
+    """For mapInArrow: rows (_file, …) as `Judged.of` reads them, ascending in (_file, user_idx), in; one row `stats`
     (JSON: files written, histograms of the model's scores, first and last timestamp if any is set) a task out."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -84,11 +85,11 @@ def evaluation_pass(spec: EvaluationPass) -> Pass:
         times: list[int] = []
         for file, table in blocks(batches, kernel.USERS):
             scorers = scorers or make_scorers(spec)
-            users = Users.of(table)
-            known = users.timestamp.to_numpy()[users.timestamp.to_numpy() != 0]
+            judged = Judged.of(table)
+            known = judged.timestamp.to_numpy()[judged.timestamp.to_numpy() != 0]
             times = [*times, int(known.min()), int(known.max())] if len(known) else times
             rows = [
-                rank_users(name, score, users, spec.longest, histograms if name == "model" else None)
+                rank_users(name, score, judged, spec.longest, histograms if name == "model" else None)
                 for name, score in scorers.items()
             ]
             sink.add(file, pa.concat_tables(rows).sort_by([(column, "ascending") for column in RANKS.key]))
@@ -135,12 +136,12 @@ def make_scorers(spec: EvaluationPass) -> dict[str, Score]:
 
 
 def model_scores(scorer: ModelScorer) -> Score:
-    return lambda users: Scores(scorer.n_items, partial(scorer.of, users.user), partial(scorer.blocks, users.user))
+    return lambda judged: Scores(scorer.n_items, partial(scorer.of, judged.users), partial(scorer.blocks, judged.users))
 
 
 def _popularity(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
     scorer = PopularityScorer(train_counts(spec.stats_files))
-    return lambda users: popularity_scores(scorer, len(users.user))
+    return lambda judged: popularity_scores(scorer, len(judged.users))
 
 
 def popularity_scores(scorer: PopularityScorer, users: int) -> Scores:
@@ -150,9 +151,9 @@ def popularity_scores(scorer: PopularityScorer, users: int) -> Scores:
 def _item_item(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
     scorer = item_weights(files[0])
 
-    def scores(users: Users) -> Scores:
+    def scores(judged: Judged) -> Scores:
         # (U, I) at once: the weights are (I, I).
-        every = scorer.scores(users.seen)
+        every = scorer.scores(judged.seen)
         return by_item(every.shape[1], lambda items: every[:, items])
 
     return scores
@@ -161,9 +162,9 @@ def _item_item(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
 def _als(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
     scorer = item_factors(files, spec.bundle.n_items)
 
-    def scores(users: Users) -> Scores:
-        assert users.als is not None
-        return by_item(spec.bundle.n_items, partial(scorer.of, users.als))
+    def scores(judged: Judged) -> Scores:
+        assert judged.als is not None
+        return by_item(spec.bundle.n_items, partial(scorer.of, judged.als))
 
     return scores
 
@@ -182,17 +183,17 @@ def train_counts(stats_files: tuple[str, ...]) -> np.ndarray:
 
 
 def rank_users(
-    name: str, score: Score, users: Users, longest: int, histograms: dict[str, Histogram] | None = None
+    name: str, score: Score, judged: Judged, longest: int, histograms: dict[str, Histogram] | None = None
 ) -> pa.Table:
     """Rows of `ranks` of one block and one scorer. histograms: what counts the scores of unseen items (`all`), of
     held-out ones and of those ranked first. Raises ValueError for scores that are not finite."""
-    scores, held, among = score(users), users.held, users.candidates
+    scores, held, among = score(judged), judged.held, judged.candidates
     own = scores_of(scores, held)
     if not np.isfinite(own).all():
         # No score is greater than NaN: such a model would rank every held-out item first.
         raise ValueError(f"{name} gives held-out items scores that are not finite; needed finite ones: train again")
     count = histograms["all"].add if histograms is not None else lambda block: None
-    ranked = rank(scores, users.seen, held, own, (held.row[among.row], among.values), longest, count)
+    ranked = rank(scores, judged.seen, held, own, (held.row[among.row], among.values), longest, count)
     greater = np.bincount(among.row, weights=ranked.candidates > own[among.row], minlength=len(own))
     equal = np.bincount(among.row, weights=ranked.candidates == own[among.row], minlength=len(own))
     offered = torch.isfinite(ranked.values)
@@ -205,12 +206,12 @@ def rank_users(
 
     lengths = np.concatenate([[0], np.cumsum(offered.sum(1).numpy())])
     columns = {
-        "user_idx": pa.array(users.user.numpy()),
-        "scorer": pa.array([name] * len(users.user)),
-        "seen_items": pa.array(np.diff(users.seen.offsets)),
+        "user_idx": pa.array(judged.users.index.numpy()),
+        "scorer": pa.array([name] * len(judged.users)),
+        "seen_items": pa.array(np.diff(judged.seen.offsets)),
         "item_idx": lists(held.values),
-        "timestamp": lists(users.timestamp),
-        "rating": lists(users.rating),
+        "timestamp": lists(judged.timestamp),
+        "rating": lists(judged.rating),
         "score": lists(own),
         "full_rank": lists(1 + ranked.before),
         "candidates": lists(np.diff(among.offsets)),

@@ -20,7 +20,7 @@ Letters: B batch, N negatives, U users, I items, D embedding, F width of `dot`, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,9 @@ class RankingSide(NamedTuple):
 
 class Recommender(nn.Module):
     """Base of all models. A model sets in its constructor what it has of the formula above."""
+
+    sequential: ClassVar[bool] = False
+    """Whether a user is described by what they did last (`models.Sequences`), in place of an index."""
 
     def __init__(self) -> None:
         super().__init__()

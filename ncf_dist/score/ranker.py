@@ -21,6 +21,7 @@ from pyspark import TaskContext
 from ncf_dist import engines, products, scoring
 from ncf_dist.bundle import load_model
 from ncf_dist.contracts import MODEL, POPULAR
+from ncf_dist.models import Users
 from ncf_dist.parquet import read_table
 from ncf_dist.score.popular import Popular
 from ncf_dist.score.spec import ScorePass
@@ -128,7 +129,8 @@ class Ranker:
         return self._table(block, by_model, values, items, offered)
 
     def _by_model(self, block: pa.RecordBatch) -> tuple[Floats, Ints]:
-        users = torch.from_numpy(block.column("user_idx").to_numpy().astype(np.int64)).to(self.device)
+        index = torch.from_numpy(block.column("user_idx").to_numpy().astype(np.int64))
+        users = Users(index.to(self.device))
         with self.device:
             values, items = scoring.recommend(self.scorer, users, seen_lists(block, self.spec.masked), self.k)
         return values.cpu().numpy(), items.cpu().numpy()

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ncf_dist import products
 from ncf_dist.errors import ConfigError
-from ncf_dist.models import Recommender
+from ncf_dist.models import Recommender, Users
 from ncf_dist.scoring.topk import IntArray, Lists
 
 USERS, ITEMS = 256, 1024
@@ -34,8 +34,8 @@ class Scorer(Protocol):
 
     n_items: int
 
-    def scores(self, users: Tensor) -> Tensor:
-        """(U,) int64 → (U, I) float32; a fresh tensor that the caller may change."""
+    def scores(self, users: Users) -> Tensor:
+        """U users → (U, I) float32; a fresh tensor that the caller may change."""
         ...
 
 
@@ -94,7 +94,7 @@ class ModelScorer:
         users = torch.arange(USERS) % products.ROWS * self.model.n_users // products.ROWS
         items = torch.arange(ITEMS) % products.COLUMNS * len(self) // products.COLUMNS
         self.block.add_items(self.other, self.catalogue[items])
-        self.block.take_users(users, USERS)
+        self.block.take_users(Users(users))
         scores = self.block.scores(self.other).clone()
         if not products.repeats(scores, products.COLUMNS):
             raise ConfigError(products.refusal("a score of this model"))
@@ -109,20 +109,20 @@ class ModelScorer:
         return len(self.catalogue)
 
     @torch.no_grad()
-    def blocks(self, users: Tensor) -> Iterator[Tensor]:
-        """(U,) int64, at most USERS of them → (U, ITEMS) scores of the eligible items 0 to ITEMS - 1, then of the
+    def blocks(self, users: Users) -> Iterator[Tensor]:
+        """U users, at most USERS → (U, ITEMS) scores of the eligible items 0 to ITEMS - 1, then of the
         next ones; -inf in the last block where there are no more. The next block may overwrite the memory of one."""
-        self._take(users)
+        self.block.take_users(users.to(self.device))
         for first in range(0, len(self), ITEMS):
             scores = self.block.scores(first // ITEMS)[: len(users)]
             scores[:, len(self) - first :] = -torch.inf
             yield scores
 
     @torch.no_grad()
-    def of(self, users: Tensor, items: Tensor) -> Tensor:
-        """(U,) at most USERS of them, (T,) item indexes in any order → (U, T), the same bits as in `blocks`. Items that
+    def of(self, users: Users, items: Tensor) -> Tensor:
+        """U users, at most USERS, (T,) item indexes in any order → (U, T), the same bits as in `blocks`. Items that
         are not eligible are scored, too."""
-        self._take(users)
+        self.block.take_users(users.to(self.device))
         scores = torch.empty(len(users), len(items), device=self.device)
         for first in range(0, len(items), ITEMS):
             some = items[first : first + ITEMS].to(self.device)
@@ -130,14 +130,11 @@ class ModelScorer:
             scores[:, first : first + ITEMS] = self.block.scores(self.other)[: len(users), : len(some)]
         return scores
 
-    def _take(self, users: Tensor) -> None:
-        self.block.take_users(_filled(users.to(self.device), USERS), len(users))
-
-    def scores(self, users: Tensor) -> Tensor:
+    def scores(self, users: Users) -> Tensor:
         scores = torch.full((len(users), self.n_items), -torch.inf, device=self.device)
         for start in range(0, len(users), USERS):
-            rows = scores[start : start + USERS]
-            for first, block in zip(range(0, len(self), ITEMS), self.blocks(users[start : start + USERS]), strict=True):
+            rows, some = scores[start : start + USERS], users.rows(slice(start, start + USERS))
+            for first, block in zip(range(0, len(self), ITEMS), self.blocks(some), strict=True):
                 items = self.catalogue[first : first + ITEMS]
                 rows[:, slice(first, first + ITEMS) if self.place is None else items] = block[:, : len(items)]
         return scores
@@ -200,9 +197,9 @@ class _Split:
         dot = functional.pad(side.dot, (0, 1), value=1.0) if self.layers else side.dot
         self.item_dot[number], self.item_hidden[number, :, 0] = dot.T, side.hidden.T
 
-    def take_users(self, users: Tensor, count: int) -> None:
-        """users: USERS of them, of which the first `count` are asked for."""
-        side = self.model.ranking_users(users)
+    def take_users(self, users: Users) -> None:
+        """The users of the next blocks, USERS at most."""
+        side = self.model.ranking_users(_filled(users.index, USERS))
         self.user_dot, self.cuts = side.dot, []
         if self.layers:
             cuts, c = [], side.hidden
@@ -210,7 +207,7 @@ class _Split:
                 cuts.append(c.T.neg().contiguous()[:, :, None].split(self.step, 1))
                 c = functional.linear(c, weight, bias)
             self.user_dot = torch.cat([side.dot, c], 1)
-            self.cuts = list(zip(*cuts, strict=True))[: -(-count // self.step)]
+            self.cuts = list(zip(*cuts, strict=True))[: -(-len(users) // self.step)]
 
     def scores(self, number: int) -> Tensor:
         """(USERS, ITEMS) of block `number`; the rows of users that were not asked for mean nothing."""
@@ -274,5 +271,5 @@ class PopularityScorer:
         # float32 does not tell counts above 2^24 apart, so an item's score is the rank of its count.
         self.places = torch.from_numpy(np.unique(train_count, return_inverse=True)[1].astype(np.float32))
 
-    def scores(self, users: Tensor) -> Tensor:
-        return self.places.to(users.device).expand(len(users), -1).clone()
+    def scores(self, users: Users) -> Tensor:
+        return self.places.to(users.index.device).expand(len(users), -1).clone()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ncf_dist.models import Users
 from ncf_dist.scoring import blocks as kernel
 from ncf_dist.scoring.blocks import ModelScorer, Scorer, by_block
 from ncf_dist.scoring.topk import Before, Best, FloatArray, IntArray, Lists, mask, top_k
@@ -40,8 +41,8 @@ def look_through(
 # ---- the K best ------------------------------------------------------------------------------------------------------
 
 
-def recommend(scorer: Scorer, users: Tensor, masked: Lists, k: int) -> tuple[Tensor, Tensor]:
-    """users (U,) int64, masked: what each of them must not get → values (U, K') float32 and items (U, K') int64, K' the
+def recommend(scorer: Scorer, users: Users, masked: Lists, k: int) -> tuple[Tensor, Tensor]:
+    """U users, masked: what each of them must not get → values (U, K') float32 and items (U, K') int64, K' the
     lesser of K and I: best first, equal scores by ascending item index. Where fewer than K' items are left, the last
     values are -inf and the last items -1. They are on the users' device.
 
@@ -50,11 +51,12 @@ def recommend(scorer: Scorer, users: Tensor, masked: Lists, k: int) -> tuple[Ten
     Raises ValueError for a model's scores that are not finite.
     """
     k = min(k, scorer.n_items)
-    values = torch.full((len(users), k), -torch.inf, device=users.device)
-    items = torch.full((len(users), k), -1, device=users.device)
+    device = users.index.device
+    values = torch.full((len(users), k), -torch.inf, device=device)
+    items = torch.full((len(users), k), -1, device=device)
     for start in range(0, len(users), kernel.USERS):
         end = min(start + kernel.USERS, len(users))
-        some, their = users[start:end], masked.part(start, end)
+        some, their = users.rows(slice(start, end)), masked.part(start, end)
         if isinstance(scorer, ModelScorer) and scorer.device.type == "cpu":
             values[start:end], items[start:end] = _best_by_block(scorer, some, their, k)
         else:  # `Best` is made for a CPU and its cache; on a GPU all scores are in its memory, and torch sorts there.
@@ -62,12 +64,12 @@ def recommend(scorer: Scorer, users: Tensor, masked: Lists, k: int) -> tuple[Ten
     return values, items
 
 
-def _best_at_once(scorer: Scorer, users: Tensor, masked: Lists, k: int) -> tuple[Tensor, Tensor]:
+def _best_at_once(scorer: Scorer, users: Users, masked: Lists, k: int) -> tuple[Tensor, Tensor]:
     values, items = top_k(mask(scorer.scores(users), masked), k)
     return values, items.masked_fill_(values == -torch.inf, -1)
 
 
-def _best_by_block(scorer: ModelScorer, users: Tensor, masked: Lists, k: int) -> tuple[Tensor, Tensor]:
+def _best_by_block(scorer: ModelScorer, users: Users, masked: Lists, k: int) -> tuple[Tensor, Tensor]:
     best = Best(len(users), k, kernel.ITEMS)
     look_through(scorer.blocks(users), scorer.seen_by_block(masked), best, (), ())
     values, items = best.result()
