@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ncf_dist import contracts
 from ncf_dist.config import Loader, Model, Train
+from ncf_dist.config.train import OF_ALL_ITEMS
 from ncf_dist.errors import Preempted
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import Recommender, Users, build_model
@@ -111,7 +112,9 @@ def batch_on(device: str, loss: str) -> Batch:
     rating = torch.from_numpy(rng.uniform(1, 5, B).astype(np.float32)).to(device)
     if loss == "mse":
         return Batch(user, items[:, :1], rating)
-    return Batch(user, items[:, :1], None, shared) if loss == "sampled_softmax" else Batch(user, items)
+    if loss in OF_ALL_ITEMS:
+        return Batch(user, items[:, :1], None, shared)
+    return Batch(user, items)
 
 
 def step(name: str, loss: str, device: str, wrap: Callable[[Objective], Any] = lambda objective: objective) -> Any:

@@ -143,7 +143,10 @@ def test_a_config_that_cannot_be_read_says_so(tmp_path: Path) -> None:
         ("train.lr=0", "train.lr is 0: input should be greater than 0"),
         ("train.epochs=many", "train.epochs is 'many': input should be a valid integer"),
         ("model.dropout=1", "model.dropout is 1: input should be less than 1"),
-        ("model.name=svd", "model.name is 'svd': input should be 'gmf', 'mlp', 'neumf', 'mf' or 'embedding_nn'"),
+        (
+            "model.name=svd",
+            "model.name is 'svd': input should be 'gmf', 'mlp', 'neumf', 'mf', 'embedding_nn' or 'history'",
+        ),
         ("input.max_bad_fraction=1.5", "input.max_bad_fraction is 1.5"),
         ("split.min_interactions=2", "split.min_interactions is 2"),
         ("evaluate.ks=[10, 0]", "evaluate.ks.1 is 0"),

@@ -31,7 +31,8 @@ from ncf_dist.models import (
 )
 
 Array = npt.NDArray[np.float64]
-NAMES: list[Any] = sorted(MODELS)
+NAMES: list[Any] = sorted(set(MODELS) - {"history"})
+"""Models of indexes; tests/test_history.py has the others."""
 
 models = st.builds(
     lambda **fields: fitting(**fields),

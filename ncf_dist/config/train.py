@@ -8,15 +8,19 @@ from pydantic import Field, model_validator
 
 from ncf_dist.config.section import PositiveInt, Section
 
-Loss = Literal["bce", "bpr", "sampled_softmax", "mse"]
+Loss = Literal["bce", "bpr", "sampled_softmax", "softmax", "gbce", "mse"]
 LOSSES: dict[Loss, tuple[Literal["implicit", "explicit"], Literal["row", "step"] | None]] = {
     "bce": ("implicit", "row"),
     "bpr": ("implicit", "row"),
     "sampled_softmax": ("implicit", "step"),
+    "softmax": ("implicit", None),
+    "gbce": ("implicit", "step"),
     "mse": ("explicit", None),
 }
 """What each loss of ncf_dist/train/losses.py needs: the feedback, and for whom negatives are drawn: each row, or all
 rows of a step together."""
+OF_ALL_ITEMS: tuple[Loss, ...] = ("sampled_softmax", "softmax", "gbce")
+"""Those that compare a row's item with items that all rows of a step share: what a model of histories trains by."""
 
 
 class Pretrained(Section):
@@ -48,16 +52,18 @@ class Train(Section):
     """gmf, mlp and neumf by bce or bpr, fp32 without dropout, on a CPU: compute a step's loss and gradients in one
     compiled call, where it was built. Faster, and equal within rounding. `false`: torch's operations do it."""
     loss: Loss | None = None
-    """ncf_dist/train/losses.py has the formulas. Default: bce for implicit feedback, mse for explicit."""
+    """ncf_dist/train/losses.py has the formulas. Default: bce for implicit feedback, mse for explicit, sampled_softmax
+    for the model history."""
     negatives: Literal["table", "online"] = "table"
     """`table`: those that prepare drew, draw `e mod negatives.draws` in epoch e · `online`: drawn by the same hash on
     the training device, draw e in epoch e, so never repeated."""
     shared_negatives: PositiveInt = 1_024
-    """sampled_softmax: items drawn for a step and shared by all its rows."""
+    """sampled_softmax, gbce: items drawn for a step and shared by all its rows."""
     epochs: PositiveInt = 20
     """Upper bound of epochs; the validation rows choose which one is kept."""
     batch_size: PositiveInt = 1_024
-    """Rows a step on each rank (B); with bce and bpr a step sees B x (1 + negatives.per_positive) examples."""
+    """Rows a step on each rank (B); with bce and bpr a step sees B x (1 + negatives.per_positive) examples. The model
+    history: windows of up to `sequences.length` items to be predicted."""
     optimiser: Literal["adam", "adamw", "sgd"] = "adam"
     """`adam`: weight decay is an L2 term of the loss · `adamw`: weight decay is decoupled from the gradient · `sgd`:
     with `momentum`."""

@@ -21,7 +21,7 @@ from ncf_dist.config.section import Section
 from ncf_dist.config.sequences import Sequences
 from ncf_dist.config.spark import Spark
 from ncf_dist.config.split import Split
-from ncf_dist.config.train import LOSSES, Loss, Train
+from ncf_dist.config.train import LOSSES, OF_ALL_ITEMS, Loss, Train
 
 
 class Config(Section):
@@ -85,8 +85,15 @@ class Config(Section):
 
     @property
     def loss(self) -> Loss:
-        """The loss in force: `train.loss`, or what the feedback asks for."""
-        return self.train.loss or ("mse" if self.input.feedback == "explicit" else "bce")
+        """The loss in force: `train.loss`, or what the feedback and the model ask for."""
+        if self.train.loss is not None:
+            return self.train.loss
+        return "mse" if self.input.feedback == "explicit" else "sampled_softmax" if self.sequential else "bce"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the model is one of histories."""
+        return self.model.name == "history"
 
     @property
     def shares_negatives(self) -> bool:
@@ -96,7 +103,7 @@ class Config(Section):
     @property
     def negatives_from(self) -> Literal["table", "online"] | None:
         """Where the loss in force gets the negatives of each row: `train.negatives`, or None for a loss that reads none
-        (mse compares ratings, sampled_softmax draws items for a whole step)."""
+        (mse compares ratings, softmax reads all items, sampled_softmax and gbce draw items for a whole step)."""
         return self.train.negatives if LOSSES[self.loss][1] == "row" else None
 
     @model_validator(mode="after")
@@ -115,8 +122,28 @@ class Config(Section):
                 f"model.y_range is {list(self.model.y_range)} with input.feedback=implicit, where scores are logits: "
                 "leave it out"
             )
+        if self.sequential:
+            self._histories_fit()
         if self.train.pretrained and self.model.name != "neumf":
             raise ValueError(
                 f"train.pretrained is set with model.name={self.model.name}; only neumf is made of a gmf and an mlp"
             )
         return self
+
+    def _histories_fit(self) -> None:
+        if self.model.history != self.sequences.length:
+            raise ValueError(
+                f"model.history is {self.model.history} with sequences.length={self.sequences.length}; needed the same "
+                f"number, as prepare makes windows of so many items: set sequences.length={self.model.history} and "
+                "prepare again, or another model.name"
+            )
+        if self.input.feedback == "explicit":
+            raise ValueError(
+                "model.name is history with input.feedback=explicit; needed implicit feedback, as it predicts which "
+                "item comes next: set input.feedback=implicit, or take mf or embedding_nn"
+            )
+        if self.loss not in OF_ALL_ITEMS:
+            raise ValueError(
+                f"train.loss is {self.loss} with model.name=history; needed {' or '.join(OF_ALL_ITEMS)}: "
+                "leave train.loss out, or take another model"
+            )

@@ -2,12 +2,13 @@
 
 from ncf_dist.models.base import Embedding, RankingSide, Recommender, Side
 from ncf_dist.models.factorisation import GMF, MF, Product
+from ncf_dist.models.history import History
 from ncf_dist.models.registry import MODELS, build_model, parameter_count
-from ncf_dist.models.sequences import Sequences, Users
+from ncf_dist.models.sequences import Sequences, Users, Windows
 from ncf_dist.models.towers import MLP, EmbeddingNN, FirstLayer, NeuMF, Tower
 
 # fmt: off
 __all__ = [
-    "GMF", "MF", "MLP", "MODELS", "Embedding", "EmbeddingNN", "FirstLayer", "NeuMF", "Product", "RankingSide",
-    "Recommender", "Sequences", "Side", "Tower", "Users", "build_model", "parameter_count",
+    "GMF", "MF", "MLP", "MODELS", "Embedding", "EmbeddingNN", "FirstLayer", "History", "NeuMF", "Product",
+    "RankingSide", "Recommender", "Sequences", "Side", "Tower", "Users", "Windows", "build_model", "parameter_count",
 ]

@@ -11,8 +11,8 @@ within float rounding, the same scores (by test):
 - `ranking_users`, `ranking_items` and `ranking_layers` give the form in which `scoring.ModelScorer` ranks a catalogue:
   all that is added, too, is columns of one matrix product.
 
-A side is a function of whatever describes a user or an item: of an index here; a model of histories gives a function of
-a sequence, and one with features adds those of an index to its embedding.
+A side is a function of whatever describes a user or an item: of an index, or, in a model of histories, of what the user
+did last. A model with features would add those of an index to its embedding.
 
 Letters: B batch, N negatives, U users, I items, D embedding, F width of `dot`, H width of `hidden`, R rows of a side.
 """
@@ -20,7 +20,7 @@ Letters: B batch, N negatives, U users, I items, D embedding, F width of `dot`, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def into_range(score: Tensor, y_range: YRange) -> Tensor:
 class Sides(Protocol):
     """One kind of part of the formula: what is computed from users alone, and what from items alone."""
 
-    def user_side(self, user: Tensor | None) -> Tensor:
+    def user_side(self, user: Any) -> Tensor:
         """(…,) int64 user indexes, None for all users → (…, ·)."""
         ...
 
@@ -117,8 +117,9 @@ class Recommender(nn.Module):
         """(1,) b of the formula."""
         return None
 
-    def user_side(self, user: Tensor | None) -> Side:
-        """(…,) int64 user indexes, None for all users → what depends on the user alone."""
+    def user_side(self, user: Any) -> Side:
+        """(…,) int64 user indexes, None for all users → what depends on the user alone. Where the model is sequential,
+        `Sequences` of R users → (R, ·)."""
         return Side(
             None if self.dot_sides is None else self.dot_sides.user_side(user),
             None if self.user_bias is None else self.user_bias(user),
@@ -140,7 +141,7 @@ class Recommender(nn.Module):
         Returns scores of the broadcast shape."""
         return self.join(self.users(user), self.items(item))
 
-    def users(self, user: Tensor) -> Side:
+    def users(self, user: Any) -> Side:
         """`user_side`; where a batch has more users than there are, computed once for all and looked up."""
         return self._looked_up(self.user_side, user, self.n_users)
 
@@ -177,8 +178,8 @@ class Recommender(nn.Module):
 
     # ---- the form that ranks --------------------------------------------------------------------------------------
 
-    def ranking_users(self, user: Tensor) -> RankingSide:
-        """(R,) int64 → the users' side in the form that ranks fast."""
+    def ranking_users(self, user: Any) -> RankingSide:
+        """(R,) int64, or `Sequences` of R users → the users' side in the form that ranks fast."""
         side = self.user_side(user)
         share = self._share(side.hidden, with_bias=True)
         met = self.item_bias is not None

@@ -9,6 +9,7 @@ import torch
 from ncf_dist import config as settings
 from ncf_dist.models.base import Recommender
 from ncf_dist.models.factorisation import GMF, MF
+from ncf_dist.models.history import History
 from ncf_dist.models.towers import MLP, EmbeddingNN, NeuMF
 
 MODELS: dict[str, Callable[[settings.Model, int, int], Recommender]] = {
@@ -18,6 +19,18 @@ MODELS: dict[str, Callable[[settings.Model, int, int], Recommender]] = {
     "mf": lambda c, users, items: MF(users, items, c.factors, c.biases, c.y_range, c.init_std),
     "embedding_nn": lambda c, users, items: EmbeddingNN(
         users, items, c.layers, c.embedding_sizes, c.dropout, c.batch_norm, c.y_range, c.init_std
+    ),
+    "history": lambda c, users, items: History(
+        users,
+        items,
+        c.factors,
+        c.history,
+        block=c.block,
+        blocks=c.blocks,
+        heads=c.heads,
+        gaps=c.gaps,
+        dropout=c.dropout,
+        std=c.init_std,
     ),
 }
 

@@ -44,3 +44,17 @@ class Users:
 
     def to(self, device: torch.device | str) -> Users:
         return Users(self.index.to(device), None if self.latest is None else self.latest.to(device))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The histories of a training step, in groups of like length. groups: (R, T) each; known: (N,) int64, which of all
+    their positions, one after another, have an item to be predicted."""
+
+    groups: tuple[Sequences, ...]
+    known: Tensor
+
+    @property
+    def padding(self) -> float:
+        """The share of positions that hold no item."""
+        return 1 - len(self.known) / sum(group.items.numel() for group in self.groups)

@@ -32,6 +32,7 @@ from ncf_dist.contracts import Contract, negative_column
 from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.files import file_url, read_bytes
 from ncf_dist.manifests import Manifest
+from ncf_dist.models import Windows
 from ncf_dist.parquet import read_table
 from ncf_dist.train.epoch_order import EpochOrder, Phase, Window, steps_per_epoch
 from ncf_dist.train.negatives import OnlineNegatives, shared_items
@@ -48,12 +49,19 @@ ReadTables = Callable[[Sequence[str], Sequence[str], int], Iterator[Columns]]
 @dataclass(frozen=True)
 class Batch:
     """user: (B,) int64; items: (B, 1 + N) int64, the row's own item first. Explicit feedback: rating (B,) float32.
-    Sampled softmax: shared (M,) int64."""
+    Sampled softmax: shared (M,) int64. A model of histories: windows of B users, and items (T, 1), what is to be
+    predicted at each of their known positions; the loss is the sum over these, divided by `divisor`."""
 
     user: Tensor
     items: Tensor
     rating: Tensor | None = None
     shared: Tensor | None = None
+    windows: Windows | None = None
+    divisor: float | None = None
+
+    def mean(self, loss: float) -> float:
+        """The step's loss as a mean over its rows, or over what is to be predicted."""
+        return loss if self.divisor is None else loss * self.divisor / len(self.items)
 
 
 def petastorm_tables(files: Sequence[str], columns: Sequence[str], workers: int) -> Iterator[Columns]:
@@ -242,11 +250,13 @@ class TrainLoader:
         names = self._names(epoch)
         source = self._from_cache if self._cached() is not None else self._from_files
         for window, columns in zip(windows, source(order, windows, names), strict=True):
-            rows, last = window.permutation()[skip:], 2 + self._from_table
-            skip = 0
-            # A row's items are put side by side first, so that the permutation takes them in one look-up.
-            tables = [columns[0], side_by_side(columns[1:last]), *columns[last:]]
-            yield [in_order(table, rows) for table in tables]
+            rows, skip = window.permutation()[skip:], 0
+            yield [in_order(table, rows) for table in self._arranged(columns)]
+
+    def _arranged(self, columns: list[Tensor]) -> list[Tensor]:
+        """A row's items side by side, so that the permutation takes them in one look-up."""
+        last = 2 + self._from_table
+        return [columns[0], side_by_side(columns[1:last]), *columns[last:]]
 
     @property
     def _from_table(self) -> int:
@@ -260,14 +270,11 @@ class TrainLoader:
 
     def _from_files(self, order: EpochOrder, windows: list[Window], names: list[str]) -> Iterator[list[Tensor]]:
         """The columns of each window."""
-        files = [self.files[part.file] for window in windows for part in window.ranges]
-        tables = zip(files, BACKENDS[self.config.backend](files, names, self.config.workers), strict=True)
+        tables = self._tables([part.file for window in windows for part in window.ranges], names)
         for window in windows:
             columns: list[list[npt.NDArray[Any]]] = []
             for part in window.ranges:
-                path, table = next(tables)
-                self._check(path, table, self.file_rows[part.file])
-                rows = order.rows_of(part)
+                table, rows = next(tables), order.rows_of(part)
                 columns.append([table[name][rows] for name in names])
             yield [torch.from_numpy(np.concatenate(column)) for column in zip(*columns, strict=True)]
         next(tables, None)  # Past the last file: ends the reader, and zip raises where it has a table too many.
@@ -288,11 +295,12 @@ class TrainLoader:
         if self.config.cache == "none" or self._cache is not None:
             return self._cache
         names = sorted({name for draw in range(max(1, self.task.draws)) for name in self._names(draw)})
-        needed = 4 * self.rows * len(names)
+        row_bytes, in_words = self._row_bytes(names)
+        needed = row_bytes * self.rows
         if needed > self.config.cache_bytes:
             log.warning(
-                "loader.cache=%s is off: %d rows x %d columns x 4 bytes = %.2f GiB, loader.cache_bytes allows %.2f GiB",
-                *(self.config.cache, self.rows, len(names), needed / 2**30, self.config.cache_bytes / 2**30),
+                "loader.cache=%s is off: %d rows x %s = %.2f GiB, loader.cache_bytes allows %.2f GiB",
+                *(self.config.cache, self.rows, in_words, needed / 2**30, self.config.cache_bytes / 2**30),
             )
             self.config = self.config.model_copy(update={"cache": "none"})
             return None
@@ -311,12 +319,32 @@ class TrainLoader:
 
     def _whole_table(self, names: list[str]) -> Columns:
         parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
-        tables = BACKENDS[self.config.backend](self.files, names, self.config.workers)
-        for path, table, rows in zip(self.files, tables, self.file_rows, strict=True):
-            self._check(path, table, rows)
+        for table in self._tables(range(len(self.files)), names):
             for name in names:
                 parts[name].append(table[name])
         return {name: np.concatenate(values) for name, values in parts.items()}
+
+    def _row_bytes(self, names: Sequence[str]) -> tuple[int, str]:
+        """What a row takes in the cache, and the same in words."""
+        return 4 * len(names), f"{len(names)} columns x 4 bytes"
+
+    def _tables(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[Columns]:
+        """The columns of these files, checked."""
+        files = [self.files[number] for number in numbers]
+        tables = BACKENDS[self.config.backend](files, names, self.config.workers)
+        for number, path, table in zip(numbers, files, tables, strict=True):
+            decoded = self._decoded(table)
+            self._check(path, decoded, self.file_rows[number])
+            yield decoded
+
+    def _decoded(self, table: Columns) -> Columns:
+        """What a backend gives → columns of numbers."""
+        return table
+
+    def _bounds(self, name: str) -> tuple[int, int, str]:
+        """The least and the greatest value of an integer column, and why."""
+        count = self.task.n_users if name == "user_idx" else self.task.n_items
+        return 0, count - 1, "the size of the index"
 
     def _check(self, path: str, table: Columns, rows: int) -> None:
         """Raise ContractError for a table that is not of this file, or that has an index outside its embedding table.
@@ -329,10 +357,9 @@ class TrainLoader:
                 )
             if name == "rating" or not len(column):
                 continue
-            count = self.task.n_users if name == "user_idx" else self.task.n_items
             low, high = int(column.min()), int(column.max())
-            if low < 0 or high >= count:
+            least, most, why = self._bounds(name)
+            if low < least or high > most:
                 raise ContractError(
-                    f"{path} has {name} from {low} to {high}; needed 0 to {count - 1}, the size of the index: "
-                    "rerun the job prepare"
+                    f"{path} has {name} from {low} to {high}; needed {least} to {most}, {why}: rerun the job prepare"
                 )

@@ -7,7 +7,13 @@ s(u, i) is the model's score, i a row's item, j a negative.
 - sampled_softmax: -log( e^s(u, i) / (e^s(u, i) + Σ_j e^(s(u, j) - log(M q_j)) ) ) over M items j that all rows of the
   step share, drawn with q_j = 1 / I; a j that is the row's own item is left out. The term log(M q_j) makes the sum an
   unbiased estimate of the whole catalogue's (Bengio & Senécal 2008; the logQ correction of Yi et al. 2019)
+- softmax: -log( e^s(u, i) / Σ_j e^s(u, j) ) over all items j
+- gbce: -(β log σ(s(u, i)) + Σ_j log(1 - σ(s(u, j)))) / (1 + M) over shared items j, the row's own left out; β < 1
+  undoes what sampling does to the size of scores (gBCE, Petrov & Macdonald 2023; their t is .75)
 - mse: (s(u, i) - rating)²
+
+A model of histories predicts an item at every known position of a window, and is trained by these last three: its loss
+is the sum over all of a step, divided by the number of windows times the table's mean (`windows.py`).
 
 `l2` adds l2 / 2 · (‖p_u‖² + ‖q_i‖²) of all embedding tables to any of them, a mean over the pairs of the step's rows
 (with sampled_softmax the positives). So an embedding shrinks as often as it is used, as in Rendle et al. 2020 ("Neural
@@ -23,7 +29,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ncf_dist.models import Recommender
+from ncf_dist.models import History, Recommender, Side
+from ncf_dist.models.base import rows_of
+from ncf_dist.train import all_items
 from ncf_dist.train.compiled import compiled_loss
 from ncf_dist.train.loaders import Batch
 
@@ -47,6 +55,17 @@ def sampled_softmax(positive: Tensor, shared: Tensor, own: Tensor, n_items: int)
     return (torch.cat([positive[:, None], corrected], dim=1).logsumexp(dim=1) - positive).mean()
 
 
+def softmax(positive: Tensor, every: Tensor) -> Tensor:
+    """positive: (B,); every: (B, I) scores of all items."""
+    return (every.logsumexp(dim=1) - positive).mean()
+
+
+def gbce(positive: Tensor, shared: Tensor, own: Tensor, beta: float) -> Tensor:
+    """positive: (B,); shared: (B, M) scores of the shared items; own: as for `sampled_softmax`."""
+    negatives = nn.functional.softplus(shared.masked_fill(own, -math.inf)).sum(dim=1)
+    return (negatives - beta * nn.functional.logsigmoid(positive)).mean() / (1 + shared.shape[1])
+
+
 def mse(scores: Tensor, rating: Tensor) -> Tensor:
     """Mean squared error of (B,) predictions."""
     return nn.functional.mse_loss(scores, rating)
@@ -56,11 +75,63 @@ def _pairs(loss: Callable[[Tensor], Tensor]) -> Callable[[Recommender, Batch], T
     return lambda model, batch: loss(model(batch.user[:, None], batch.items).float())
 
 
-def _shared(model: Recommender, batch: Batch) -> Tensor:
+def _own_and_shared(model: Recommender, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) scores of the rows' items, (B, M) of the shared ones, and (B, M) whether a shared item is the row's own."""
     assert batch.shared is not None
     user, item = model.users(batch.user), batch.items[:, 0]
     positive, shared = model.join(user, model.items(item)), model.score_block(user, model.items(batch.shared))
-    return sampled_softmax(positive.float(), shared.float(), item[:, None] == batch.shared[None], model.n_items)
+    return positive.float(), shared.float(), item[:, None] == batch.shared[None]
+
+
+def _sampled_softmax(model: Recommender, batch: Batch) -> Tensor:
+    if batch.windows is not None:
+        return _of_windows(all_items.sampled_softmax, model, batch, math.log(model.n_items / _drawn(batch)))
+    return sampled_softmax(*_own_and_shared(model, batch), model.n_items)
+
+
+def _gbce(model: Recommender, batch: Batch) -> Tensor:
+    beta = all_items.beta_of(_drawn(batch), model.n_items)
+    if batch.windows is not None:
+        return _of_windows(all_items.gbce(beta), model, batch)
+    return gbce(*_own_and_shared(model, batch), beta)
+
+
+def _softmax(model: Recommender, batch: Batch) -> Tensor:
+    if batch.windows is not None:
+        return _of_windows(all_items.softmax, model, batch)
+    user, items = model.users(batch.user), model.items(torch.arange(model.n_items, device=batch.user.device))
+    every = model.score_block(user, items).float()
+    return softmax(every.gather(1, batch.items[:, :1])[:, 0], every)
+
+
+def _drawn(batch: Batch) -> int:
+    assert batch.shared is not None
+    return len(batch.shared)
+
+
+def _of_windows(rule: all_items.Rule, model: Recommender, batch: Batch, added: float = 0.0) -> Tensor:
+    """The sum over all that a model of histories predicts, divided by what the batch says. added: to the scores of the
+    shared items."""
+    assert isinstance(model, History)
+    assert batch.windows is not None
+    assert batch.divisor is not None
+    user, target, shared = model.positions(batch.windows), batch.items[:, 0], batch.shared
+    mine, others = _sides(model, target, shared)
+    own = model.join(user, mine)
+    assert user.dot is not None
+    assert others.dot is not None
+    assert others.bias is not None
+    total = all_items.total_loss(rule, user.dot, others.dot, others.bias[:, 0] + added, own, target, shared)
+    return total / batch.divisor
+
+
+def _sides(model: Recommender, target: Tensor, shared: Tensor | None) -> tuple[Side, Side]:
+    """Of what is to be predicted (T,), and of what all is compared with: the shared items (M,), or all."""
+    if shared is None:
+        every = model.item_side(None)
+        return every.each(lambda part: rows_of(part, target)), every
+    both = model.items(torch.cat([target, shared]))
+    return both.each(lambda part: part[: len(target)]), both.each(lambda part: part[len(target) :])
 
 
 def _rating(model: Recommender, batch: Batch) -> Tensor:
@@ -71,7 +142,9 @@ def _rating(model: Recommender, batch: Batch) -> Tensor:
 LOSSES: dict[str, Callable[[Recommender, Batch], Tensor]] = {
     "bce": _pairs(bce),
     "bpr": _pairs(bpr),
-    "sampled_softmax": _shared,
+    "sampled_softmax": _sampled_softmax,
+    "softmax": _softmax,
+    "gbce": _gbce,
     "mse": _rating,
 }
 

@@ -27,7 +27,9 @@ from ncf_dist.stage import production_runs
 log = logging.getLogger(__name__)
 
 PREVIOUS, USER_INDEX = "previous", INDEXES["users"]
-SAME = {"name", "factors", "layers", "biases", "embedding_sizes", "batch_norm", "y_range"}
+SAME = {"name", "factors", "layers", "biases", "embedding_sizes", "batch_norm", "y_range"} | {
+    *("history", "block", "blocks", "heads", "gaps")
+}
 """What of `model` must be equal for one model's weights to fit another."""
 
 

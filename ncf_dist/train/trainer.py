@@ -59,7 +59,7 @@ class History:
 @dataclass
 class Progress:
     """How far a training is: `epoch`, and the phases of it so far, the last of which is running. `updates` counts from
-    the start. `loss`, `rows`: this rank's sum of the epoch's losses, each times its rows, and these rows."""
+    the start. `loss`, `rows`: this rank's sum of the epoch's losses, each times what it is a mean over, and these."""
 
     epoch: int = 0
     phases: list[Phase] = field(default_factory=list)
@@ -187,7 +187,7 @@ class Trainer:
         loss.backward(torch.where(finite, 1.0, math.nan))
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(in_few_pieces(gradients))
-        value = loss.item()
+        value = batch.mean(loss.item())
         if not math.isfinite(norm.item()):
             self._fail(batch, value)
         if self.config.clip_norm is not None:
@@ -209,8 +209,8 @@ class Trainer:
         if step % max(1, -(-steps // POINTS_AN_EPOCH)) == 0:
             self.history.curve.append((progress.epoch, step, value, rate))
         progress.updates += 1
-        progress.loss += value * len(batch.user)
-        progress.rows += len(batch.user)
+        progress.loss += value * len(batch.items)
+        progress.rows += len(batch.items)
         progress.phases[-1] = dataclasses.replace(progress.phases[-1], steps=step + 1)
 
     def _fail(self, batch: Batch, value: float) -> None:
