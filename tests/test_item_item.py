@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ncf_dist.contracts import STEP_UNIT
@@ -43,6 +43,7 @@ def table_of(times: np.ndarray, order: np.ndarray | slice = slice(None)) -> pa.T
     return pa.table({**columns, "weight": times[item, following]})
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.sampled_from([0.5, 20.0]))
 def test_what_follows_is_the_logarithm_of_its_odds(seed: int, smoothing: float) -> None:
     """log p(b | a) - ½ log p(b), but for a constant of a's that orders nothing."""
@@ -56,6 +57,7 @@ def test_what_follows_is_the_logarithm_of_its_odds(seed: int, smoothing: float) 
     np.testing.assert_allclose(found, wanted - constant[:, None], atol=1e-5)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99))
 def test_a_pair_that_was_not_kept_loses_its_own_term_alone(seed: int) -> None:
     times, train_rows = counted(seed)
@@ -67,6 +69,7 @@ def test_a_pair_that_was_not_kept_loses_its_own_term_alone(seed: int) -> None:
     np.testing.assert_array_equal(found, np.where(dropped, left, whole(every)))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.integers(1, 5))
 def test_files_in_any_order_give_the_same_rows(seed: int, files: int) -> None:
     times, train_rows = counted(seed)
@@ -89,6 +92,7 @@ def test_items_without_pairs_or_rows() -> None:
     assert train_rows_of([totals], 4).tolist() == [5, 0, 7, 0]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.integers(1, 12))
 def test_the_largest_of_a_row_are_kept(seed: int, kept: int) -> None:
     rng = np.random.default_rng(seed)
@@ -99,6 +103,7 @@ def test_the_largest_of_a_row_are_kept(seed: int, kept: int) -> None:
     np.testing.assert_array_equal(found, np.where(np.abs(matrix) >= least, matrix, 0).astype(np.float32))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 99), st.integers(1, 6), st.sampled_from([0.5, 2.0, 1e9]))
 def test_a_part_is_its_formula(seed: int, last: int, half_life: float) -> None:
     rng = np.random.default_rng(seed)
