@@ -9,7 +9,7 @@ import random
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from pyspark.sql import SparkSession
 from ncf_dist import contracts
 from ncf_dist.config import Config, Negatives, Sequences, Split
 from ncf_dist.gaps import gap_code
-from ncf_dist.prepare import sequences
+from ncf_dist.prepare import next_items, sequences
+from ncf_dist.prepare.next_items import Pairs
 from ncf_dist.prepare.sequences import InOrder, window_rows
 from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.prepare.user_tables import UserPass, user_pass
@@ -70,6 +71,16 @@ def plain_recent(rows: list[tuple[int, int, int]], length: int) -> list[tuple[in
     for splits in ({TRAIN}, {TRAIN, VALIDATION}, {TRAIN, VALIDATION, TEST}):
         kept |= set([row for row in rows if row[2] in splits][-length:])
     return [row for row in rows if row in kept]
+
+
+def plain_pairs(train: dict[int, list[tuple[int, int]]], steps: int) -> dict[tuple[int, int], int]:
+    """(item, next item) → weight."""
+    weights: Counter[tuple[int, int]] = Counter()
+    for rows in train.values():
+        for (earlier, (a, _)), (later, (b, _)) in combinations(enumerate(rows), 2):
+            if later - earlier <= steps:
+                weights[a, b] += 2520 // (later - earlier)
+    return dict(weights)
 
 
 def decoded(rows: list[tuple[Any, ...]]) -> list[Window]:
@@ -139,6 +150,67 @@ def test_recent_is_the_latest_of_train_of_train_and_validation_and_of_all(codes:
     ]
 
 
+# ---- what follows what, without Spark ----------------------------------------------------------------------
+
+
+def following(rows: InOrder, steps: int, n_items: int) -> dict[tuple[int, int], int]:
+    pairs = Pairs(n_items)
+    for each in next_items.following(rows.item, rows.row, steps, n_items):
+        assert not pairs.add(*each)
+    pair, weight = pairs.take()
+    assert (np.diff(pair) > 0).all()
+    return {(int(p) // n_items, int(p) % n_items): int(w) for p, w in zip(pair, weight, strict=True)}
+
+
+@LAW
+@given(st.lists(st.lists(st.integers(0, 6), max_size=14, unique=True), min_size=1), st.integers(1, 10))
+def test_pairs_are_what_counting_them_gives(users: list[list[int]], steps: int) -> None:
+    """Items 0 to 6 of a catalogue of 7, in every order: no pair crosses users."""
+    offsets = np.concatenate([[0], np.cumsum([len(items) for items in users])]).astype(np.int64)
+    item = np.array([item for items in users for item in items], dtype=np.int64)
+    rows = InOrder(np.arange(len(users)), item, item * 0, np.zeros(len(item), dtype=np.int8), offsets)
+    train = {user: [(item, 0) for item in items] for user, items in enumerate(users)}
+    assert following(rows, steps, 7) == plain_pairs(train, steps)
+
+
+def test_pairs_worked_example() -> None:
+    """3 after 1 is 2520, 2 after 1 is 2520 / 2; the second user takes 1 and 2 at once: 2520 more."""
+    none = np.zeros(5, dtype=np.int64)
+    rows = InOrder(np.arange(2), np.array([1, 3, 2, 1, 2]), none, none.astype(np.int8), np.array([0, 3, 5]))
+    assert following(rows, 10, 4) == {(1, 3): 2520, (3, 2): 2520, (1, 2): 1260 + 2520}
+
+
+@LAW
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 3)), max_size=80),
+    st.integers(1, 9),
+    st.integers(1, 30),
+)
+def test_items_are_added_up_whole_whatever_is_held_at_a_time(
+    rows: list[tuple[int, int, int]], limit: int, batch: int
+) -> None:
+    staged = sorted(rows, key=lambda row: row[0])
+    table = pa.table([pa.array(c) for c in zip(*staged, strict=True)] or [[]] * 3, names=next_items.PAIR.names)
+    expected: Counter[tuple[int, int]] = Counter()
+    for a, b, weight in rows:
+        expected[a, b] += weight
+    blocks = list(next_items.whole_items(table.cast(next_items.PAIR).to_batches(batch), 6, limit))
+    found = [(int(p) // 6, int(p) % 6, int(w)) for pair, weight in blocks for p, w in zip(pair, weight, strict=True)]
+    assert found == [(a, b, weight) for (a, b), weight in sorted(expected.items())]
+    items = [set(pair // 6) for pair, _ in blocks]
+    assert sum(map(len, items)) == len(set().union(*items)), "an item was cut"
+
+
+@LAW
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=8), max_size=6), st.integers(1, 5))
+def test_the_heaviest_are_kept_and_of_equal_ones_the_first(weights: list[list[int]], keep: int) -> None:
+    item = np.array([a for a, of_item in enumerate(weights) for _ in of_item], dtype=np.int64)
+    weight = np.array([w for of_item in weights for w in of_item], dtype=np.int64)
+    kept = [(int(item[at]), int(weight[at]), int(at)) for at in next_items.heaviest(item, weight, keep)]
+    rows = sorted(zip(item.tolist(), (-weight).tolist(), range(len(item)), strict=True))
+    assert kept == [(a, -w, at) for _, of_item in groupby(rows, lambda r: r[0]) for a, w, at in list(of_item)[:keep]]
+
+
 # ---- the pass over users, without Spark --------------------------------------------------------------------
 
 N_ITEMS = 30
@@ -169,10 +241,11 @@ def passed(rows: list[Row], length: int, batch: int = 1000) -> tuple[dict[str, A
             rule=SplitRule(Split(), SEED),
             negatives=Negatives(per_positive=1, draws=1, candidates=2),
             seed=SEED,
-            sequences=Sequences(length=length),
+            sequences=Sequences(length=length, steps=3),
         )
         [stats] = [json.loads(out.column(0)[0].as_py()) for out in user_pass(spec)(batches)]
-        names = {"recent": "recent", "interactions": "interactions", "windows": "staging-windows"}
+        names = {name: name for name in ("recent", "interactions")}
+        names |= {name: f"staging-{name}" for name in ("windows", "pairs")}
         tables = {
             name: pa.concat_tables([pq.read_table(f"{folder}/{path}/{file['path']}") for file in stats["files"][name]])
             for name, path in names.items()
@@ -198,6 +271,10 @@ def test_the_pass_writes_what_plain_python_makes(rows: list[Row], length: int, b
     assert rows_of(tables["recent"]) == [
         (user, *map(list, zip(*plain_recent(users[user], length), strict=True))) for user in sorted(users)
     ]
+    pairs: Counter[tuple[int, int]] = Counter()
+    for a, b, weight in rows_of(tables["pairs"]) if "pairs" in tables else []:
+        pairs[a, b] += weight
+    assert pairs == plain_pairs(train, 3)
     counts = stats["counts"]
     assert counts.get("windows", 0) == sum(stats["buckets"]["windows"]) == len(windows)
     assert counts["window_targets"] == sum(size - 1 for _, _, size, _, _ in windows)
@@ -207,7 +284,7 @@ def test_the_pass_writes_what_plain_python_makes(rows: list[Row], length: int, b
 
 # ---- nights ------------------------------------------------------------------------------------------------
 
-LENGTH = 4
+LENGTH, NEXT = 4, 6
 ITEMS = [5 * n + 3 for n in range(40)]
 
 
@@ -235,7 +312,7 @@ def config(root: Path, files: list[list[Row]], **sections: Any) -> Config:
         "paths": {"lake": str(root / "lake"), "work": str(root / "work")},
         "input": {"path": str(root / "raw")},
         "negatives": {"per_positive": 1, "draws": 1, "candidates": 5},
-        "sequences": {"length": LENGTH},
+        "sequences": {"length": LENGTH, "next_items": NEXT},
         "layout": {"min_files": 2, "world_sizes": [1, 2], "rows_per_file": 100},
         "spark": {"shuffle_partitions": 2},
         "seed": SEED,
@@ -257,7 +334,7 @@ def nights(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Nig
         "shuffled, in three files, more partitions than files": (
             [shuffled[n::3] for n in range(3)], {"spark": {"shuffle_partitions": 13}},
         ),
-        "without": ([LOG], {"sequences": {"length": 0}}),
+        "without": ([LOG], {"sequences": {"length": 0, "next_items": 400}}),
     }  # fmt: skip
     done: dict[str, Night] = {}
 
@@ -309,6 +386,23 @@ def test_recent_holds_every_user(nights: Nights) -> None:
     ]
 
 
+def test_next_items_are_the_heaviest_of_what_follows_an_item_in_train_rows(nights: Nights) -> None:
+    night = nights("as it is")
+    night.manifest.table(contracts.NEXT_ITEMS)
+    users = in_order(night.rows("interactions"))
+    train = {user: [(item, time) for item, time, split in rows if split == TRAIN] for user, rows in users.items()}
+    pairs = plain_pairs(train, 10)
+    follows: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for (a, b), weight in pairs.items():
+        follows[a].append((-weight, b))
+    kept = [(a, b, -weight) for a in sorted(follows) for weight, b in sorted(follows[a])[:NEXT]]
+    assert night.rows("next_items") == kept
+    assert len(kept) < len(pairs)
+    rows = Counter(item for items in train.values() for item, _ in items)
+    totals = [(a, rows[a], -sum(weight for weight, _ in follows[a])) for a in range(len(night.index("item")))]
+    assert night.rows("next_totals") == totals, "of what was cut, too, and of items that nobody has trained on"
+
+
 def test_order_files_and_partitions_change_no_byte(nights: Nights) -> None:
     first, other = nights("as it is"), nights("shuffled, in three files, more partitions than files")
     assert first.manifest.run_key != other.manifest.run_key
@@ -319,7 +413,7 @@ def test_order_files_and_partitions_change_no_byte(nights: Nights) -> None:
 def test_no_other_table_knows_of_them(nights: Nights) -> None:
     """A night without the tables of order has the same bytes in all others, and the same facts."""
     night, without = nights("as it is"), nights("without")
-    more = {"sequences", "recent"}
+    more = {"sequences", "recent", "next_items", "next_totals"}
     assert set(night.manifest.tables) == set(without.manifest.tables) | more
     assert {n: t for n, t in night.manifest.tables.items() if n not in more} == without.manifest.tables
     assert {n: f for n, f in night.manifest.facts.items() if n != "sequences"} == without.manifest.facts
