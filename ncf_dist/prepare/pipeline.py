@@ -82,7 +82,7 @@ def make_tables(
     """(every table of the contracts, the facts of the run, what a person should know). until: the first day whose rows
     are left for later nights; base: the run whose indexes this one extends."""
     # Type every row; write the bad ones to the quarantine.
-    ingested = ingest(space, config.input, inputs, ids, forget, until)
+    ingested = ingest(space, config.input, inputs, ids, forget, until, places=config.split.ties == "file")
     # Remove what the config's filters leave out.
     filtered = filter_rows(space, config, ingested, ids.item)
     # Number users and items, and also those items that are only candidates.
