@@ -43,7 +43,7 @@ shown = tee -a $(log) | { end=''; while read -r first second rest; do \
 build_tool = sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock
 
 # The stamp is written last. Without it .venv is half made, so it is built afresh; with an old one it is brought up to date in place.
-.venv/.installed: requirements-torch.txt requirements.lock pyproject.toml $(wildcard ncf_dist/train/*.cpp) $(python)
+.venv/.installed: requirements-torch.txt requirements.lock pyproject.toml $(wildcard ncf_dist/*/*.cpp) $(python)
 	$(if $(wrong_python),$(error $(wrong_python)))
 	$(if $(wrong_java),$(error $(wrong_java)))
 	@if [ ! -e $@ ] || ! $(pip) --version >/dev/null 2>&1; then \

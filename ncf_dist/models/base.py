@@ -102,6 +102,8 @@ class Recommender(nn.Module):
 
     sequential: ClassVar[bool] = False
     """Whether a user is described by what they did last (`models.Sequences`), in place of an index."""
+    history: int = 0
+    """Of a sequential model: the latest items that it looks at, at most."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,6 +24,15 @@ class Sequences:
         """Those of some users."""
         return Sequences(self.items[which], self.gaps[which], self.length[which])
 
+    def last(self, most: int) -> Sequences:
+        """The latest `most` items of each, as if what came before were not known: the first has no gap."""
+        if self.items.shape[1] <= most:
+            return self
+        length, slot = self.length.clamp(max=most), torch.arange(most, device=self.length.device)
+        place, there = slot + (self.length - length)[:, None], slot < length[:, None]
+        items, gaps = (torch.where(there, part.gather(1, place), 0) for part in (self.items, self.gaps))
+        return Sequences(items, torch.where(slot > 0, gaps, 0), length)
+
     def to(self, device: torch.device | str) -> Sequences:
         return Sequences(self.items.to(device), self.gaps.to(device), self.length.to(device))
 

@@ -8,7 +8,7 @@ Letters: U users of a call, I items, E eligible items, T items asked about, F an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,7 +18,9 @@ from torch.nn import functional
 
 from ncf_dist import products
 from ncf_dist.errors import ConfigError
-from ncf_dist.models import Recommender, Users
+from ncf_dist.item_item.part import Part
+from ncf_dist.models import RankingSide, Recommender, Sequences, Users
+from ncf_dist.scoring.sparse import Expansion, moved
 from ncf_dist.scoring.topk import IntArray, Lists
 
 USERS, ITEMS = 256, 1024
@@ -46,12 +48,16 @@ class ModelScorer:
     precision: `bf16` rounds the factors of the dot product to bfloat16 and adds up in float32. Hidden layers stay
     float32, which is faster for them. Where torch has no bf16 product (`engines.rounds`) everything is float32.
     engine: the library that computes float32 dot products on a CPU; the bits are the same.
+    parts: what is added to the model's scores for a user's latest items, in this order.
+
+    Users need `latest` where the model is sequential or there are parts.
 
     Memory, besides the model's weights (those of a local bundle are memory-mapped and shared by all processes of a
     machine): 4 (F + H) bytes an eligible item, e.g. 5.6 MiB for 20,000 × 64, and 8 for its index; buffers of USERS ×
     ITEMS scores and twice HIDDEN_NUMBERS hidden units, 2 MiB at most where no layer is wider than 64.
 
-    Raises ValueError for `eligible` that is not ascending or not in the catalogue, ConfigError where the products of
+    Raises ValueError for `eligible` that is not ascending or not in the catalogue, and for parts of a model whose
+    scores have a range; ConfigError where the products of
     this process depend on a row's position in its block, or on the engine.
     """
 
@@ -64,7 +70,10 @@ class ModelScorer:
         eligible: Tensor | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
         engine: Literal["mkl", "onednn"] = "mkl",
+        parts: Sequence[Part] = (),
     ) -> None:
+        if parts and model.y_range is not None:
+            raise ValueError(f"parts are added to scores of the range {model.y_range}; needed a model without a range")
         self.model, self.n_items = model.eval(), n_items
         self.device = next(model.parameters()).device
         every = torch.arange(n_items, device=self.device)
@@ -77,9 +86,12 @@ class ModelScorer:
         if eligible is not None:
             self.place = np.full(n_items, -1)
             self.place[eligible.cpu().numpy()] = np.arange(len(eligible))
+        self.given = [moved(part, self.device) for part in parts]
+        places = None if self.place is None else torch.from_numpy(self.place).int().to(self.device)
+        self.parts = [Expansion(part, places) for part in self.given]
         on_cpu = self.device.type == "cpu"
         number = -(-len(self) // ITEMS)
-        self.block = _Split(model, self.device, number + 1, precision, engine if on_cpu else "mkl")
+        self.block = _Split(model, self.device, number + 1, precision, engine if on_cpu else "mkl", self.parts)
         self.other = number
         """The number of a spare block, for items in any order."""
         if on_cpu and len(self):
@@ -91,10 +103,9 @@ class ModelScorer:
     def _check_positions(self) -> None:
         """Raise ConfigError where a score depends on its position: with this model's weights and shapes, a block of a
         few users and items, repeated, must repeat to the bit."""
-        users = torch.arange(USERS) % products.ROWS * self.model.n_users // products.ROWS
         items = torch.arange(ITEMS) % products.COLUMNS * len(self) // products.COLUMNS
         self.block.add_items(self.other, self.catalogue[items])
-        self.block.take_users(Users(users))
+        self.block.take_users(self._few_users())
         scores = self.block.scores(self.other).clone()
         if not products.repeats(scores, products.COLUMNS):
             raise ConfigError(products.refusal("a score of this model"))
@@ -104,6 +115,15 @@ class ModelScorer:
                 raise ConfigError(products.other_engine())
             self.block.engine = "onednn"
 
+    def _few_users(self) -> Users:
+        """USERS of them, `products.ROWS` repeated, with histories of several lengths."""
+        row, most = torch.arange(USERS, device=self.device) % products.ROWS, products.ROWS
+        index = torch.zeros_like(row) if self.model.sequential else row * self.model.n_users // most
+        slot = torch.arange(most, device=self.device)
+        there = slot <= row[:, None]
+        items = torch.where(there, (row[:, None] * most + slot) % self.n_items, 0)
+        return Users(index, Sequences(items, torch.zeros_like(items), there.sum(1)))
+
     def __len__(self) -> int:
         """E"""
         return len(self.catalogue)
@@ -112,9 +132,14 @@ class ModelScorer:
     def blocks(self, users: Users) -> Iterator[Tensor]:
         """U users, at most USERS → (U, ITEMS) scores of the eligible items 0 to ITEMS - 1, then of the
         next ones; -inf in the last block where there are no more. The next block may overwrite the memory of one."""
-        self.block.take_users(users.to(self.device))
+        users = users.to(self.device)
+        self.block.take_users(users)
+        for part in self.parts:
+            part.take(_latest(users))
         for first in range(0, len(self), ITEMS):
             scores = self.block.scores(first // ITEMS)[: len(users)]
+            for part in self.parts:
+                part.add(first, scores)
             scores[:, len(self) - first :] = -torch.inf
             yield scores
 
@@ -122,13 +147,27 @@ class ModelScorer:
     def of(self, users: Users, items: Tensor) -> Tensor:
         """U users, at most USERS, (T,) item indexes in any order → (U, T), the same bits as in `blocks`. Items that
         are not eligible are scored, too."""
-        self.block.take_users(users.to(self.device))
+        users = users.to(self.device)
+        self.block.take_users(users)
         scores = torch.empty(len(users), len(items), device=self.device)
         for first in range(0, len(items), ITEMS):
-            some = items[first : first + ITEMS].to(self.device)
+            some, place = items[first : first + ITEMS].unique(return_inverse=True)
+            some, place = some.to(self.device), place.to(self.device)
             self.block.add_items(self.other, _filled(some, ITEMS))
-            scores[:, first : first + ITEMS] = self.block.scores(self.other)[: len(users), : len(some)]
+            block = self.block.scores(self.other)[: len(users)]
+            self._add_parts(users, some, block)
+            scores[:, first : first + ITEMS] = block[:, place]
         return scores
+
+    def _add_parts(self, users: Users, items: Tensor, scores: Tensor) -> None:
+        """Add the parts of items (T,), ascending, to their scores (U, ITEMS)."""
+        if self.given:
+            places = items.new_full((self.n_items,), -1, dtype=torch.int32)
+            places[items] = torch.arange(len(items), dtype=torch.int32, device=self.device)
+        for part in self.given:
+            expansion = Expansion(part, places)
+            expansion.take(_latest(users))
+            expansion.add(0, scores)
 
     def scores(self, users: Users) -> Tensor:
         scores = torch.full((len(users), self.n_items), -torch.inf, device=self.device)
@@ -174,13 +213,22 @@ class _Split:
     Hidden units are (H, pairs): with the pairs last, the small products are as fast as large ones.
     """
 
-    def __init__(self, model: Recommender, device: torch.device, number: int, precision: str, engine: str) -> None:
-        """number: of blocks."""
+    def __init__(
+        self,
+        model: Recommender,
+        device: torch.device,
+        number: int,
+        precision: str,
+        engine: str,
+        parts: Sequence[Expansion] = (),
+    ) -> None:
+        """number: of blocks. parts: what they add to every item is columns of the product."""
         self.model, self.precision, self.engine = model, precision, engine
+        self.parts = [part for part in parts if part.rows.column is not None]
         self.layers = model.ranking_layers()
         side = model.ranking_items(torch.zeros(1, dtype=torch.int64, device=device))
         empty = side.dot.new_empty
-        self.item_dot = empty(number, side.dot.shape[1] + bool(self.layers), ITEMS)
+        self.item_dot = empty(number, side.dot.shape[1] + bool(self.layers) + len(self.parts), ITEMS)
         self.item_hidden = empty(number, side.hidden.shape[1], 1, ITEMS)
         self.out = empty(USERS, ITEMS)
         widths = [weight.shape[1] for weight, _ in self.layers]
@@ -195,11 +243,12 @@ class _Split:
         """Keep the side of ITEMS items as block `number`."""
         side = self.model.ranking_items(items)
         dot = functional.pad(side.dot, (0, 1), value=1.0) if self.layers else side.dot
-        self.item_dot[number], self.item_hidden[number, :, 0] = dot.T, side.hidden.T
+        columns = [part.column(items) for part in self.parts]
+        self.item_dot[number], self.item_hidden[number, :, 0] = torch.cat([dot, *columns], 1).T, side.hidden.T
 
     def take_users(self, users: Users) -> None:
         """The users of the next blocks, USERS at most."""
-        side = self.model.ranking_users(_filled(users.index, USERS))
+        side = self._user_side(users)
         self.user_dot, self.cuts = side.dot, []
         if self.layers:
             cuts, c = [], side.hidden
@@ -208,6 +257,17 @@ class _Split:
                 c = functional.linear(c, weight, bias)
             self.user_dot = torch.cat([side.dot, c], 1)
             self.cuts = list(zip(*cuts, strict=True))[: -(-len(users) // self.step)]
+
+    def _user_side(self, users: Users) -> RankingSide:
+        """Of the users and then of the first one again, USERS rows. A model of histories pads on its own."""
+        if self.model.sequential:
+            side = self.model.ranking_users(_latest(users).last(self.model.history))
+            dot, hidden = _filled(side.dot, USERS), _filled(side.hidden, USERS)
+        else:
+            dot, hidden = self.model.ranking_users(_filled(users.index, USERS))
+        for part in self.parts:
+            dot = torch.cat([dot, _filled(part.worth(_latest(users)), USERS)], 1)
+        return RankingSide(dot, hidden)
 
     def scores(self, number: int) -> Tensor:
         """(USERS, ITEMS) of block `number`; the rows of users that were not asked for mean nothing."""
@@ -234,9 +294,16 @@ def _into_range_(score: Tensor, low: float, high: float) -> Tensor:
     return score.sigmoid_().mul_(high - low).add_(low)
 
 
-def _filled(index: Tensor, step: int) -> Tensor:
-    """`index` and then its first entry until the length is a multiple of `step`."""
-    return torch.cat([index, index[:1].expand(-len(index) % step)])
+def _filled(rows: Tensor, step: int) -> Tensor:
+    """`rows` and then its first one until the length is a multiple of `step`."""
+    return torch.cat([rows, rows[:1].expand(-len(rows) % step, *rows.shape[1:])])
+
+
+def _latest(users: Users) -> Sequences:
+    """What they did last. Raises ValueError where they come without."""
+    if users.latest is None:
+        raise ValueError("users come without their latest items; needed these for a model of histories and for parts")
+    return users.latest
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, precision: str, engine: str) -> Tensor:

@@ -9,19 +9,15 @@ operations are used.
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.util
-import logging
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ncf_dist import native
 from ncf_dist.models import GMF, MLP, FirstLayer, NeuMF, Product, Recommender
 from ncf_dist.train.loaders import Batch
-
-log = logging.getLogger(__name__)
 
 BUILDS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}
 """What the CPU can do, as torch names it → the builds that it can run, best first."""
@@ -55,17 +51,9 @@ class _Step(ctypes.Structure):
     )
 
 
-@functools.cache
 def library(build: str) -> ctypes.CDLL | None:
     """One build of the library; None where it was not compiled."""
-    spec = importlib.util.find_spec(f"{__package__}._neumf_step_{build}")
-    if spec is None or spec.origin is None:
-        return None
-    try:
-        return ctypes.CDLL(spec.origin)
-    except OSError as error:
-        log.warning("%s cannot be loaded (%s): torch's operations are used; run make -B install", spec.origin, error)
-        return None
+    return native.library(f"{__package__}._neumf_step_{build}")
 
 
 def best_library() -> ctypes.CDLL | None:
