@@ -34,7 +34,7 @@ class Split(Section):
     `null` draws them."""
     ties: Literal["hash", "file"] = "hash"
     """Order of a user's rows of equal time: by a `hash` of seed, user and item, whatever the order of the log, or as
-    they stand in the `file`, as papers do; then a shuffled log gives other splits."""
+    they stand in the `file` (files by their path), as papers do; then a shuffled log gives other splits."""
     validation: bool = True
     """Whether train gives up rows for validation, by the rule that makes the test (`files`: each user's latest).
     Without them the last epoch is kept: for the final fit, after the settings are chosen."""

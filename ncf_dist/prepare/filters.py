@@ -82,10 +82,12 @@ def apply_filters(
 
 
 def unique(rows: DataFrame) -> DataFrame:
-    """One row a (user, item): of the test file before the train file, then the latest, then the highest rating."""
-    best = F.max(F.struct("part", "timestamp", "rating")).alias("best")
+    """One row a (user, item): of the test file before the train file, then the latest, then the highest rating, and of
+    rows that are equal in all of these the last of the log, where their places are known."""
+    place = [name for name in rows.columns if name == "place"]
+    best = F.max(F.struct("part", "timestamp", "rating", *place)).alias("best")
     grouped = rows.groupBy("user_id", "item_id").agg(best)
-    return grouped.select("user_id", "item_id", "best.rating", "best.timestamp", "best.part")
+    return grouped.select("user_id", "item_id", *[f"best.{name}" for name in ("rating", "timestamp", "part", *place)])
 
 
 def _row_rule(config: Input, item_type: pa.DataType) -> Column:
@@ -117,9 +119,11 @@ def _listed_items(given: Sequence[str | int], item_type: pa.DataType, name: str)
 
 
 def cap_users(rows: DataFrame, most: int, seed: int) -> DataFrame:
-    """The `most` latest rows of each user; equal times are ordered by a hash."""
+    """The `most` latest rows of each user; equal times are ordered by the place in the log where that is known, else by
+    a hash."""
     tie = F.xxhash64(F.lit(seed), F.lit(int(Purpose.USER_CAP)), "user_id", "item_id")
-    latest = Window.partitionBy("user_id").orderBy(F.desc("timestamp"), tie, "item_id")
+    first = F.desc("place") if "place" in rows.columns else tie
+    latest = Window.partitionBy("user_id").orderBy(F.desc("timestamp"), first, "item_id")
     return rows.withColumn("_place", F.row_number().over(latest)).where(F.col("_place") <= most).drop("_place")
 
 

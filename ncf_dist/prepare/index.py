@@ -52,7 +52,8 @@ class Indexes:
     def of(self, rows: DataFrame) -> DataFrame:
         """Rows with user_idx and item_idx in place of the ids."""
         indexed = rows.join(self.items, "item_id").join(self.users, "user_id")
-        return indexed.select("user_idx", "item_idx", "rating", "timestamp", "part")
+        further = [name for name in rows.columns if name not in ("user_id", "item_id")]
+        return indexed.select("user_idx", "item_idx", *further)
 
 
 # ---- the run that a night extends

@@ -28,7 +28,7 @@ from ncf_dist.prepare.forget import Forget
 from ncf_dist.prepare.formats import FORMATS
 from ncf_dist.prepare.hints import hint, time_warnings
 from ncf_dist.prepare.id_types import IdTypes
-from ncf_dist.prepare.interactions import LATE, RowSpec, staged_schema, typed
+from ncf_dist.prepare.interactions import LATE, RowSpec, typed
 from ncf_dist.prepare.reading import read_unit
 from ncf_dist.prepare.records import RecordSpan, read_ranges
 from ncf_dist.prepare.run_inputs import RunInputs
@@ -44,9 +44,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ingested:
-    """The log as typed rows. rows: user_id, item_id, rating, timestamp, part; user_ids, item_ids: one column, each id
-    once or a few times; read: rows of the input; quarantined: rows by reason; forgotten: rows of users to be forgotten;
-    warnings: what a person should know of the times.
+    """The log as typed rows. rows: user_id, item_id, rating, timestamp, part, and place where asked for; user_ids,
+    item_ids: one column, each id once or a few times; read: rows of the input; quarantined: rows by reason; forgotten:
+    rows of users to be forgotten; warnings: what a person should know of the times.
     """
 
     rows: DataFrame
@@ -65,9 +65,10 @@ class Ingested:
 
 
 def ingest(
-    space: Workspace, config: Input, inputs: RunInputs, ids: IdTypes, forget: Forget, until: dt.date
+    space: Workspace, config: Input, inputs: RunInputs, ids: IdTypes, forget: Forget, until: dt.date, places: bool
 ) -> Ingested:
-    """Read the log (and the split's test file). until: the first day whose rows are left for later nights.
+    """Read the log (and the split's test file). until: the first day whose rows are left for later nights; places:
+    whether rows keep their place in the log.
 
     Raises InputError where there is no row, where too many are bad (then the quarantine is written all the same), and
     where a file cannot be read.
@@ -80,6 +81,7 @@ def ingest(
         rating_range=config.rating_range,
         staging=space.staging,
         forget=forget,
+        places=places,
     )
     stats = _read_all(space, config, spec)
     if inputs.test:
@@ -103,9 +105,8 @@ def ingest(
     warnings = time_warnings(config, stats, reasons, total - forgotten, until)
     for warning in warnings:
         log.warning("%s", warning)
-    schema = staged_schema(*ids)
-    rows = space.read(_staged_files(stats, "rows"), schema)
-    users, items = (space.read(_staged_files(stats, name), pa.schema([schema.field(name)])) for name in ID_COLUMNS)
+    rows = space.read(_staged_files(stats, "rows"), spec.schema)
+    users, items = (space.read(_staged_files(stats, name), pa.schema([spec.schema.field(name)])) for name in ID_COLUMNS)
     return Ingested(rows, users, items, quarantine, total, dict(sorted(reasons.items())), forgotten, warnings)
 
 

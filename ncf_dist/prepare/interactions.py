@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ncf_dist.contracts import QUARANTINE
+from ncf_dist.errors import InputError
 from ncf_dist.prepare.chunks import Chunk, as_mask
 from ncf_dist.prepare.forget import NOBODY, Forget
 from ncf_dist.prepare.source import Source
@@ -30,7 +31,9 @@ from ncf_dist.prepare.values import (
     moments,
     truths,
 )
+from ncf_dist.sampling import IntArray
 
+PLACE_BITS, FILE_BITS = 44, 18
 NULLS = pa.array(["\\N", "NULL", "null"])
 """How databases write a missing id as text."""
 LATE = "timestamp is at or after the end of the window"
@@ -41,7 +44,8 @@ FAR = "timestamp is after the year 2199"
 @dataclass(frozen=True)
 class RowSpec:
     """What a row must be; sent to the workers. until: microseconds since 1970, the first moment that is too late;
-    part: 0 for the log, 1 for the split's test file; staging: the folder that rows are written to."""
+    part: 0 for the log, 1 for the split's test file; staging: the folder that rows are written to; places: whether
+    rows keep their place in the log."""
 
     source: Source
     user_id: pa.DataType
@@ -52,18 +56,26 @@ class RowSpec:
     staging: str
     part: int = 0
     forget: Forget = NOBODY
+    places: bool = False
+
+    def __post_init__(self) -> None:
+        if self.places and len(self.source.files) > 2**FILE_BITS:
+            raise InputError(
+                f"split.ties is file, and the log has {len(self.source.files):,} files; needed at most "
+                f"{2**FILE_BITS:,}: join files, or set split.ties=hash"
+            )
 
     @property
     def schema(self) -> pa.Schema:
-        return staged_schema(self.user_id, self.item_id)
-
-
-def staged_schema(user_id: pa.DataType, item_id: pa.DataType) -> pa.Schema:
-    """Accepted rows on their way to the tables. part: 0, or 1 where the row is from the test file."""
-    kinds = {
-        "user_id": user_id, "item_id": item_id, "rating": pa.float32(), "timestamp": pa.int64(), "part": pa.int8(),
-    }  # fmt: skip
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
+        """Accepted rows on their way to the tables. part: 0, or 1 where the row is from the test file; place: where it
+        stands in the log (`_place`), on demand."""
+        kinds = {
+            "user_id": self.user_id, "item_id": self.item_id, "rating": pa.float32(), "timestamp": pa.int64(),
+            "part": pa.int8(),
+        }  # fmt: skip
+        if self.places:
+            kinds["place"] = pa.int64()
+        return pa.schema([pa.field(name, kind, nullable=False) for name, kind in kinds.items()])
 
 
 def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
@@ -76,6 +88,8 @@ def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
         "timestamp": _timestamp(chunk, spec.time_unit, spec.until),
         "part": pa.array(np.full(size, spec.part, dtype=np.int8)),
     }
+    if spec.places:
+        columns["place"] = pa.array(_place(chunk, spec.part))
     rejected = chunk.rejected()
     forgotten = spec.forget.among(columns["user_id"])
     if not rejected.any() and not forgotten.any():
@@ -97,6 +111,12 @@ def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
         schema=QUARANTINE.schema,
     )
     return rows, rejects
+
+
+def _place(chunk: Chunk, part: int) -> IntArray:
+    """(R,) numbers that ascend as rows stand in the log, the test file after it: 18 bits of the file's number, 44 of
+    where in the file a row begins."""
+    return chunk.place.astype(np.int64) + (part << PLACE_BITS + FILE_BITS) + (chunk.file << PLACE_BITS)
 
 
 def _id(chunk: Chunk, name: str, kind: pa.DataType) -> pa.Array:

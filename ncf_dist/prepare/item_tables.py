@@ -29,7 +29,7 @@ def item_weights(space: Workspace, indexes: Indexes, counts: DataFrame, alpha: f
     total = int(powers.agg(F.sum("_power")).collect()[0][0])
     weight = F.greatest(F.lit(1), F.floor(F.col("_power") / F.lit(float(total)) * F.lit(float(WEIGHT_TOTAL))))
     weighted = powers.select("item_idx", weight.cast("bigint").alias("weight"))
-    return write_table(weighted, space.run, contracts.ITEM_WEIGHTS, _file_of_item())
+    return write_table(weighted, space.run, contracts.ITEM_WEIGHTS, file_of_item())
 
 
 def read_weights(files: Sequence[str], n_items: int) -> IntArray:
@@ -50,8 +50,9 @@ def write_item_stats(space: Workspace, indexes: Indexes, interactions: TableInfo
     stats = indexes.items.join(counted, "item_idx", "left").select(
         "item_idx", F.coalesce("train_count", F.lit(0)).cast("bigint").alias("train_count")
     )
-    return write_table(stats, space.run, contracts.ITEM_STATS, _file_of_item())
+    return write_table(stats, space.run, contracts.ITEM_STATS, file_of_item())
 
 
-def _file_of_item() -> Column:
+def file_of_item() -> Column:
+    """The number of the file that holds an item, in tables of one row an item."""
     return F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE))

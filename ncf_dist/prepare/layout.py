@@ -49,17 +49,15 @@ def write_train_table(space: Workspace, config: Config, users: UserTables) -> Ta
     return write_in_hashed_order(space, staged, users.train.buckets, contract, config.layout)
 
 
-def write_sequences_table(space: Workspace, config: Config, users: UserTables) -> dict[str, TableInfo]:
-    """The table sequences, where the config has one, from the windows that the pass over users staged. A window counts
-    as sequences.length rows of a file, so that a reader holds about as many items at a time as of the train table."""
+def write_sequences_table(space: Workspace, config: Config, users: UserTables) -> TableInfo:
+    """Write the table sequences from the windows that the pass over users staged. A window counts as sequences.length
+    rows of a file, so that a reader holds about as many items at a time as of the train table."""
     length = config.sequences.length
-    if users.windows is None:
-        return {}
+    assert users.windows is not None
     rows_per_file = max(1, config.layout.rows_per_file // length)
     layout = config.layout.model_copy(update={"rows_per_file": rows_per_file})
     staged = space.read(users.windows.files, staged_windows(length))
-    table = write_in_hashed_order(space, staged, users.windows.buckets, sequences(length), layout)
-    return {table.path: table}
+    return write_in_hashed_order(space, staged, users.windows.buckets, sequences(length), layout)
 
 
 def write_in_hashed_order(

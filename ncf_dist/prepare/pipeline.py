@@ -24,15 +24,16 @@ from ncf_dist.prepare.filters import filter_rows
 from ncf_dist.prepare.forget import Forget
 from ncf_dist.prepare.given_candidates import given_candidates, with_candidates
 from ncf_dist.prepare.id_types import IdTypes, id_types
-from ncf_dist.prepare.index import base_run, base_types, extend_indexes
+from ncf_dist.prepare.index import Indexes, base_run, base_types, extend_indexes
 from ncf_dist.prepare.ingest import ingest
 from ncf_dist.prepare.item_tables import write_item_stats
 from ncf_dist.prepare.layout import write_sequences_table, write_train_table
+from ncf_dist.prepare.next_items import write_next_items
 from ncf_dist.prepare.run_inputs import RunInputs
 from ncf_dist.prepare.sequences import sequence_facts
 from ncf_dist.prepare.side_tables import write_side_tables
 from ncf_dist.prepare.splits import split_facts, split_rule
-from ncf_dist.prepare.user_tables import write_user_tables
+from ncf_dist.prepare.user_tables import UserTables, write_user_tables
 from ncf_dist.prepare.workspace import STAGING, Workspace
 from ncf_dist.spark_io import spark_session
 from ncf_dist.stage import Outcome, StageRun, Upstream
@@ -81,7 +82,7 @@ def make_tables(
     """(every table of the contracts, the facts of the run, what a person should know). until: the first day whose rows
     are left for later nights; base: the run whose indexes this one extends."""
     # Type every row; write the bad ones to the quarantine.
-    ingested = ingest(space, config.input, inputs, ids, forget, until)
+    ingested = ingest(space, config.input, inputs, ids, forget, until, places=config.split.ties == "file")
     # Remove what the config's filters leave out.
     filtered = filter_rows(space, config, ingested, ids.item)
     # Number users and items, and also those items that are only candidates.
@@ -98,7 +99,7 @@ def make_tables(
     # Lay the train rows, and windows of the users' order, out in equal files, in hashed order.
     train = write_train_table(space, config, users)
     log.info("train: %s rows in %d files", f"{train.rows:,}", len(train.files))
-    ordered = write_sequences_table(space, config, users)
+    ordered = write_order_tables(space, config, indexes, users)
     # What belongs to items and users.
     item_stats = write_item_stats(space, indexes, users.tables[INTERACTIONS.name])
     sides = write_side_tables(space, config.input, inputs, indexes, ids, forget)
@@ -108,3 +109,18 @@ def make_tables(
     facts |= sequence_facts(config.sequences, users.counts)
     tables = {**made, "item_stats": item_stats, **sides.tables}
     return tables, {**facts, **split_facts(rule), **sides.facts}, ingested.warnings
+
+
+def write_order_tables(
+    space: Workspace, config: Config, indexes: Indexes, users: UserTables
+) -> Mapping[str, TableInfo]:
+    """What models of histories read beside `recent`; nothing where sequences.length is 0."""
+    if not config.sequences.length:
+        return {}
+    sequences = write_sequences_table(space, config, users)
+    log.info("sequences: %s windows in %d files", f"{sequences.rows:,}", len(sequences.files))
+    tables = {sequences.path: sequences}
+    if config.sequences.next_items:
+        interactions = users.tables[INTERACTIONS.name]
+        tables |= write_next_items(space, config.sequences, indexes, users.pairs, interactions)
+    return tables

@@ -22,14 +22,16 @@ import pyarrow as pa
 from ncf_dist import contracts
 from ncf_dist.config import Sequences
 from ncf_dist.gaps import gap_code
+from ncf_dist.parquet import FileInfo
+from ncf_dist.prepare.next_items import PairSink
 from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.prepare.user_blocks import Block
 from ncf_dist.prepare.user_files import StagingSink, UserSink, lists, offsets_of
 from ncf_dist.sampling import IntArray, Purpose, hash64
 from ncf_dist.spark_io import ROWS_PER_FILE
 
-WINDOWS = "windows"
-"""The name of the staged windows."""
+WINDOWS, PAIRS = "windows", "pairs"
+"""The names of the staged windows and pairs."""
 CELLS = 2**21
 """Items of all windows that are made at a time; what bounds the memory."""
 
@@ -138,22 +140,26 @@ def _binary(rows: npt.NDArray[Any]) -> pa.Array:
 class OrderSinks:
     """What the pass over users writes of their order: nothing where sequences.length is 0."""
 
-    def __init__(self, config: Sequences, run: str, staging: str, users_per_file: int, seed: int) -> None:
-        self.length, self.seed = config.length, seed
+    def __init__(self, config: Sequences, run: str, staging: str, users_per_file: int, n_items: int, seed: int) -> None:
+        self.config, self.users_per_file, self.seed = config, users_per_file, seed
         self.recent = UserSink(f"{run}/{contracts.RECENT.name}", contracts.RECENT.schema, users_per_file)
         # Some 40 MB a file, however long the windows are.
-        rows_per_file = max(1, 8 * ROWS_PER_FILE // (self.length + 1))
-        self.windows = StagingSink(f"{staging}-windows", staged_windows(self.length), users_per_file, rows_per_file)
+        rows_per_file = max(1, 8 * ROWS_PER_FILE // (config.length + 1))
+        windows = staged_windows(config.length)
+        self.windows = StagingSink(f"{staging}-{WINDOWS}", windows, users_per_file, rows_per_file)
+        self.pairs = PairSink(f"{staging}-{PAIRS}", config.steps, n_items)
 
-    @property
-    def sinks(self) -> Mapping[str, UserSink]:
-        return {contracts.RECENT.name: self.recent, WINDOWS: self.windows} if self.length else {}
+    def close(self) -> dict[str, list[FileInfo]]:
+        """Files by the name of their table."""
+        return {
+            contracts.RECENT.name: self.recent.close(), WINDOWS: self.windows.close(), PAIRS: self.pairs.close(),
+        }  # fmt: skip
 
     def write(self, block: Block, split: npt.NDArray[np.int8], rule: SplitRule, counts: Counter[str]) -> None:
-        if not self.length:
+        if not self.config.length:
             return
         rows = InOrder.of(block, split, block.in_time(rule))
-        latest = recent(rows, self.length)
+        latest = recent(rows, self.config.length)
         columns = {
             "user_idx": rows.users,
             "item_idx": lists(latest.item, latest.offsets),
@@ -164,9 +170,11 @@ class OrderSinks:
         train = rows.where(rows.split == contracts.TRAIN_SPLIT)
         sizes = np.diff(train.offsets)
         counts.update(window_targets=int(np.maximum(sizes - 1, 0).sum()), users_without_windows=int((sizes < 2).sum()))
-        for user, window in window_rows(train, self.length, self.seed):
+        for user, window in window_rows(train, self.config.length, self.seed):
             counts["windows"] += len(user)
             self.windows.add_rows(user, window)
+        if self.config.next_items:
+            self.pairs.write(train.item, train.row, int(rows.users[-1]) // self.users_per_file)
 
 
 def sequence_facts(config: Sequences, counts: Mapping[str, int]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ cutoffs once.
 - files: rows of the test file are test rows; validation is each user's latest train row, where another is left.
 - none: every row is a train row.
 
-Equal times are ordered by a hash of (seed, user, item).
+Equal times are ordered by a hash of (seed, user, item), or with split.ties=file as the rows stand in the log.
 """
 
 from __future__ import annotations
@@ -52,15 +52,22 @@ class SplitRule:
     validation: Cutoff | None = None
 
     def __call__(
-        self, user: IntArray, item: IntArray, timestamp: IntArray, part: npt.NDArray[np.int8], offsets: IntArray
+        self,
+        user: IntArray,
+        item: IntArray,
+        timestamp: IntArray,
+        part: npt.NDArray[np.int8],
+        offsets: IntArray,
+        place: IntArray | None = None,
     ) -> tuple[npt.NDArray[np.int8], int]:
         """((R,) split codes of `contracts`, users whose split a tie in time decided).
 
-        user, item, timestamp, part: (R,) of whole users; offsets: (U+1,) where each begins.
+        user, item, timestamp, part: (R,) of whole users, and place where split.ties is file; offsets: (U+1,) where each
+        begins.
         """
         code = np.full(len(user), TRAIN_SPLIT, dtype=np.int8)
         strategy, tied = self.split.strategy, 0
-        tie = self.tie(user, item)
+        tie = self.tie(user, item, place)
         if strategy in ("leave-one-out", "leave-k-out"):
             tied = leave_k(code, timestamp, tie, offsets, self.split.k, self.split.min_interactions)
         elif strategy == "temporal":
@@ -79,8 +86,11 @@ class SplitRule:
             code[code == VALIDATION_SPLIT] = TRAIN_SPLIT
         return code, tied
 
-    def tie(self, user: IntArray, item: IntArray) -> IntArray:
+    def tie(self, user: IntArray, item: IntArray, place: IntArray | None) -> IntArray:
         """(R,) what orders rows of equal time."""
+        if self.split.ties == "file":
+            assert place is not None, "rows came without their places in the log"
+            return place
         tie: IntArray = hash64(self.seed, int(Purpose.TIME_TIE), user, item)
         return tie
 
@@ -150,17 +160,17 @@ def temporal_rule(rule: SplitRule, rows: DataFrame, indexed: DataFrame, n: int) 
         left = rows.where(F.col("timestamp") < test.time).count()
     else:
         left = n - round(n * split.test_fraction)
-        test = _cut_at(rows, indexed, left, n, rule.seed)
+        test = _cut_at(rows, indexed, left, n, rule)
     validation = None
     if split.validation:
         if split.validation_from is not None:
             validation = Cutoff(day_start(split.validation_from))
         else:
-            validation = _cut_at(rows, indexed, left - round(left * split.validation_fraction), n, rule.seed)
+            validation = _cut_at(rows, indexed, left - round(left * split.validation_fraction), n, rule)
     return replace(rule, test=test, validation=validation)
 
 
-def _cut_at(rows: DataFrame, indexed: DataFrame, position: int, n: int, seed: int) -> Cutoff:
+def _cut_at(rows: DataFrame, indexed: DataFrame, position: int, n: int, rule: SplitRule) -> Cutoff:
     """The cutoff below which exactly `position` of the n rows are."""
     if position >= n:
         return Cutoff(2**63 - 1)
@@ -169,7 +179,8 @@ def _cut_at(rows: DataFrame, indexed: DataFrame, position: int, n: int, seed: in
     if earlier == position:
         return Cutoff(time)
     at_cut = indexed.where(F.col("timestamp") == time)
-    tie = hash64_column(seed, int(Purpose.TIME_TIE), F.col("user_idx"), F.col("item_idx"))
+    hashed = hash64_column(rule.seed, int(Purpose.TIME_TIE), F.col("user_idx"), F.col("item_idx"))
+    tie = F.col("place") if rule.split.ties == "file" else hashed
     return Cutoff(time, value_at(at_cut, tie, position - earlier))
 
 

@@ -1,7 +1,8 @@
 """Blocks of whole users as NumPy arrays: what the pass over users works on.
 
 Rows arrive grouped by user and ascending in user_idx. Of rows with the same (user, item) one is kept: a row of the test
-file before one of the train file, then the latest, then the highest rating (rows equal in all of these are the same).
+file before one of the train file, then the latest, then the highest rating. Rows equal in all of these are the same,
+but for their place in the log, where rows have one: then the last is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BLOCK_ROWS = 262_144
 @dataclass(frozen=True)
 class Block:
     """Whole users, rows ascending by (user, item), each pair once. R rows, U users.
-    candidates: (R,) object, the given list of a test row or None."""
+    candidates: (R,) object, the given list of a test row or None; place: (R,) where rows stand in the log."""
 
     user: IntArray
     item: IntArray
@@ -32,6 +33,7 @@ class Block:
     part: npt.NDArray[np.int8]
     offsets: IntArray
     candidates: npt.NDArray[np.object_] | None = None
+    place: IntArray | None = None
 
     @property
     def users(self) -> IntArray:
@@ -43,11 +45,11 @@ class Block:
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     def split(self, rule: SplitRule) -> tuple[npt.NDArray[np.int8], int]:
-        return rule(self.user, self.item, self.timestamp, self.part, self.offsets)
+        return rule(self.user, self.item, self.timestamp, self.part, self.offsets, self.place)
 
     def in_time(self, rule: SplitRule) -> IntArray:
         """(R,) the rows of each user in order of time."""
-        return latest_first(self.timestamp, rule.tie(self.user, self.item), self.offsets)[0]
+        return latest_first(self.timestamp, rule.tie(self.user, self.item, self.place), self.offsets)[0]
 
 
 def whole_users(
@@ -90,9 +92,10 @@ def deduplicate(columns: dict[str, npt.NDArray[Any]], n_items: int) -> Block:
     order = np.argsort(pair)
     repeated = np.diff(pair[order]) == 0
     if repeated.any():
-        order = np.lexsort((-rating, -timestamp, -part, pair))
+        latest = [-columns["place"]] if "place" in columns else []
+        order = np.lexsort((*latest, -rating, -timestamp, -part, pair))
         order = order[np.concatenate([[True], np.diff(pair[order]) != 0])]
     user = user[order]
     offsets = np.concatenate([[0], np.flatnonzero(np.diff(user)) + 1, [len(user)]]).astype(np.int64)
-    given = columns["candidates"][order] if "candidates" in columns else None
-    return Block(user, item[order], rating[order], timestamp[order], part[order], offsets, given)
+    given, place = (columns[name][order] if name in columns else None for name in ("candidates", "place"))
+    return Block(user, item[order], rating[order], timestamp[order], part[order], offsets, given, place)

@@ -28,7 +28,7 @@ from ncf_dist.config import Config, Negatives, Sequences
 from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.prepare.index import Indexes
 from ncf_dist.prepare.item_tables import item_weights, read_weights
-from ncf_dist.prepare.sequences import WINDOWS, OrderSinks
+from ncf_dist.prepare.sequences import PAIRS, WINDOWS, OrderSinks
 from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.prepare.user_blocks import Block, deduplicate, whole_users
 from ncf_dist.prepare.user_files import StagingSink, UserSink, lists, offsets_of
@@ -74,11 +74,13 @@ class Staged:
 @dataclass(frozen=True)
 class UserTables:
     """tables: those of `BY_USER`, recent where it is made, and item_weights where negatives are weighted; train,
-    windows: rows for the tables train and sequences (None where it is not made); counts: of rows and users, by name."""
+    windows: rows for the tables train and sequences (None where it is not made); pairs: files of pairs of items;
+    counts: of rows and users, by name."""
 
     tables: Mapping[str, TableInfo]
     train: Staged
     windows: Staged | None
+    pairs: Sequence[str]
     counts: Counter[str]
 
 
@@ -122,17 +124,18 @@ def write_user_tables(
     ordered = config.sequences.length > 0
     for contract in (*BY_USER, contracts.RECENT) if ordered else BY_USER:
         tables[contract.name] = table_info(contract, _files(tasks, contract.name), space.run)
-    windows = _staged(tasks, WINDOWS, f"{spec.staging}-{WINDOWS}") if ordered else None
-    return UserTables(tables, _staged(tasks, TRAIN_ROWS, spec.staging), windows, totals)
+    train, windows, pairs = (_staged(tasks, spec.staging, name) for name in (TRAIN_ROWS, WINDOWS, PAIRS))
+    return UserTables(tables, train, windows if ordered else None, pairs.files, totals)
 
 
 def _files(tasks: Sequence[Mapping[str, Any]], name: str) -> list[FileInfo]:
     return [FileInfo(**info) for task in tasks for info in task["files"][name]]
 
 
-def _staged(tasks: Sequence[Mapping[str, Any]], name: str, folder: str) -> Staged:
+def _staged(tasks: Sequence[Mapping[str, Any]], staging: str, name: str) -> Staged:
+    folder = staging if name == TRAIN_ROWS else f"{staging}-{name}"
     files = [f"{folder}/{info.path}" for info in _files(tasks, name)]
-    return Staged(files, np.sum([task["buckets"][name] for task in tasks], axis=0))
+    return Staged(files, np.sum([task["buckets"].get(name, 0) for task in tasks], axis=0))
 
 
 def train_contract(negatives: Negatives, explicit: bool) -> contracts.Contract:
@@ -191,18 +194,20 @@ class _Writers:
     def __init__(self, spec: UserPass) -> None:
         self.spec = spec
         share = spec.users_per_file
-        self.order = OrderSinks(spec.sequences, spec.run, spec.staging, share, spec.seed)
+        self.order = OrderSinks(spec.sequences, spec.run, spec.staging, share, spec.n_items, spec.seed)
         self.sinks = {c.name: UserSink(f"{spec.run}/{c.name}", c.schema, share) for c in BY_USER}
-        self.sinks[TRAIN_ROWS] = StagingSink(spec.staging, staging_schema(spec.negatives, spec.explicit), share)
-        self.sinks |= self.order.sinks
+        self.staged = StagingSink(spec.staging, staging_schema(spec.negatives, spec.explicit), share)
         self.weights = read_weights(spec.weights, spec.n_items) if spec.weights else None
 
-    def close(self) -> dict[str, Any]:
-        return {name: sink.close() for name, sink in self.sinks.items()}
+    def close(self) -> dict[str, list[FileInfo]]:
+        """Files by the name of their table."""
+        sinks = {**self.sinks, TRAIN_ROWS: self.staged}
+        return {name: sink.close() for name, sink in sinks.items()} | self.order.close()
 
     @property
     def buckets(self) -> dict[str, list[int]]:
-        return {name: sink.buckets.tolist() for name, sink in self.sinks.items() if isinstance(sink, StagingSink)}
+        staged = {TRAIN_ROWS: self.staged, WINDOWS: self.order.windows}
+        return {name: sink.buckets.tolist() for name, sink in staged.items()}
 
     def write(self, block: Block, counts: Counter[str]) -> None:
         split, tied = block.split(self.spec.rule)
@@ -255,7 +260,7 @@ class _Writers:
             user, item = columns["user_idx"], columns["item_idx"]
         counts["train"] += len(user)
         order = hash64(spec.seed, int(Purpose.TRAIN_ORDER), user, item)
-        self.sinks[TRAIN_ROWS].add_rows(user, {**columns, "order_hash": order})
+        self.staged.add_rows(user, {**columns, "order_hash": order})
 
     def _contrasted(
         self, block: Block, in_train: npt.NDArray[np.bool_], row: IntArray, users: int, counts: Counter[str]

@@ -1,0 +1,176 @@
+"""What follows what: for each item the items that users took soon after it, counted in whole numbers.
+
+Every pair of train items of a user that are d ≤ sequences.steps apart in order of time weighs STEP_UNIT // d. Tasks of
+the pass over users add up what they can hold; Spark sends all pairs of an item to one task, which adds them up and
+keeps the heaviest. Sums of integers have no order, so the weights follow from the log alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyspark.sql import functions as F
+
+from ncf_dist import contracts
+from ncf_dist.config import Sequences
+from ncf_dist.parquet import FileInfo, TableInfo
+from ncf_dist.prepare.index import Indexes
+from ncf_dist.prepare.item_tables import file_of_item
+from ncf_dist.prepare.workspace import Workspace
+from ncf_dist.sampling import IntArray
+from ncf_dist.spark_io import ROWS_PER_FILE, FileSink, Pass, read_files, runs_of, table_info, task_stats, write_table
+
+HELD_PAIRS = 2**22
+"""Pairs that a task holds, some 64 MB; more where the catalogue is larger."""
+MIN_FILES = 8
+PAIR = contracts.NEXT_ITEMS.schema
+TOTAL = pa.schema([contracts.NEXT_TOTALS.schema.field(name) for name in ("item_idx", "weight")])
+
+
+class Pairs:
+    """Weights of pairs, added up. A pair is one number: item × n_items + the item that follows it."""
+
+    def __init__(self, n_items: int, limit: int = HELD_PAIRS) -> None:
+        # What follows one item is never cut, and must leave room for more.
+        self.limit = max(limit, 4 * n_items)
+        self._held: list[tuple[IntArray, IntArray]] = []
+        self.rows = 0
+
+    def add(self, pair: IntArray, weight: IntArray) -> bool:
+        """Add (N,) weights; returns whether too many pairs are held, even when they are added up."""
+        self._held.append((pair, weight))
+        self.rows += len(pair)
+        return self.rows > self.limit and len(self.sum()[0]) > self.limit // 2
+
+    def sum(self) -> tuple[IntArray, IntArray]:
+        """(the pairs, ascending, each once; the weight of each)."""
+        pair = np.concatenate([np.empty(0, dtype=np.int64), *(pairs for pairs, _ in self._held)])
+        weight = np.concatenate([np.empty(0, dtype=np.int64), *(weights for _, weights in self._held)])
+        order = np.argsort(pair)
+        pair, weight = pair[order], weight[order]
+        first = np.flatnonzero(np.diff(pair, prepend=-1))
+        summed = pair[first], np.add.reduceat(weight, first) if len(first) else weight
+        self._held, self.rows = [summed], len(first)
+        return summed
+
+    def take(self) -> tuple[IntArray, IntArray]:
+        """`sum`, and hold nothing any more."""
+        summed = self.sum()
+        self._held, self.rows = [], 0
+        return summed
+
+
+def following(item: IntArray, row: IntArray, steps: int, n_items: int) -> Iterator[tuple[IntArray, IntArray]]:
+    """(pairs, weights) of rows that are 1, 2, … `steps` apart. item, row: (R,) items in order of time, and the position
+    of each one's user, ascending."""
+    for distance in range(1, min(steps, len(item) - 1) + 1):
+        same = row[:-distance] == row[distance:]
+        pair = item[:-distance][same] * n_items + item[distance:][same]
+        yield pair, np.full(len(pair), contracts.STEP_UNIT // distance, dtype=np.int64)
+
+
+class PairSink:
+    """Writes a task's pairs to the staging folder, as many as it can hold added up."""
+
+    def __init__(self, folder: str, steps: int, n_items: int) -> None:
+        self.steps, self.n_items = steps, n_items
+        self._sink, self._pairs, self._file = FileSink(folder, PAIR), Pairs(n_items), 0
+
+    def write(self, item: IntArray, row: IntArray, file: int) -> None:
+        """item, row: as of `following`; file: the number of the file that the last user decides."""
+        self._file = file
+        for pairs in following(item, row, self.steps, self.n_items):
+            if self._pairs.add(*pairs):
+                self._flush()
+
+    def close(self) -> list[FileInfo]:
+        self._flush()
+        return self._sink.close()
+
+    def _flush(self) -> None:
+        pair, weight = self._pairs.take()
+        if len(pair):
+            self._sink.add(self._file, _table(pair, weight, self.n_items))
+
+
+def _table(pair: IntArray, weight: IntArray, n_items: int) -> pa.Table:
+    columns = pair // n_items, pair % n_items, weight
+    return pa.table([pa.array(c).cast(f.type) for c, f in zip(columns, PAIR, strict=True)], schema=PAIR)
+
+
+def write_next_items(
+    space: Workspace, config: Sequences, indexes: Indexes, staged: Sequence[str], interactions: TableInfo
+) -> dict[str, TableInfo]:
+    """The tables next_items and next_totals, from the pairs that the pass over users staged."""
+    n_items = indexes.sizes.items
+    items_per_file = max(1, min(ROWS_PER_FILE // config.next_items, -(-n_items // MIN_FILES)))
+    spec = (space.run, space.staged("next_totals"), n_items, config.next_items, items_per_file)
+    pairs = space.read(staged, PAIR).withColumn("_file", F.floor(F.col("item_idx") / F.lit(items_per_file)))
+    # Sorted by one small number, which Spark does by radix; the rest is sorted where it is added up.
+    pairs = pairs.repartition("_file").sortWithinPartitions("item_idx").drop("_file")
+    tasks = task_stats(pairs, next_pass(*spec))
+    kept = table_info(contracts.NEXT_ITEMS, [FileInfo(**info) for task in tasks for info in task["kept"]], space.run)
+    totals = space.read([path for task in tasks for path in task["totals"]], TOTAL)
+    rows = read_files(space.spark, space.files(interactions), contracts.INTERACTIONS.schema)
+    counted = rows.where(F.col("split") == contracts.TRAIN_SPLIT).groupBy("item_idx").agg(F.count("*").alias("_rows"))
+    every = indexes.items.select("item_idx").join(counted, "item_idx", "left").join(totals, "item_idx", "left")
+    columns = {"train_rows": F.coalesce("_rows", F.lit(0)), "weight": F.coalesce("weight", F.lit(0))}
+    every = every.select("item_idx", *[column.cast("bigint").alias(name) for name, column in columns.items()])
+    summed = write_table(every, space.run, contracts.NEXT_TOTALS, file_of_item())
+    return {kept.path: kept, summed.path: summed}
+
+
+# ---- on the workers
+
+
+def next_pass(run: str, totals: str, n_items: int, keep: int, items_per_file: int) -> Pass:
+    """For mapInArrow over pairs, ascending in item_idx, all of an item in one task: writes the `keep` heaviest of each
+    item, and its total."""
+
+    def work(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        kept, summed = FileSink(f"{run}/{contracts.NEXT_ITEMS.name}", PAIR), FileSink(totals, TOTAL)
+        for pair, weight in whole_items(batches, n_items):
+            item = pair // n_items
+            first = np.flatnonzero(np.diff(item, prepend=-1))
+            total = pa.table([pa.array(item[first]).cast(pa.int32()), np.add.reduceat(weight, first)], schema=TOTAL)
+            chosen = heaviest(item, weight, keep)
+            for sink, table in ((kept, _table(pair[chosen], weight[chosen], n_items)), (summed, total)):
+                for file, start, end in runs_of(table.column("item_idx").to_numpy() // items_per_file):
+                    sink.add(file, table.slice(start, end - start))
+        stats = {
+            "kept": [vars(info) for info in kept.close()],
+            "totals": [f"{totals}/{info.path}" for info in summed.close()],
+        }
+        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
+
+    return work
+
+
+def whole_items(
+    batches: Iterable[pa.RecordBatch], n_items: int, limit: int = HELD_PAIRS
+) -> Iterator[tuple[IntArray, IntArray]]:
+    """(pairs, ascending, each once, all of each item; the weight of each) of pairs that ascend in item_idx."""
+    held = Pairs(n_items, limit)
+    for batch in batches:
+        item, following, weight = (batch.column(name).to_numpy() for name in PAIR.names)
+        if held.add(item.astype(np.int64) * n_items + following, weight):
+            pair, weight = held.take()
+            whole = int(np.searchsorted(pair, pair[-1] // n_items * n_items))
+            held.add(pair[whole:], weight[whole:])
+            if whole:
+                yield pair[:whole], weight[:whole]
+    pair, weight = held.take()
+    if len(pair):
+        yield pair, weight
+
+
+def heaviest(item: IntArray, weight: IntArray, keep: int) -> npt.NDArray[np.int64]:
+    """Where each item's `keep` heaviest pairs are, heaviest first, of equal ones the first. item: (N,) ascending."""
+    order = np.lexsort((-weight, item))
+    first = np.flatnonzero(np.diff(item, prepend=-1))
+    rank = np.arange(len(item)) - np.repeat(first, np.diff(first, append=len(item)))
+    return order[rank < keep]
