@@ -88,9 +88,11 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
     for key, value in options.items():
         builder = builder.config(key, str(value))
     spark = builder.getOrCreate()
-    if urls.SECRETS in os.environ and "SPARK_REMOTE" not in os.environ:
-        # Workers on this and on other machines open the same URLs.
-        spark.sparkContext.environment[urls.SECRETS] = os.environ[urls.SECRETS]
+    if "SPARK_REMOTE" not in os.environ:
+        # Whatever started the job: a module of the working folder, such as random.py, is not for the workers.
+        spark.sparkContext.environment["PYTHONSAFEPATH"] = "1"
+        if urls.SECRETS in os.environ:  # Workers on this and on other machines open the same URLs.
+            spark.sparkContext.environment[urls.SECRETS] = os.environ[urls.SECRETS]
     _open.append(spark)
     try:
         yield spark
