@@ -55,6 +55,8 @@ class Stream(IntEnum):
     ROWS = 2
     """The order of the rows of some files."""
     DROPOUT = 3
+    PART_WEIGHTS = 4
+    """The users whose validation rows the weights of item-to-item parts are chosen on."""
 
 
 def _signed(value: int) -> int:

@@ -48,7 +48,7 @@ LINE: Mapping[str, Rule] = {
     "prepare": Rule((), ("input", "split", "negatives", "sequences", "layout", "seed"), {}),
     "train": Rule(
         ("prepare",),
-        ("model", "negatives", "train", "loader", "seed"),
+        ("model", "negatives", "train", "loader", "parts", "seed"),
         # The number of ranks decides the bytes, but may change while a training goes on.
         {
             "train": frozenset(

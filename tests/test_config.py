@@ -145,7 +145,7 @@ def test_a_config_that_cannot_be_read_says_so(tmp_path: Path) -> None:
         ("model.dropout=1", "model.dropout is 1: input should be less than 1"),
         (
             "model.name=svd",
-            "model.name is 'svd': input should be 'gmf', 'mlp', 'neumf', 'mf', 'embedding_nn' or 'history'",
+            "model.name is 'svd': input should be 'gmf', 'mlp', 'neumf', 'mf', 'embedding_nn', 'history' or 'item_to_i",
         ),
         ("input.max_bad_fraction=1.5", "input.max_bad_fraction is 1.5"),
         ("split.min_interactions=2", "split.min_interactions is 2"),

@@ -23,6 +23,7 @@ from ncf_dist.models import (
     MLP,
     MODELS,
     EmbeddingNN,
+    ItemToItem,
     NeuMF,
     Recommender,
     Tower,
@@ -105,6 +106,8 @@ def in_range(score: float, y_range: tuple[float, float] | None) -> float:
 def paper(model: Recommender, user: int, item: int) -> float:
     """The score of one pair, as eq. 9 (GMF), 10 (MLP) and 12 (NeuMF) of He et al. 2017 state it, and as fastai's
     EmbeddingDotBias (MF) and EmbeddingNN do."""
+    if isinstance(model, ItemToItem):
+        return float(weight(model.item)[item, 0])  # 0 in fact: all that it ranks by are its parts.
     if isinstance(model, EmbeddingNN):
         return in_range(fastai(model, user, item), model.y_range)
     if isinstance(model, MF):

@@ -15,6 +15,7 @@ from ncf_dist.config.load import load_config, parse_ds
 from ncf_dist.config.loader import Loader
 from ncf_dist.config.model import Model, embedding_size
 from ncf_dist.config.negatives import Negatives
+from ncf_dist.config.parts import Counts, Ease, Parts
 from ncf_dist.config.paths import Paths
 from ncf_dist.config.publish import RESERVED, Gate, Publish
 from ncf_dist.config.score import IdList, Score
@@ -30,7 +31,9 @@ __all__ = [
     "RESERVED",
     "Columns",
     "Config",
+    "Counts",
     "Dataset",
+    "Ease",
     "Evaluate",
     "Fetch",
     "Gate",
@@ -43,6 +46,7 @@ __all__ = [
     "Model",
     "Negatives",
     "NonNegativeInt",
+    "Parts",
     "Paths",
     "Place",
     "PositiveInt",

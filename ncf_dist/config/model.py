@@ -17,9 +17,10 @@ def embedding_size(rows: int) -> int:
 class Model(Section):
     """Which model, and its shape; the formulas are in ncf_dist/models/."""
 
-    name: Literal["gmf", "mlp", "neumf", "mf", "embedding_nn", "history"] = "neumf"
+    name: Literal["gmf", "mlp", "neumf", "mf", "embedding_nn", "history", "item_to_item"] = "neumf"
     """`gmf`, `mlp`, `neumf`: He et al. 2017 · `mf`: dot product · `embedding_nn`: layers over embeddings (fastai) ·
-    `history`: what a person did last; needs the tables of `sequences.length`."""
+    `history`: what a person did last; needs the tables of `sequences.length` · `item_to_item`: nothing but its `parts`
+    (default: counts), so nothing is trained."""
     factors: PositiveInt = 8
     """Embedding size of GMF, of NeuMF's GMF part, of mf and of history (D)."""
     layers: tuple[PositiveInt, ...] = (64, 32, 16, 8)
@@ -50,6 +51,11 @@ class Model(Section):
     """history, mix and attention: heads, a divisor of `factors`; mix has a kernel a head."""
     gaps: bool = True
     """history: whether the coarse time since the item before is read beside each item."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has weights of its own."""
+        return self.name != "item_to_item"
 
     @model_validator(mode="after")
     def _shape_fits_model(self) -> Model:

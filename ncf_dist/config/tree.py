@@ -14,6 +14,7 @@ from ncf_dist.config.layout import Layout
 from ncf_dist.config.loader import Loader
 from ncf_dist.config.model import Model
 from ncf_dist.config.negatives import Negatives
+from ncf_dist.config.parts import Counts, Parts
 from ncf_dist.config.paths import Paths
 from ncf_dist.config.publish import Publish
 from ncf_dist.config.score import Score
@@ -37,6 +38,7 @@ class Config(Section):
     model: Model = Model()
     loader: Loader = Loader()
     train: Train = Train()
+    parts: Parts = Parts()
     evaluate: Evaluate = Evaluate()
     score: Score = Score()
     publish: Publish = Publish()
@@ -96,6 +98,11 @@ class Config(Section):
         return self.model.name == "history"
 
     @property
+    def item_parts(self) -> Parts:
+        """The parts in force: `parts`; item_to_item is made of counts where it names none."""
+        return self.parts if self.parts.named or self.model.trained else Parts(counts=Counts())
+
+    @property
     def shares_negatives(self) -> bool:
         """Whether the loss in force draws negatives for a whole step, `train.shared_negatives` of them."""
         return LOSSES[self.loss][1] == "step"
@@ -147,3 +154,30 @@ class Config(Section):
                 f"train.loss is {self.loss} with model.name=history; needed {' or '.join(OF_ALL_ITEMS)}: "
                 "leave train.loss out, or take another model"
             )
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        parts, length = self.item_parts, self.sequences.length
+        whose = "parts has counts or ease" if self.model.trained else "model.name is item_to_item"
+        if not parts.named:
+            return self
+        if self.input.feedback == "explicit":
+            raise ValueError(
+                f"{whose} with input.feedback=explicit; needed implicit feedback, as their scores are no ratings: set "
+                "input.feedback=implicit, or leave them out"
+            )
+        if not length:
+            raise ValueError(
+                f"{whose} and sequences.length is 0, so that prepare does not keep what users did last: set it, such "
+                "as sequences.length=100, and prepare again"
+            )
+        if parts.counts and not self.sequences.next_items:
+            raise ValueError(
+                f"{whose} and sequences.next_items is 0, so that prepare does not count what follows what: set it, "
+                "such as sequences.next_items=400, and prepare again"
+            )
+        if not self.model.trained and (self.train.warm_start or self.train.lr_find):
+            raise ValueError(
+                "model.name is item_to_item, of which nothing is trained: leave train.warm_start and train.lr_find out"
+            )
+        return self

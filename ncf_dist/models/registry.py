@@ -10,6 +10,7 @@ from ncf_dist import config as settings
 from ncf_dist.models.base import Recommender
 from ncf_dist.models.factorisation import GMF, MF
 from ncf_dist.models.history import History
+from ncf_dist.models.item_to_item import ItemToItem
 from ncf_dist.models.towers import MLP, EmbeddingNN, NeuMF
 
 MODELS: dict[str, Callable[[settings.Model, int, int], Recommender]] = {
@@ -32,6 +33,7 @@ MODELS: dict[str, Callable[[settings.Model, int, int], Recommender]] = {
         dropout=c.dropout,
         std=c.init_std,
     ),
+    "item_to_item": lambda c, users, items: ItemToItem(users, items),
 }
 
 

@@ -8,21 +8,22 @@ import posixpath
 from typing import Any
 
 from ncf_dist.ancestry import Line, index_sizes
-from ncf_dist.bundle import BUNDLE, read_bundle
+from ncf_dist.bundle import BUNDLE, CARD, read_bundle
 from ncf_dist.config import Config, Train
 from ncf_dist.errors import ConfigError
-from ncf_dist.files import read_bytes, write_atomic
+from ncf_dist.files import exists, read_bytes, write_atomic
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
 from ncf_dist.train.epoch_order import steps_per_epoch
+from ncf_dist.train.item_parts import check_parts
 from ncf_dist.train.launchers import world_size
 from ncf_dist.train.lr_find import smoothed, suggest
 from ncf_dist.train.memory_check import check_memory
 from ncf_dist.train.plots import history_figure, rate_figure
 from ncf_dist.train.run_ranks import run_ranks
 from ncf_dist.train.start import check_starts, start_bundle
-from ncf_dist.train.worker import CHECKPOINTS, HISTORY, RATES, Spec, train_contract
+from ncf_dist.train.worker import CHECKPOINTS, HISTORY, PARTS, RATES, Spec, train_contract
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ FEW_STEPS = 200
 
 def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     """Fit the model on this night's train table. Raises ConfigError, ContractError, TrainingFailed, Preempted."""
-    _check_negatives(config)
+    if config.model.trained:
+        _check_negatives(config)
     lake = Lake(config.paths.lake)
     prepare = find_upstream(lake, config, ds, STAGE, given)["prepare"]
     line = Line(lake, prepare)
@@ -44,6 +46,9 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     if not config.train.lr_find and (done := stage.find()):
         log.info("already trained: %s", done.root)
         return Outcome.of(done, "already-done", warnings=done.facts.get("warnings", []))
+    check_parts(config, index_sizes(prepare).items)
+    if not config.model.trained:
+        return _made_of_parts(stage, config, prepare)
     table = prepare.table(train_contract(prepare, config.input.feedback == "explicit"))
     warning = few_steps(config.train, table.rows, world_size(config))
     check_memory(config, *index_sizes(prepare), table.rows, max(file.rows for file in table.files))
@@ -52,18 +57,52 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         return _find_rate(config, prepare, stage.runs.begin(f"{stage.key}-lr-find"), first)
     run = stage.begin(CHECKPOINTS)
     run_ranks(config, Spec(config.model_dump_json(by_alias=True), prepare.root, run, first), HISTORY)
-    bundle, history = read_bundle(posixpath.join(run, BUNDLE)), json.loads(read_bytes(posixpath.join(run, HISTORY)))
+    history = json.loads(read_bytes(posixpath.join(run, HISTORY)))
     write_atomic(posixpath.join(run, PLOT), history_figure(history))
-    facts: dict[str, Any] = {
-        "model_version": bundle.model_version,
-        "sha256": bundle.sha256,
-        "prepare_run": prepare.run_key,
-    }
-    facts |= {"products": history["products"], "warnings": [warning] if warning else []}
-    manifest = stage.finish(facts=facts, metrics=_metrics(history))
-    log.info("trained %s in %.1f s: %s", bundle.model_version, manifest.seconds, dict(manifest.metrics))
-    outputs = {"bundle": bundle.path, "history": posixpath.join(run, HISTORY), "plot": posixpath.join(run, PLOT)}
+    outputs = {"history": posixpath.join(run, HISTORY), "plot": posixpath.join(run, PLOT)}
+    facts = {"products": history["products"], "warnings": [warning] if warning else []}
+    return _finished(stage, run, prepare, facts, _metrics(history), outputs)
+
+
+def _made_of_parts(stage: StageRun, config: Config, prepare: Manifest) -> Outcome:
+    """A model of which nothing is trained: one process makes its parts."""
+    alone = {"launcher": "none", "ranks": 1, "nodes": 1, "rendezvous": None, "device": "cpu"}
+    config = config.model_copy(update={"train": config.train.model_copy(update=alone)})
+    run = stage.begin()
+    spec = Spec(config.model_dump_json(by_alias=True), prepare.root, run)
+    run_ranks(config, spec, posixpath.join(BUNDLE, CARD))
+    return _finished(stage, run, prepare, {"trained": False, "warnings": []}, {}, {})
+
+
+def _finished(
+    stage: StageRun,
+    run: str,
+    prepare: Manifest,
+    facts: dict[str, Any],
+    metrics: dict[str, Any],
+    outputs: dict[str, str],
+) -> Outcome:
+    bundle = read_bundle(posixpath.join(run, BUNDLE))
+    facts |= {"model_version": bundle.model_version, "sha256": bundle.sha256, "prepare_run": prepare.run_key}
+    if exists(record := posixpath.join(run, PARTS)):
+        chosen = json.loads(read_bytes(record))
+        facts["parts"] = {"weights": chosen["weights"], "chosen_by": chosen["chosen_by"]}
+        metrics |= _of_parts(chosen)
+        outputs = {"parts": record, **outputs}
+    manifest = stage.finish(facts=facts, metrics=metrics)
+    log.info("made %s in %.1f s: %s", bundle.model_version, manifest.seconds, dict(manifest.metrics))
+    outputs = {"bundle": bundle.path, **outputs}
     return Outcome.of(manifest, outputs=outputs, model_version=bundle.model_version, warnings=facts["warnings"])
+
+
+def _of_parts(chosen: dict[str, Any]) -> dict[str, Any]:
+    """What the parts do for the ranking of validation rows among the whole catalogue: with them, and without any."""
+    metrics: dict[str, Any] = {f"parts.weight.{name}": weight for name, weight in chosen["weights"].items()}
+    for label, weights in (("with_parts", chosen["weights"]), ("without_parts", dict.fromkeys(chosen["weights"], 0))):
+        for row in chosen["figures"]:
+            if all(row[name] == weight for name, weight in weights.items()):
+                metrics |= {f"validation.full.{name}.{label}": row[name] for name in row if "@" in name}
+    return metrics
 
 
 def _metrics(history: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -28,9 +28,11 @@ from ncf_dist.config import Config
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import ExitCode, NcfError
 from ncf_dist.files import exists, read_bytes, write_atomic
+from ncf_dist.item_item.part import Part
 from ncf_dist.manifests import Manifest, read_manifest
 from ncf_dist.models import NeuMF, Recommender, build_model
 from ncf_dist.train import checkpoints
+from ncf_dist.train.item_parts import parts_of
 from ncf_dist.train.loaders import Task, TrainLoader, verify_files
 from ncf_dist.train.lr_find import rate_curve
 from ncf_dist.train.processes import die_with_parent
@@ -44,7 +46,7 @@ from ncf_dist.urls import log_to_stderr
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS, HISTORY, RATES = "checkpoints", "history.json", "lr_find.json"
+CHECKPOINTS, HISTORY, RATES, PARTS = "checkpoints", "history.json", "lr_find.json", "parts.json"
 SPEC, STOP = "spec.json", "stop"
 POLL_S = 1.0
 
@@ -115,10 +117,12 @@ def starting_model(config: Config, spec: Spec, prepare: Manifest) -> Recommender
 
 
 def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> None:
-    """Train this rank's share; rank 0 writes the bundle and history.json."""
+    """Train this rank's share; rank 0 writes the bundle and history.json, and parts.json where there are parts."""
     config = Config.model_validate_json(spec.config)
     how = products.facts()
     prepare = read_manifest(spec.prepare)
+    if not config.model.trained:
+        return save_model(config, spec, prepare, starting_model(config, spec, prepare))
     task = task_of(config, prepare)
     contract = train_contract(prepare, task.explicit)
     for table in (contract, contracts.VALIDATION):
@@ -146,13 +150,26 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
     # The garbage collector no longer visits what was imported: it would stop a step for a tenth of a second at times.
     gc.freeze()
     history = trainer.fit()
+    if config.item_parts.named:
+        world.leave()  # The other ranks need not wait while rank 0 makes the parts.
     if world.is_main:
-        made_from = {"prepare_run": prepare.run_key, "seed": config.seed}
-        facts = {**made_from, "ds": prepare.ds, DIGESTS: prepare.facts.get(DIGESTS)}
-        save_bundle(posixpath.join(spec.run, BUNDLE), trainer.model, config.model, task.n_users, task.n_items, facts)
-        record = {**made_from, "epoch": history.best_epoch, "epochs": history.epochs, "curve": history.curve}
-        record["products"] = how
+        save_model(config, spec, prepare, trainer.model)
+        record = {**made_from(config, prepare), "epoch": history.best_epoch, "epochs": history.epochs}
+        record |= {"curve": history.curve, "products": how}
         write_atomic(posixpath.join(spec.run, HISTORY), json.dumps(record, indent=1).encode())
+
+
+def made_from(config: Config, prepare: Manifest) -> dict[str, Any]:
+    return {"prepare_run": prepare.run_key, "seed": config.seed}
+
+
+def save_model(config: Config, spec: Spec, prepare: Manifest, model: Recommender) -> None:
+    """Write the bundle, with the item-to-item parts that the config names."""
+    parts: list[Part] = []
+    if config.item_parts.named:
+        parts = parts_of(config, prepare, model, posixpath.join(spec.run, PARTS))
+    facts = {**made_from(config, prepare), "ds": prepare.ds, DIGESTS: prepare.facts.get(DIGESTS)}
+    save_bundle(posixpath.join(spec.run, BUNDLE), model, config.model, *index_sizes(prepare), facts, parts)
 
 
 def _go_on(trainer: Trainer, world: World) -> None:
