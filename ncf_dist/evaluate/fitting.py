@@ -15,7 +15,7 @@ from ncf_dist.contracts import FLOAT_LIST, INDEX, Contract
 from ncf_dist.errors import ConfigError
 from ncf_dist.evaluate.evaluation import Evaluation
 from ncf_dist.evaluate.spec import ALS_USER, GramFit
-from ncf_dist.item_item.gram import COPIES, bytes_to_fit
+from ncf_dist.item_item.memory import COPIES, bytes_to_fit
 from ncf_dist.parquet import TableInfo
 from ncf_dist.spark_io import ROWS_PER_FILE, on_executor, read_table, task_stats, write_table
 

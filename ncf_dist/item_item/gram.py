@@ -18,13 +18,6 @@ from torch import Tensor
 from ncf_dist.sampling import IntArray
 
 USERS_A_BLOCK = 512
-COPIES = 3
-"""Matrices of items x items, float64, at the worst moment of fitting: the Gram matrix, its factor, the inverse."""
-
-
-def bytes_to_fit(n_items: int) -> int:
-    """The most memory that fitting takes."""
-    return COPIES * 8 * n_items**2
 
 
 def gram(histories: Iterable[tuple[IntArray, IntArray]], n_items: int) -> Tensor:

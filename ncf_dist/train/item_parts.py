@@ -17,7 +17,8 @@ from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError
 from ncf_dist.files import write_atomic
 from ncf_dist.item_item.counts import follow_rows, train_rows_of
-from ncf_dist.item_item.gram import COPIES, bytes_to_fit, ease, gram
+from ncf_dist.item_item.gram import ease, gram
+from ncf_dist.item_item.memory import COPIES, bytes_to_fit
 from ncf_dist.item_item.part import Part
 from ncf_dist.item_item.rows import largest
 from ncf_dist.manifests import Manifest
