@@ -40,6 +40,8 @@ class PartCard:
     weight: float
     half_life: float
     last: int
+    column: bool = False
+    """Whether its rows have a column."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Bundle:
     @property
     def looks_back(self) -> int:
         """How many of a user's latest items the scores are made from; 0 where they are made from none."""
-        return max((part.last for part in self.parts.parts), default=0) if self.parts else 0
+        of_model = self.model.history if self.model.name == "history" else 0
+        return max([of_model, *(part.last for part in self.parts.parts)] if self.parts else [of_model])
 
 
 def save_bundle(
@@ -90,7 +93,7 @@ def save_bundle(
         )
     make_dirs(path)
     digests = {name: _save_tensors(posixpath.join(path, name), tensors) for name, tensors in files.items()}
-    of_parts = tuple(PartCard(part.name, part.weight, part.half_life, part.last) for part in parts)
+    of_parts = tuple(PartCard(p.name, p.weight, p.half_life, p.last, p.rows.column is not None) for p in parts)
     card = PartsCard(digests[PARTS], of_parts) if parts else None
     version = version_of(config, digests[WEIGHTS], card)
     bundle = Bundle(path, config, version, n_users, n_items, digests[WEIGHTS], facts, card)

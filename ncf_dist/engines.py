@@ -38,7 +38,8 @@ def choose(bundle: Bundle, precision: Literal["fp32", "bf16"]) -> dict[str, Any]
 
 
 def dot_width(bundle: Bundle) -> int:
-    """F: how many numbers a user's and an item's side of the scorer's dot product have. Hidden layers add one."""
+    """F: how many numbers a user's and an item's side of the scorer's dot product have. Hidden layers add one, and so
+    does each part with a column."""
     import torch
 
     from ncf_dist.models import build_model
@@ -46,7 +47,8 @@ def dot_width(bundle: Bundle) -> int:
     with torch.device("meta"):
         model = build_model(bundle.model, bundle.n_users, bundle.n_items)
         side = model.ranking_items(torch.zeros(1, dtype=torch.int64))
-    return side.dot.shape[1] + bool(model.ranking_layers())
+    columns = sum(part.column for part in bundle.parts.parts) if bundle.parts else 0
+    return side.dot.shape[1] + bool(model.ranking_layers()) + columns
 
 
 def rounds(width: int) -> bool:

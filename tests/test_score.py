@@ -534,8 +534,8 @@ def test_mutant_lists_ignored_are_refused(line: Line, monkeypatch: pytest.Monkey
 def test_mutant_inactive_users_are_refused(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     real = pipeline.users_to_rank
 
-    def everybody(spark: Any, prepare: Any, config: Score, ds: str) -> Any:
-        return real(spark, prepare, config.model_copy(update={"active_since": None}), ds)
+    def everybody(spark: Any, prepare: Any, bundle: Any, config: Score, ds: str) -> Any:
+        return real(spark, prepare, bundle, config.model_copy(update={"active_since": None}), ds)
 
     monkeypatch.setattr(pipeline, "users_to_rank", everybody)
     score(line.config(active_since=3), DS)

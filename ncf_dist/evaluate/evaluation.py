@@ -25,6 +25,11 @@ class Evaluation:
     products: Products
 
     @property
+    def looks_back(self) -> int:
+        """How many of a user's latest items the model and the baselines need."""
+        return self.bundle.looks_back
+
+    @property
     def fits(self) -> str:
         """Folder of the fitted baselines, which is removed once all users are ranked."""
         return posixpath.join(self.run, "baselines")

@@ -15,6 +15,7 @@ from ncf_dist.evaluate.periods import unit_of
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo
+from ncf_dist.recent import recent_lists
 from ncf_dist.spark_io import on_executor, read_table, table_info, task_stats
 
 MIN_FILES = 16
@@ -37,6 +38,8 @@ def rank_held_out(
         job.products,
     )
     rows = held_out_users(job.spark, job.prepare, als_users, job.config.evaluate.als_rank)
+    if job.looks_back:
+        rows = rows.join(recent_lists(job.spark, job.prepare), "user_idx")
     rows = rows.withColumn("_file", F.pmod("user_idx", F.lit(files)))
     # With a number of partitions: Spark would else merge a small input into one task, and the work is heavy.
     rows = rows.repartition(files, "_file").sortWithinPartitions("_file", "user_idx")

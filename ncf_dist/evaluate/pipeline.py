@@ -35,6 +35,7 @@ from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import TableInfo
 from ncf_dist.products import Products
+from ncf_dist.recent import check_recent
 from ncf_dist.spark_io import LIST_BATCH_ROWS, on_one_executor, read_files, spark_session
 from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
 
@@ -101,6 +102,7 @@ def _judged_model(config: Config, prepare: Manifest, train: Manifest) -> Bundle:
         )
     bundle = read_bundle(posixpath.join(train.root, BUNDLE))
     verify_weights(bundle)
+    check_recent(bundle, prepare)
     check_gram(config.evaluate, bundle.n_items)
     return bundle
 

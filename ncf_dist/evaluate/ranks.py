@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -23,13 +23,15 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ncf_dist.bundle import load_model
-from ncf_dist.contracts import RANKS
+from ncf_dist.bundle import load_model, load_parts
+from ncf_dist.contracts import RANKS, VALIDATION_SPLIT
 from ncf_dist.evaluate.baselines import item_factors, item_weights
 from ncf_dist.evaluate.histogram import Histogram
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.models import Users
+from ncf_dist.models.latest import latest
 from ncf_dist.parquet import read_table
+from ncf_dist.recent import COLUMN, recent_rows
 from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, Scores, by_item, rank, scores_of
 from ncf_dist.scoring import blocks as kernel
 from ncf_dist.spark_io import FileSink, Pass, runs_of
@@ -40,7 +42,7 @@ Score = Callable[["Judged"], Scores]
 @dataclass(frozen=True)
 class Judged:
     """A block of U users with S held-out items and C candidates. held: item_idx by user; candidates: by held-out item;
-    rating, timestamp: (S,). als: (U, D) factors or None."""
+    rating, timestamp: (S,). als: (U, D) factors or None. recent: rows of contracts.RECENT, or None."""
 
     users: Users
     seen: Lists
@@ -49,10 +51,19 @@ class Judged:
     timestamp: pa.Array
     candidates: Lists
     als: Tensor | None
+    recent: pa.Table | None = None
+
+    def looking_back(self, length: int, n_items: int | None = None) -> Users:
+        """The users with their `length` latest train and validation items, of those below `n_items`; 0: without."""
+        if not length:
+            return self.users
+        assert self.recent is not None
+        return replace(self.users, latest=latest(self.recent, VALIDATION_SPLIT, length, n_items))
 
     @classmethod
     def of(cls, table: pa.Table) -> Judged:
-        """Rows (user_idx, seen list, held_out list of (item_idx, rating, timestamp, candidates)), and ALS factors."""
+        """Rows (user_idx, seen list, held_out list of (item_idx, rating, timestamp, candidates)), and where they are
+        there ALS factors and `recent`."""
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
         held_out = columns["held_out"]
         items = held_out.flatten()
@@ -70,6 +81,7 @@ class Judged:
             items.field("timestamp"),
             Lists.of(items.field("candidates")),
             als,
+            recent_rows(columns[COLUMN]) if COLUMN in columns else None,
         )
 
 
@@ -128,15 +140,22 @@ def _cut(file: int, table: pa.Table, size: int) -> Iterator[tuple[int, pa.Table]
 
 def make_scorers(spec: EvaluationPass) -> dict[str, Score]:
     """The model and the baselines by name."""
-    model = ModelScorer(load_model(spec.bundle), spec.bundle.n_items, engine=spec.products.engine)
-    scorers: dict[str, Score] = {"model": model_scores(model)}
+    bundle = spec.bundle
+    model = ModelScorer(load_model(bundle), bundle.n_items, engine=spec.products.engine, parts=load_parts(bundle))
+    scorers: dict[str, Score] = {"model": model_scores(model, bundle.looks_back)}
     for name, files in spec.baselines:
         scorers[name] = BASELINES[name](spec, files)
     return scorers
 
 
-def model_scores(scorer: ModelScorer) -> Score:
-    return lambda judged: Scores(scorer.n_items, partial(scorer.of, judged.users), partial(scorer.blocks, judged.users))
+def model_scores(scorer: ModelScorer, looks_back: int = 0) -> Score:
+    """looks_back: how many latest items of a user the scorer needs."""
+
+    def scores(judged: Judged) -> Scores:
+        users = judged.looking_back(looks_back)
+        return Scores(scorer.n_items, partial(scorer.of, users), partial(scorer.blocks, users))
+
+    return scores
 
 
 def _popularity(spec: EvaluationPass, files: tuple[str, ...]) -> Score:

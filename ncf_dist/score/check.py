@@ -7,7 +7,7 @@ cannot find these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from ncf_dist.bundle import load_model, verify_weights
+from ncf_dist.bundle import load_model, load_parts, verify_weights
 from ncf_dist.contracts import in_long_form
-from ncf_dist.models import Recommender
+from ncf_dist.item_item.part import Part, dense_scores
+from ncf_dist.models import Recommender, Users
 from ncf_dist.parquet import read_table
+from ncf_dist.score.ranker import users_of
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.spark_io import Pass
 
@@ -28,38 +30,47 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 2**-5}
 
 
 def check_pass(spec: ScorePass, user_ids: dict[int, Any], files: tuple[str, ...]) -> Pass:
-    """For mapInArrow: rows of contracts.HISTORY of the users to check, whose ids by index are `user_ids` and whose
-    recommendations are in `files`; one row `problem` out for each that is wrong."""
+    """For mapInArrow: rows of contracts.HISTORY of the users to check, and `recent` where the model looks back. Their
+    ids by index are `user_ids`, and their recommendations are in `files`. One row `problem` out for each user whose
+    rows are wrong."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         torch.set_num_threads(1)
-        users = [user for batch in batches for user in batch.to_pylist()]
+        users = [
+            (row, users_of(batch.slice(n, 1), spec)) for batch in batches for n, row in enumerate(batch.to_pylist())
+        ]
         if not users:
             return
         verify_weights(spec.bundle)
-        model = load_model(spec.bundle)
+        model, parts = load_model(spec.bundle), load_parts(spec.bundle)
         catalogue = pa.concat_tables([read_table(path) for path in spec.item_files]).sort_by("item_idx")["item_id"]
         ids = catalogue.combine_chunks()
         wanted = pa.array(user_ids.values(), spec.contract.schema.field("user_id").type)
         tables = (read_table(path) for path in files)
-        rows = pa.concat_tables([in_long_form(t.filter(pc.is_in(t["user_id"], value_set=wanted))) for t in tables])
+        offers = pa.concat_tables([in_long_form(t.filter(pc.is_in(t["user_id"], value_set=wanted))) for t in tables])
         allowed = spec.lists.may(ids)
-        for user in users:
+        for user, described in users:
             user_id = user_ids[user["user_idx"]]
-            mine = rows.filter(pc.equal(rows["user_id"], pa.scalar(user_id, wanted.type))).sort_by("rank")
+            mine = offers.filter(pc.equal(offers["user_id"], pa.scalar(user_id, wanted.type))).sort_by("rank")
             may = allowed.copy()
             may[[item for column in spec.masked for item in user[column]]] = False
-            if problem := _problem(spec, mine, all_scores(model, user["user_idx"], len(ids)), may, ids):
+            if problem := _problem(spec, mine, all_scores(model, parts, described, len(ids)), may, ids):
                 yield pa.RecordBatch.from_pydict({"problem": [f"user {user_id!r}: {problem}"]})
 
     return run
 
 
 @torch.no_grad()
-def all_scores(model: Recommender, user: int, n_items: int) -> np.ndarray:
-    """(I,) the model's scores of one user, as training computes them."""
-    parts = torch.arange(n_items).split(ITEMS_A_CALL)
-    return torch.cat([model(torch.tensor([user]), part).float() for part in parts]).numpy()
+def all_scores(model: Recommender, parts: Sequence[Part], user: Users, n_items: int) -> np.ndarray:
+    """(I,) the scores of one user, the model's as training computes them."""
+    latest = user.latest
+    described: Any = user.index if latest is None or not model.sequential else latest.last(model.history)
+    some = torch.arange(n_items).split(ITEMS_A_CALL)
+    scores = torch.cat([model(described, part).float() for part in some])
+    for part in parts:
+        assert latest is not None
+        scores += dense_scores(part, latest.items, latest.length)[0]
+    return scores.numpy()
 
 
 def _problem(spec: ScorePass, rows: pa.Table, scores: np.ndarray, may: np.ndarray, ids: pa.Array) -> str | None:

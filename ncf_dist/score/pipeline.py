@@ -58,7 +58,7 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
             counts = popularity(spark, plan.prepare, config.score, ds)
             popular = write_table(counts, run, contracts.POPULARITY, file)
             tables[popular.path], spec = popular, replace(spec, popularity_files=tuple(popular.paths(run)))
-        users = users_to_rank(spark, plan.prepare, config.score, ds)
+        users = users_to_rank(spark, plan.prepare, plan.bundle, config.score, ds)
         rows = in_tasks(in_files(users, plan.n_files, plan.indexed), plan.tasks)
         work = on_executor("ncf_dist.score.ranker:score_pass", spec)
         stats = task_stats(rows, work)
@@ -110,7 +110,7 @@ def forecast(config: Config, ds: str) -> Outcome:
         session_s, began = time.monotonic() - start, time.monotonic()
         # Files of this scheme live in the memory of the worker that writes them; the probe removes them.
         spec = plan.spec("memory://ncf-dist-probe", plan.products(spark))
-        rows = users_to_rank(spark, plan.prepare, config.score, ds)
+        rows = users_to_rank(spark, plan.prepare, plan.bundle, config.score, ds)
         users = {bool(row["by_model"]): int(row["count"]) for row in rows.groupBy("by_model").count().collect()}
         if config.score.fallback_days is not None:
             popularity(spark, plan.prepare, config.score, ds).agg(F.sum("total")).collect()

@@ -18,6 +18,7 @@ from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_schema
 from ncf_dist.products import Products
+from ncf_dist.recent import check_recent
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.score.task_rows import active_from
@@ -48,6 +49,7 @@ class Plan:
         prepare, train = upstream["prepare"], upstream["train"]
         bundle = read_bundle(posixpath.join(train.root, BUNDLE))
         verify_weights(bundle)  # Once a job; the workers trust them.
+        check_recent(bundle, prepare)
         user_id, item_id = (
             read_schema(prepare.files(f"{kind}_index")[0]).field(f"{kind}_id").type for kind in ("user", "item")
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ncf_dist.bundle import load_model
 from ncf_dist.files import remove
+from ncf_dist.models import Sequences
 from ncf_dist.score.ranker import Ranker, score_pass
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.spark_io import Pass
@@ -56,8 +58,10 @@ def flops_a_pair(spec: ScorePass, users: int = 16, items: int = 256) -> float:
     computed once a user or once an item."""
     model = load_model(spec.bundle)
     users, items = min(users, spec.bundle.n_users), min(items, spec.bundle.n_items)
+    none = torch.zeros(users, 1, dtype=torch.int64)
+    described: Any = Sequences(none, none, none[:, 0]) if model.sequential else torch.arange(users)
     with torch.no_grad():
-        user, item = model.user_side(torch.arange(users)), model.item_side(torch.arange(items))
+        user, item = model.user_side(described), model.item_side(torch.arange(items))
         with FlopCounterMode(display=False) as counter:
             model.score_block(user, item)
     return float(counter.get_total_flops()) / (users * items)

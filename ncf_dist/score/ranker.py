@@ -19,10 +19,12 @@ import torch
 from pyspark import TaskContext
 
 from ncf_dist import engines, products, scoring
-from ncf_dist.bundle import load_model
+from ncf_dist.bundle import load_model, load_parts
 from ncf_dist.contracts import MODEL, POPULAR
 from ncf_dist.models import Users
+from ncf_dist.models.latest import latest
 from ncf_dist.parquet import read_table
+from ncf_dist.recent import COLUMN, recent_rows
 from ncf_dist.score.popular import Popular
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.scoring import Lists, ModelScorer
@@ -34,8 +36,8 @@ Bools = npt.NDArray[np.bool_]
 
 
 def score_pass(spec: ScorePass) -> Pass:
-    """For mapInArrow: rows (_file, user_id, user_idx, item_idx list, test_item_idx list, by_model), ascending in _file;
-    one row `stats` a task out."""
+    """For mapInArrow: rows (_file, user_id, user_idx, item_idx list, test_item_idx list, by_model, and `recent` where
+    the model looks back), ascending in _file; one row `stats` a task out."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         torch.set_num_threads(1)
@@ -101,6 +103,7 @@ class Ranker:
                 eligible=None if eligible is None else torch.from_numpy(eligible).to(self.device),
                 precision=spec.products.precision,
                 engine=spec.products.engine,
+                parts=load_parts(spec.bundle),
             )
         if spec.products.precision == "bf16":
             engines.must_round(engines.dot_width(spec.bundle))
@@ -129,8 +132,7 @@ class Ranker:
         return self._table(block, by_model, values, items, offered)
 
     def _by_model(self, block: pa.RecordBatch) -> tuple[Floats, Ints]:
-        index = torch.from_numpy(block.column("user_idx").to_numpy().astype(np.int64))
-        users = Users(index.to(self.device))
+        users = users_of(block, self.spec).to(self.device)
         with self.device:
             values, items = scoring.recommend(self.scorer, users, seen_lists(block, self.spec.masked), self.k)
         return values.cpu().numpy(), items.cpu().numpy()
@@ -175,6 +177,13 @@ def read_item_ids(files: tuple[str, ...]) -> pa.Array:
     table = pa.concat_tables([read_table(path) for path in files])
     order = np.argsort(table.column("item_idx").to_numpy())
     return table.column("item_id").combine_chunks().take(pa.array(order))
+
+
+def users_of(batch: pa.RecordBatch, spec: ScorePass) -> Users:
+    """The users of the block, with what they did last where the model looks back on it."""
+    index, length = torch.from_numpy(batch.column("user_idx").to_numpy().astype(np.int64)), spec.bundle.looks_back
+    recent = recent_rows(batch.column(COLUMN)) if length else None
+    return Users(index, None if recent is None else latest(recent, spec.last_split, length))
 
 
 def seen_lists(batch: pa.RecordBatch, columns: tuple[str, ...]) -> Lists:

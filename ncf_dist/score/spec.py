@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Score
-from ncf_dist.contracts import Contract
+from ncf_dist.contracts import TEST_SPLIT, VALIDATION_SPLIT, Contract
 from ncf_dist.products import PLAIN, Products
 from ncf_dist.score.items import ItemLists
 
@@ -24,6 +24,11 @@ class ScorePass:
     lists: ItemLists
     popularity_files: tuple[str, ...] = ()
     products: Products = PLAIN
+
+    @property
+    def last_split(self) -> int:
+        """What of a user's rows is known: what they must not be offered."""
+        return TEST_SPLIT if self.config.seen == "all" else VALIDATION_SPLIT
 
     @property
     def masked(self) -> tuple[str, ...]:

@@ -13,9 +13,11 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
+from ncf_dist.bundle import Bundle
 from ncf_dist.config import Score
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_schema
+from ncf_dist.recent import COLUMN, no_lists, recent_lists
 from ncf_dist.spark_io import read_files, read_table
 
 DAY = 86_400 * 10**6
@@ -33,8 +35,9 @@ def active_from(config: Score, ds: str) -> dt.date | None:
     return dt.date.fromisoformat(ds) - dt.timedelta(days=since) if isinstance(since, int) else since
 
 
-def users_to_rank(spark: SparkSession, prepare: Manifest, config: Score, ds: str) -> DataFrame:
-    """A row a user: user_id, user_idx (-1 without one), item_idx and test_item_idx (what they have seen), by_model."""
+def users_to_rank(spark: SparkSession, prepare: Manifest, bundle: Bundle, config: Score, ds: str) -> DataFrame:
+    """A row a user: user_id, user_idx (-1 without one), item_idx and test_item_idx (what they have seen), by_model; and
+    `recent` where the model looks back on what a user did last."""
     files = prepare.files(contracts.USER_INDEX)
     index = read_files(spark, files, read_schema(files[0]))
     history = read_table(spark, prepare, contracts.HISTORY)
@@ -43,6 +46,8 @@ def users_to_rank(spark: SparkSession, prepare: Manifest, config: Score, ds: str
     if fallback and since is None and contracts.UNSEEN_USERS in prepare.tables:
         files = prepare.files(contracts.UNSEEN_USERS)
         rows = rows.unionByName(read_files(spark, files, read_schema(files[0])), allowMissingColumns=True)
+    if bundle.looks_back:
+        rows = rows.join(recent_lists(spark, prepare), "user_idx", "left")
     none = F.array().cast("array<int>")
     seen, held_out = (F.coalesce(name, none) for name in ("item_idx", "test_item_idx"))
     rows = rows.select(
@@ -51,6 +56,7 @@ def users_to_rank(spark: SparkSession, prepare: Manifest, config: Score, ds: str
         seen.alias("item_idx"),
         held_out.alias("test_item_idx"),
         (F.size(seen) > 0).alias("by_model"),
+        *([F.coalesce(COLUMN, no_lists(rows)).alias(COLUMN)] if bundle.looks_back else []),
     )
     if not fallback:
         rows = rows.where("by_model")
@@ -65,7 +71,7 @@ def in_files(rows: DataFrame, files: int, indexed: int) -> DataFrame:
     one stretch of the model's memory-mapped user table. Users without an index get a file by a hash."""
     stretch = F.floor(F.col("user_idx") / F.lit(max(1, -(-indexed // files))))
     file = F.when(F.col("user_idx") >= 0, stretch).otherwise(F.pmod(F.xxhash64("user_id"), F.lit(files)))
-    return rows.select(file.cast("int").alias("_file"), "user_id", "user_idx", "item_idx", "test_item_idx", "by_model")
+    return rows.select(file.cast("int").alias("_file"), *rows.columns)
 
 
 def in_tasks(rows: DataFrame, tasks: int) -> DataFrame:

@@ -12,6 +12,7 @@ from ncf_dist import contracts
 from ncf_dist.errors import ContractError
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_schema, read_table
+from ncf_dist.recent import recent_lists
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.spark_io import map_in_arrow, on_executor, read_files
 
@@ -28,6 +29,8 @@ def check_written(spark: SparkSession, prepare: Manifest, spec: ScorePass, files
     index = read_files(spark, index_files, read_schema(index_files[0])).where(F.col("user_id").isin(ids))
     user_ids = {row["user_idx"]: row["user_id"] for row in index.collect()}
     history = read_files(spark, prepare.files(contracts.HISTORY.name), contracts.HISTORY.schema)
+    if spec.bundle.looks_back:
+        history = history.join(recent_lists(spark, prepare), "user_idx")
     rows = history.where(F.col("user_idx").isin([*user_ids])).coalesce(1)
     work = on_executor("ncf_dist.score.check:check_pass", spec, user_ids, files)
     problems = [row["problem"] for row in map_in_arrow(rows, work, "problem string").collect()]

@@ -92,6 +92,7 @@ class ModelScorer:
         on_cpu = self.device.type == "cpu"
         number = -(-len(self) // ITEMS)
         self.block = _Split(model, self.device, number + 1, precision, engine if on_cpu else "mkl", self.parts)
+        self.taken: Users | None = None
         self.other = number
         """The number of a spare block, for items in any order."""
         if on_cpu and len(self):
@@ -132,8 +133,7 @@ class ModelScorer:
     def blocks(self, users: Users) -> Iterator[Tensor]:
         """U users, at most USERS → (U, ITEMS) scores of the eligible items 0 to ITEMS - 1, then of the
         next ones; -inf in the last block where there are no more. The next block may overwrite the memory of one."""
-        users = users.to(self.device)
-        self.block.take_users(users)
+        users = self._take(users)
         for part in self.parts:
             part.take(_latest(users))
         for first in range(0, len(self), ITEMS):
@@ -147,8 +147,7 @@ class ModelScorer:
     def of(self, users: Users, items: Tensor) -> Tensor:
         """U users, at most USERS, (T,) item indexes in any order → (U, T), the same bits as in `blocks`. Items that
         are not eligible are scored, too."""
-        users = users.to(self.device)
-        self.block.take_users(users)
+        users = self._take(users)
         scores = torch.empty(len(users), len(items), device=self.device)
         for first in range(0, len(items), ITEMS):
             some, place = items[first : first + ITEMS].unique(return_inverse=True)
@@ -158,6 +157,13 @@ class ModelScorer:
             self._add_parts(users, some, block)
             scores[:, first : first + ITEMS] = block[:, place]
         return scores
+
+    def _take(self, given: Users) -> Users:
+        """The users on the scorer's device. Asked about again, they are not computed again: a tower takes time."""
+        if given is not self.taken:
+            self.block.take_users(given.to(self.device))
+            self.taken = given
+        return given.to(self.device)
 
     def _add_parts(self, users: Users, items: Tensor, scores: Tensor) -> None:
         """Add the parts of items (T,), ascending, to their scores (U, ITEMS)."""
