@@ -84,7 +84,7 @@ def mixed(x: Array, layer: Any) -> Array:
                 y[t, columns] = share @ v[: t + 1, columns]
         return linear(u * y, layer.out)
     if isinstance(layer, Attention):
-        q, k, v = np.split(linear(x, layer.qkv), 3, axis=1)
+        q, k, v = np.split(x @ doubles(layer.qkv.weight).T, 3, axis=1)
         for columns in heads:
             for t in range(len(x)):
                 weights = np.exp(k[: t + 1, columns] @ q[t, columns] / np.sqrt(len(columns)))

@@ -103,7 +103,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, history: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        # Without a bias: that of keys changes nothing, so that its gradient would be rounding alone.
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:

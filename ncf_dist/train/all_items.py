@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -92,7 +93,7 @@ class _Total(torch.autograd.Function):
                 user_in = user[rows].to(exact)
                 scores = (user_in @ item_in.T).to(user.dtype).add_(bias)
                 if target is not None and shared is not None:
-                    scores.masked_fill_(target[rows, None] == shared, -math.inf)
+                    _leave_out(scores, target[rows], shared)
                 losses, to_own[rows] = rule(scores, own[rows])
                 total += losses.sum()
                 to_bias += scores.sum(0)
@@ -106,6 +107,21 @@ class _Total(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(gradient * scale for gradient in ctx.saved_tensors), None, None
+
+
+def _leave_out(scores: Tensor, target: Tensor, shared: Tensor) -> None:
+    """Makes the scores of shared items that are a row's own -inf. scores (n, M); target (n,); shared (M,)."""
+    if scores.device.type != "cpu":
+        scores.masked_fill_(target[:, None] == shared, -math.inf)
+        return
+    # Few are: on a CPU, looking them up takes a tenth of the time that comparing all does. On a GPU it would wait.
+    order = np.argsort(shared.numpy(), kind="stable")
+    there, wanted = shared.numpy()[order], target.numpy()
+    first = np.searchsorted(there, wanted)
+    count = np.searchsorted(there, wanted, side="right") - first
+    row = np.repeat(np.arange(len(wanted)), count)
+    within = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    scores.numpy()[row, order[first[row] + within]] = -np.inf
 
 
 def _blocks(rows: int, step: int) -> Iterator[slice]:

@@ -9,6 +9,7 @@ from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError
 from ncf_dist.models import parameter_count
 from ncf_dist.train.optimisers import MOMENTS
+from ncf_dist.train.windows import row_bytes
 
 MEMORY_SHARE = 0.8
 
@@ -18,23 +19,37 @@ def memory_parts(config: Config, n_users: int, n_items: int, rows: int, file_row
     train, loader, count = config.train, config.loader, parameter_count(config.model, n_users, n_items)
     moments, source, negatives = MOMENTS[train.optimiser], config.negatives_from, config.negatives.per_positive
     from_table = negatives if source == "table" else 0
-    columns = 2 + from_table + (config.input.feedback == "explicit")
-    cached = 4 * rows * (columns + max(0, config.negatives.draws - 1) * from_table)
+    row = 4 * (2 + from_table + (config.input.feedback == "explicit"))
+    if config.sequential:
+        row = row_bytes(config.sequences.length)
+    cached = rows * (row + 4 * max(0, config.negatives.draws - 1) * from_table)
     if loader.cache != "none" and cached <= loader.cache_bytes:
         table, table_bytes = "the train table in loader.cache", cached
     else:
         # A window four times: as it is used, and the next one as it is read, side by side, and permuted.
         table = "a window of loader.shuffle_files files"
-        table_bytes = 4 * 4 * columns * min(rows, loader.shuffle_files * file_rows)
+        table_bytes = 4 * row * min(rows, loader.shuffle_files * file_rows)
     of_row = 1 + (train.shared_negatives if config.shares_negatives else negatives if source else 0)
     weights = f"{count:,} parameters x 4 bytes x {3 + moments} (weights, gradients, {moments} moment(s), best epoch)"
     return {
         weights: 4 * count * (3 + moments),
         table: table_bytes,
         "train positives for online negatives": 8 * (rows + n_users + 1) if source == "online" else 0,
-        # The value and the gradient of every unit of a scored pair.
-        f"a step of {train.batch_size * of_row:,} scored pairs": 2 * 4 * train.batch_size * of_row * pair_width(config),
+        **(_step_of_windows(config) if config.sequential else _step_of_pairs(config, of_row)),
     }
+
+
+def _step_of_pairs(config: Config, of_row: int) -> dict[str, int]:
+    """The value and the gradient of every unit of a scored pair. of_row: pairs of a row."""
+    pairs = config.train.batch_size * of_row
+    return {f"a step of {pairs:,} scored pairs": 2 * 4 * pairs * pair_width(config)}
+
+
+def _step_of_windows(config: Config) -> dict[str, int]:
+    """What a tower keeps of every position until its gradient is computed: measured, some 25 vectors a block and 15
+    beside. A block of scores is a few MiB more."""
+    positions, model = config.train.batch_size * config.sequences.length, config.model
+    return {f"a step of {positions:,} positions": 4 * positions * model.factors * (25 * model.blocks + 15)}
 
 
 def pair_width(config: Config) -> int:

@@ -49,7 +49,7 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     check_parts(config, index_sizes(prepare).items)
     if not config.model.trained:
         return _made_of_parts(stage, config, prepare)
-    table = prepare.table(train_contract(prepare, config.input.feedback == "explicit"))
+    table = prepare.table(train_contract(prepare, config))
     warning = few_steps(config.train, table.rows, world_size(config))
     check_memory(config, *index_sizes(prepare), table.rows, max(file.rows for file in table.files))
 

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from ncf_dist import metrics
-from ncf_dist.contracts import VALIDATION
-from ncf_dist.errors import TrainingFailed
+from ncf_dist.contracts import RECENT, TRAIN_SPLIT, VALIDATION
+from ncf_dist.errors import ContractError, TrainingFailed
 from ncf_dist.manifests import Manifest
-from ncf_dist.models import Recommender
+from ncf_dist.models import Recommender, Users
+from ncf_dist.models.latest import latest
 from ncf_dist.parquet import read_table
 from ncf_dist.train.world import World
 
@@ -52,13 +54,38 @@ def read_held_out(path: str) -> HeldOut:
     return HeldOut(user, item, rating, candidates, real)
 
 
+def read_users(prepare: Manifest, index: Tensor, length: int) -> Users:
+    """What the users in `index` did last in train, at most `length` items of each."""
+    wanted, kept = index.unique().numpy(), []
+    for path in prepare.files(RECENT.name):
+        table = read_table(path)
+        kept.append(table.filter(pa.array(np.isin(table["user_idx"].to_numpy(), wanted))))
+    rows = pa.concat_tables(kept) if kept else RECENT.schema.empty_table()
+    rows = rows.sort_by("user_idx")
+    if not np.array_equal(found := rows["user_idx"].to_numpy(), wanted):
+        raise ContractError(
+            f"table {RECENT.name} of {prepare.root} has {len(found)} of the {len(wanted)} users with validation rows; "
+            "needed each once: rerun the job prepare"
+        )
+    return Users(torch.from_numpy(wanted), latest(rows, TRAIN_SPLIT, length))
+
+
 @torch.inference_mode()
-def candidate_ranks(model: Recommender, held_out: HeldOut, device: str) -> Tensor:
-    """(V,) rank of each positive among its candidates, ties averaged."""
-    ranks = []
+def candidate_ranks(model: Recommender, held_out: HeldOut, device: str, users: Users | None = None) -> Tensor:
+    """(V,) rank of each positive among its candidates, ties averaged. users: of a model of histories, each user of
+    `held_out` once, by index."""
+    ranks, side = [], None
+    if users is not None:
+        assert users.latest is not None
+        side = model.users(users.latest.to(device))
     for block in _blocks(held_out):
         items = torch.cat([block.item[:, None], block.candidates], dim=1).to(device)
-        scores = _finite(model(block.user.to(device)[:, None], items).cpu())
+        if users is None or side is None:
+            scores = model(block.user.to(device)[:, None], items)
+        else:
+            place = torch.searchsorted(users.index, block.user).to(device)
+            scores = model.join(side.each(lambda part: part[place][:, None]), model.items(items))  # noqa: B023
+        scores = _finite(scores.cpu())
         positive, others = scores[:, :1], scores[:, 1:]
         greater = ((others > positive) & block.real).sum(1).numpy()
         equal = ((others == positive) & block.real).sum(1).numpy()
@@ -94,9 +121,15 @@ def _blocks(held_out: HeldOut) -> Iterator[HeldOut]:
 class Validator:
     """Validation metrics over all ranks; each rank reads its share of the files once and keeps it."""
 
-    def __init__(self, manifest: Manifest, world: World, explicit: bool = False) -> None:
+    def __init__(self, manifest: Manifest, world: World, explicit: bool = False, history: int = 0) -> None:
+        """history: how many latest items a model of histories reads, 0 for another model."""
         manifest.table(VALIDATION)
         self.parts = [read_held_out(path) for path in manifest.files(VALIDATION.name)[world.rank :: world.size]]
+        self.users: Users | None = None
+        if history:
+            manifest.table(RECENT)
+            every = torch.cat([torch.empty(0, dtype=torch.int64), *(part.user for part in self.parts)])
+            self.users = read_users(manifest, every, history)
         self.world, self.explicit = world, explicit
 
     def __call__(self, model: Recommender) -> dict[str, float]:
@@ -109,7 +142,7 @@ class Validator:
         return metrics.means(total) if total["n"] else {}
 
     def _ranking_sums(self, model: Recommender) -> dict[str, float]:
-        ranks = [candidate_ranks(model, part, self.world.device).numpy() for part in self.parts]
+        ranks = [candidate_ranks(model, part, self.world.device, self.users).numpy() for part in self.parts]
         return metrics.sums(np.concatenate(ranks) if ranks else np.empty(0), (K,))
 
     def _rating_sums(self, model: Recommender) -> dict[str, float]:

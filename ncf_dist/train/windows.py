@@ -40,6 +40,11 @@ def window_length(prepare: Manifest) -> int:
     return int(prepare.config["sequences"]["length"])
 
 
+def row_bytes(length: int) -> int:
+    """What a row of the table takes in memory: user and length, and an item and a gap for each of L + 1 places."""
+    return 2 * 4 + (4 + 1) * (length + 1)
+
+
 class WindowLoader(TrainLoader):
     """Batches of windows for one rank, on its device."""
 
@@ -53,7 +58,7 @@ class WindowLoader(TrainLoader):
         return ["user_idx", "length", "items", "gaps"]
 
     def _row_bytes(self, names: Sequence[str]) -> tuple[int, str]:
-        size = 2 * 4 + 5 * (self.length + 1)
+        size = row_bytes(self.length)
         return size, f"{size} bytes"
 
     def _decoded(self, table: Columns) -> Columns:

@@ -41,6 +41,7 @@ from ncf_dist.train.start import pretrained_start, users_there, warm_start
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
 from ncf_dist.train.waiting import Waiting
+from ncf_dist.train.windows import WindowLoader, window_length
 from ncf_dist.train.world import World
 from ncf_dist.urls import log_to_stderr
 
@@ -81,10 +82,18 @@ class StopRequest:
         return self.asked
 
 
-def train_contract(prepare: Manifest, explicit: bool) -> Contract:
-    """The train table as prepare wrote it."""
+def train_contract(prepare: Manifest, config: Config) -> Contract:
+    """The table that the model is trained on, as prepare wrote it."""
+    if config.sequential:
+        return contracts.sequences(window_length(prepare))
     negatives = prepare.config["negatives"]
-    return contracts.train(negatives["per_positive"], negatives["draws"], explicit)
+    return contracts.train(negatives["per_positive"], negatives["draws"], config.input.feedback == "explicit")
+
+
+def loader_of(config: Config, prepare: Manifest, task: Task, world: World) -> TrainLoader:
+    if config.sequential:
+        return WindowLoader(prepare, task, config.loader, world)
+    return TrainLoader(prepare, train_contract(prepare, config), task, config.loader, world)
 
 
 def task_of(config: Config, prepare: Manifest) -> Task:
@@ -124,13 +133,12 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
     if not config.model.trained:
         return save_model(config, spec, prepare, starting_model(config, spec, prepare))
     task = task_of(config, prepare)
-    contract = train_contract(prepare, task.explicit)
-    for table in (contract, contracts.VALIDATION):
+    for table in (train_contract(prepare, config), contracts.VALIDATION, *([contracts.RECENT] * config.sequential)):
         verify_files(prepare, table, world)
     trainer = Trainer(
         starting_model(config, spec, prepare),
-        TrainLoader(prepare, contract, task, config.loader, world),
-        Validator(prepare, world, task.explicit),
+        loader_of(config, prepare, task, world),
+        Validator(prepare, world, task.explicit, config.model.history if config.sequential else 0),
         config.train,
         world,
         loss=config.loss,
