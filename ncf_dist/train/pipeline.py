@@ -16,6 +16,7 @@ from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
 from ncf_dist.train.epoch_order import steps_per_epoch
+from ncf_dist.train.figures import of_parts, of_training
 from ncf_dist.train.item_parts import check_parts
 from ncf_dist.train.launchers import world_size
 from ncf_dist.train.lr_find import smoothed, suggest
@@ -61,7 +62,7 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     write_atomic(posixpath.join(run, PLOT), history_figure(history))
     outputs = {"history": posixpath.join(run, HISTORY), "plot": posixpath.join(run, PLOT)}
     facts = {"products": history["products"], "warnings": [warning] if warning else []}
-    return _finished(stage, run, prepare, facts, _metrics(history), outputs)
+    return _finished(stage, run, prepare, facts, of_training(history), outputs)
 
 
 def _made_of_parts(stage: StageRun, config: Config, prepare: Manifest) -> Outcome:
@@ -87,34 +88,12 @@ def _finished(
     if exists(record := posixpath.join(run, PARTS)):
         chosen = json.loads(read_bytes(record))
         facts["parts"] = {"weights": chosen["weights"], "chosen_by": chosen["chosen_by"]}
-        metrics |= _of_parts(chosen)
+        metrics |= of_parts(chosen)
         outputs = {"parts": record, **outputs}
     manifest = stage.finish(facts=facts, metrics=metrics)
     log.info("made %s in %.1f s: %s", bundle.model_version, manifest.seconds, dict(manifest.metrics))
     outputs = {"bundle": bundle.path, **outputs}
     return Outcome.of(manifest, outputs=outputs, model_version=bundle.model_version, warnings=facts["warnings"])
-
-
-def _of_parts(chosen: dict[str, Any]) -> dict[str, Any]:
-    """What the parts do for the ranking of validation rows among the whole catalogue: with them, and without any."""
-    metrics: dict[str, Any] = {f"parts.weight.{name}": weight for name, weight in chosen["weights"].items()}
-    for label, weights in (("with_parts", chosen["weights"]), ("without_parts", dict.fromkeys(chosen["weights"], 0))):
-        for row in chosen["figures"]:
-            if all(row[name] == weight for name, weight in weights.items()):
-                metrics |= {f"validation.full.{name}.{label}": row[name] for name in row if "@" in name}
-    return metrics
-
-
-def _metrics(history: dict[str, Any]) -> dict[str, Any]:
-    kept = history["epochs"][history["epoch"]]
-    metrics = {f"validation.{k}": v for k, v in kept.items() if "@" in k or k in ("mrr", "mse", "mae")}
-    metrics |= {
-        "train.loss": kept["loss"],
-        "train.epochs": len(history["epochs"]),
-        "train.best_epoch": history["epoch"],
-        "train.data_wait": min(epoch["data_wait"] for epoch in history["epochs"]),
-    }
-    return metrics | {"train.samples_per_s": max(epoch["samples_per_s"] for epoch in history["epochs"])}
 
 
 def _find_rate(config: Config, prepare: Manifest, run: str, first: str | None) -> Outcome:
