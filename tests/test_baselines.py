@@ -18,9 +18,11 @@ from sklearn.metrics import ndcg_score, roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from ncf_dist import config as settings
+from ncf_dist import contracts
 from ncf_dist.bundle import save_bundle
 from ncf_dist.config import Config, Evaluate, Model
 from ncf_dist.errors import ConfigError, ContractError
+from ncf_dist.evaluate import baselines
 from ncf_dist.evaluate.baselines import DotScorer, ItemItemScorer, item_factors
 from ncf_dist.evaluate.fitting import check_gram
 from ncf_dist.evaluate.pipeline import evaluate
@@ -28,7 +30,7 @@ from ncf_dist.item_item import gram as gram_module
 from ncf_dist.item_item.gram import ease, gram, item_knn
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
-from ncf_dist.models import GMF
+from ncf_dist.models import GMF, Sequences
 from ncf_dist.parquet import read_table, write_parquet
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.scoring import Lists
@@ -36,7 +38,8 @@ from ncf_dist.stage import Outcome, stored
 from tests.conftest import SPARK
 
 DS = "2026-01-31"
-ALL = ["popularity", "ease", "item_knn", "als"]
+ALL = ["popularity", "recent_popularity", "item_to_item", "ease", "item_knn", "als"]
+LENGTH = 12
 
 
 def histories(users: int = 60, items: int = 12) -> list[list[int]]:
@@ -103,6 +106,49 @@ def test_a_user_is_scored_alike_in_any_company() -> None:
     together = scorer.scores(ragged(lists))
     for user, found in enumerate(lists):
         assert torch.equal(scorer.scores(ragged([found]))[0], together[user])
+
+
+def test_what_users_did_last_is_worth_less_by_age() -> None:
+    torch.manual_seed(1)
+    weights, length = torch.randn(12, 12), torch.tensor([3, 0, 5])
+    items = torch.tensor([[4, 2, 9, 0, 0], [0, 0, 0, 0, 0], [1, 1, 3, 0, 11]])
+    found = ItemItemScorer(weights).by_age(Sequences(items, torch.zeros_like(items), length), 2.0)
+    wanted = torch.zeros(3, 12)
+    for user in range(3):
+        for place in range(int(length[user])):
+            wanted[user] += 0.5 ** ((length[user] - 1 - place) / 2.0) * weights[items[user, place]]
+    torch.testing.assert_close(found, wanted)
+
+
+def test_recent_popularity_orders_by_what_is_recent_then_by_all(tmp_path: Path) -> None:
+    rows = {"item_idx": pa.array([3, 0], pa.int32()), "recent": pa.array([2, 1])}
+    path = str(tmp_path / write_parquet(pa.table(rows), str(tmp_path), "recent.parquet").path)
+    found = baselines.recent_counts((path,), np.array([5, 90, 7, 0]))
+    assert np.argsort(-found).tolist() == [3, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "more", "message"),
+    [
+        ({"baselines": ["item_to_item"]}, {}, r"has item_to_item and sequences\.length is 0.*prepare again"),
+        ({"baselines": ["ease"], "ease_half_life": 5}, {}, r"ease_half_life is set and sequences\.length is 0"),
+        (
+            {"baselines": ["item_to_item"]},
+            {"sequences": {"length": 9, "next_items": 0}},
+            r"sequences\.next_items is 0.*prepare again",
+        ),
+        (
+            {"baselines": ["recent_popularity"]},
+            {"input": {"path": "x", "format": "csv", "columns": {"user": "u", "item": "i"}}},
+            r"recent_popularity and input\.columns\.timestamp is not set",
+        ),
+    ],
+)
+def test_baselines_that_prepare_has_no_tables_for(evaluate: dict[str, Any], more: dict[str, Any], message: str) -> None:
+    tree = {"paths": {"lake": "l", "work": "w"}, "input": {"path": "x"}, "evaluate": evaluate, **more}
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(tree)
+    Config.model_validate({**tree, "evaluate": {"ease_half_life": 5.0}})  # Asked for by no baseline.
 
 
 def test_items_without_factors_score_nothing(tmp_path: Path) -> None:
@@ -180,9 +226,10 @@ def judged(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Jud
             "input": {"path": str(folder / "ratings.dat")},
             "split": {"strategy": "leave-k-out", "k": 2, "min_interactions": 5},
             "negatives": {"candidates": 8, "draws": 1},
+            "sequences": {"length": LENGTH},
             "layout": {"min_files": 4},
             "evaluate": {
-                "ks": [3, 10], "baselines": ALL, "bootstrap": 60, "ease_lambda": 5.0,
+                "ks": [3, 10], "baselines": ALL, "bootstrap": 60, "ease_lambda": 5.0, "ease_half_life": 3.0,
                 "als_rank": 4, "als_iterations": 2,
             },
             "spark": SPARK,
@@ -201,7 +248,52 @@ def scores_of(judged: Judged) -> dict[str, np.ndarray]:
     x = matrix([history[user] for user in range(90)], 40)
     with torch.inference_mode():
         dot = model(torch.arange(90)[:, None], torch.arange(40)[None]).double().numpy()
-    return {"model": dot, "popularity": np.tile(x.sum(0), (90, 1)), "ease": x @ ease_in_numpy(x, 5.0)}
+    popular = np.tile(x.sum(0), (90, 1))
+    known = [row for row in judged.rows("prepare", "interactions") if row["split"] != contracts.TEST_SPLIT]
+    return {
+        "model": dot,
+        "popularity": popular,
+        "recent_popularity": 1000 * np.tile(recent_counts(known), (90, 1)) + popular,
+        "item_to_item": latest(known, 2.0) @ what_follows(known),
+        "ease": latest(known, 3.0) @ ease_in_numpy(x, 5.0),
+    }
+
+
+Rows = list[dict[str, Any]]
+
+
+def recent_counts(known: Rows) -> np.ndarray:
+    """(I,) of the seven days that end with the last row."""
+    end = max(row["timestamp"] for row in known)
+    recent = [row["item_idx"] for row in known if row["timestamp"] > end - 7 * 86_400 * 10**6]
+    assert 0 < len(recent) < len(known)
+    return np.bincount(recent, minlength=40)
+
+
+def in_order(known: Rows, user: int) -> Rows:
+    return sorted((row for row in known if row["user_idx"] == user), key=lambda row: row["timestamp"])
+
+
+def latest(known: Rows, half_life: float) -> np.ndarray:
+    """(U, I) what each of a user's latest items is worth."""
+    worth = np.zeros((90, 40))
+    for user in range(90):
+        for age, row in enumerate(in_order(known, user)[::-1][:LENGTH]):
+            worth[user, row["item_idx"]] = 0.5 ** (age / half_life)
+    return worth
+
+
+def what_follows(known: Rows) -> np.ndarray:
+    """(I, I) log(p(b | a) / p(b)^½) but for a constant of a's, of train rows at most 10 steps apart."""
+    times, share = np.zeros((40, 40)), np.zeros(40)
+    for user in range(90):
+        rows = [row["item_idx"] for row in in_order(known, user) if row["split"] == contracts.TRAIN_SPLIT]
+        for place, item in enumerate(rows):
+            share[item] += 1
+            for steps, after in enumerate(rows[place + 1 : place + 11], 1):
+                times[item, after] += (2520 // steps) / 2520
+    share /= share.sum()
+    return np.log1p(times / (20 * share)) + 0.5 * np.log(share)
 
 
 def test_every_figure_is_what_numpy_counts(judged: Judged) -> None:
@@ -284,7 +376,10 @@ def test_als_learned_something(judged: Judged) -> None:
 
 def test_partitions_change_no_figure(judged: Judged, tmp_path: Path) -> None:
     """ALS apart, whose sums follow Spark's shuffles."""
-    asked = {**judged.config.evaluate.model_dump(), "baselines": ["popularity", "ease"]}
+    asked = {
+        **judged.config.evaluate.model_dump(),
+        **{"baselines": ["popularity", "recent_popularity", "item_to_item", "ease"], "ease_half_life": None},
+    }
     found = []
     for partitions in (1, 5):
         config = Config.model_validate(
@@ -300,8 +395,22 @@ def test_partitions_change_no_figure(judged: Judged, tmp_path: Path) -> None:
         ranks = Lake(config.paths.lake).stage(DS, "evaluate").newest().tables["ranks"]
         found.append((Path(outcome.outputs["metrics"]).read_text(), [info.sha256 for info in ranks.files]))
     assert found[0] == found[1]
-    full = json.loads(found[0][0])["full"]
-    assert full == pytest.approx(judged.report["full"])
+    report = json.loads(found[0][0])
+    assert report["full"] == pytest.approx(judged.report["full"])
+    for name in ("recent_popularity", "item_to_item"):
+        assert report["baselines"][name] == judged.report["baselines"][name]
+    x = matrix([row["item_idx"] for row in sorted(judged.rows("prepare", "history"), key=lambda r: r["user_idx"])], 40)
+    assert report["baselines"]["ease"]["full"]["mrr"] == pytest.approx(mrr(judged, x @ ease_in_numpy(x, 5.0), x))
+
+
+def mrr(judged: Judged, scores: np.ndarray, x: np.ndarray) -> float:
+    """Mean over users of 1 / the place of the better held-out item among the items that the user has not seen."""
+    best: dict[int, float] = {}
+    for row in judged.rows("prepare", "test"):
+        user, item = row["user_idx"], row["item_idx"]
+        place = 1 + int(((scores[user] > scores[user, item]) & (x[user] == 0)).sum())
+        best[user] = max(best.get(user, 0.0), 1 / place)
+    return float(np.mean(list(best.values())))
 
 
 # ---- two runs ----------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 NAMES = {
     "popularity": "Popular",
+    "recent_popularity": "Recent",
+    "item_to_item": "Item to item",
     "ease": "EASE",
     "item_knn": "Item kNN",
     "als": "ALS",
@@ -15,7 +17,14 @@ NAMES = {
     "model": "Model",
 }
 """At the head of a column."""
-PROSE = {"popularity": "popularity", "item_knn": "item kNN", "mean": "the mean", "biases": "biases"}
+PROSE = {
+    "popularity": "popularity",
+    "recent_popularity": "recent popularity",
+    "item_to_item": "item to item",
+    "item_knn": "item kNN",
+    "mean": "the mean",
+    "biases": "biases",
+}
 """In a sentence, where it differs."""
 FAMILIES = {
     "ndcg": "NDCG",

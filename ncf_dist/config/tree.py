@@ -63,7 +63,7 @@ class Config(Section):
                 "input.k_core and input.max_user_interactions do not go with split.strategy files, whose rows are "
                 "given: leave them out"
             )
-        timeless = not self.input.format.startswith("movielens") and self.input.columns.timestamp is None
+        timeless = self._timeless
         if self.split.strategy == "temporal" and timeless:
             raise ValueError(
                 "split.strategy is temporal and input.columns.timestamp is not set; needed the column of the times"
@@ -84,6 +84,10 @@ class Config(Section):
                 "set train.negatives=table, or negatives.alpha=0"
             )
         return self
+
+    @property
+    def _timeless(self) -> bool:
+        return not self.input.format.startswith("movielens") and self.input.columns.timestamp is None
 
     @property
     def loss(self) -> Loss:
@@ -154,6 +158,26 @@ class Config(Section):
                 f"train.loss is {self.loss} with model.name=history; needed {' or '.join(OF_ALL_ITEMS)}: "
                 "leave train.loss out, or take another model"
             )
+
+    @model_validator(mode="after")
+    def _baselines_fit(self) -> Config:
+        asked = self.evaluate.in_order
+        if asked and not self.sequences.length:
+            raise ValueError(
+                f"{asked} and sequences.length is 0, so that prepare does not keep what users did last: set it, such "
+                "as sequences.length=100, and prepare again"
+            )
+        if "item_to_item" in self.evaluate.baselines and not self.sequences.next_items:
+            raise ValueError(
+                f"{asked} and sequences.next_items is 0, so that prepare does not count what follows what: set it, "
+                "such as sequences.next_items=400, and prepare again"
+            )
+        if "recent_popularity" in self.evaluate.baselines and self._timeless:
+            raise ValueError(
+                "evaluate.baselines has recent_popularity and input.columns.timestamp is not set; needed the column of "
+                "the times"
+            )
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:

@@ -9,6 +9,7 @@ from pyspark.sql import SparkSession
 
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Config
+from ncf_dist.contracts import RECENT
 from ncf_dist.manifests import Manifest
 from ncf_dist.products import Products
 
@@ -25,9 +26,14 @@ class Evaluation:
     products: Products
 
     @property
+    def kept(self) -> int:
+        """How many latest items of a user prepare has kept."""
+        return int(self.prepare.config["sequences"]["length"]) if RECENT.name in self.prepare.tables else 0
+
+    @property
     def looks_back(self) -> int:
         """How many of a user's latest items the model and the baselines need."""
-        return self.bundle.looks_back
+        return max(self.bundle.looks_back, self.kept if self.config.evaluate.in_order else 0)
 
     @property
     def fits(self) -> str:

@@ -1,9 +1,11 @@
-"""The baselines that must be fitted before users are ranked: those on the Gram matrix by an executor, within
-`evaluate.gram_bytes`, and ALS for implicit feedback (Hu, Koren & Volinsky, ICDM 2008) by Spark."""
+"""The baselines that must be fitted before users are ranked: those on a matrix of items by an executor, the Gram matrix
+within `evaluate.gram_bytes`; recent popularity, and ALS for implicit feedback (Hu, Koren & Volinsky, ICDM 2008), by
+Spark."""
 
 from __future__ import annotations
 
 import posixpath
+from dataclasses import replace
 
 import pyarrow as pa
 from pyspark.sql import DataFrame
@@ -14,7 +16,7 @@ from ncf_dist.config import Evaluate
 from ncf_dist.contracts import FLOAT_LIST, INDEX, Contract
 from ncf_dist.errors import ConfigError
 from ncf_dist.evaluate.evaluation import Evaluation
-from ncf_dist.evaluate.spec import ALS_USER, GramFit
+from ncf_dist.evaluate.spec import ALS_USER, COUNTED, GRAM, Fit
 from ncf_dist.item_item.memory import COPIES, bytes_to_fit
 from ncf_dist.parquet import TableInfo
 from ncf_dist.spark_io import ROWS_PER_FILE, on_executor, read_table, task_stats, write_table
@@ -26,7 +28,13 @@ ITEM_FACTORS = Contract(
     "factors of the items that anybody has in train or validation",
     "evaluate",
 )
-GRAM = ("ease", "item_knn")
+RECENT_COUNTS = Contract(
+    "recent_counts",
+    pa.schema([pa.field("item_idx", INDEX, nullable=False), pa.field("recent", pa.int64(), nullable=False)]),
+    ("item_idx",),
+    "train and validation interactions of the last days; of items that have any",
+    "evaluate",
+)
 
 
 def check_gram(config: Evaluate, n_items: int) -> None:
@@ -47,20 +55,39 @@ def fit_baselines(job: Evaluation) -> tuple[dict[str, tuple[str, ...]], DataFram
     ALS adds up floats in the order of Spark's shuffles, so factors of two runs agree to rounding, not to the bit."""
     settings = job.config.evaluate
     fitted: dict[str, tuple[str, ...]] = dict.fromkeys(settings.baselines, ())
-    grams: dict[str, str] = {
-        name: posixpath.join(job.fits, f"{name}.safetensors") for name in settings.baselines if name in GRAM
-    }
-    if grams:
-        spec = GramFit(tuple(job.prepare.files(contracts.HISTORY.name)), job.bundle.n_items, settings, grams)
+    matrices = {name: posixpath.join(job.fits, f"{name}.safetensors") for name in fitted if name in (*GRAM, COUNTED)}
+    if matrices:
+        spec = Fit(_files(job, contracts.HISTORY), job.bundle.n_items, settings, matrices)
+        if COUNTED in matrices:
+            followed, totals = _files(job, contracts.NEXT_ITEMS), _files(job, contracts.NEXT_TOTALS)
+            spec = replace(spec, next_files=followed, totals_files=totals)
         work = on_executor("ncf_dist.evaluate.baselines:fit", spec)
         task_stats(job.spark.range(0, 1, 1, 1), work)
-        fitted |= {name: (path,) for name, path in grams.items()}
+        fitted |= {name: (path,) for name, path in matrices.items()}
+    if "recent_popularity" in fitted:
+        table = write_recent(read_table(job.spark, job.prepare, contracts.INTERACTIONS), settings, job.fits)
+        fitted["recent_popularity"] = tuple(table.paths(job.fits))
     if "als" not in fitted:
         return fitted, None
     seen = read_table(job.spark, job.prepare, contracts.HISTORY)
     users, items = fit_als(seen, settings, job.config.seed, job.fits)
     fitted["als"] = tuple(items.paths(job.fits))
     return fitted, users
+
+
+def _files(job: Evaluation, contract: Contract) -> tuple[str, ...]:
+    job.prepare.table(contract)
+    return tuple(job.prepare.files(contract.name))
+
+
+def write_recent(interactions: DataFrame, config: Evaluate, folder: str) -> TableInfo:
+    """Counts of the interactions, but those of the test, in the `evaluate.recent_days` that end with the latest one."""
+    known = interactions.where(F.col("split") != contracts.TEST_SPLIT)
+    end = known.agg(F.max("timestamp").alias("end"))
+    since = F.col("end") - F.lit(config.recent_days * contracts.DAY)
+    recent = known.crossJoin(F.broadcast(end)).where(F.col("timestamp") > since)
+    counts = recent.groupBy("item_idx").agg(F.count("*").alias("recent"))
+    return write_table(counts, folder, RECENT_COUNTS, F.floor(F.col("item_idx") / F.lit(ROWS_PER_FILE)))
 
 
 def fit_als(history: DataFrame, config: Evaluate, seed: int, folder: str) -> tuple[DataFrame, TableInfo]:

@@ -36,6 +36,8 @@ def rank_held_out(
         max(job.config.evaluate.ks),
         tuple(fitted.items()),
         job.products,
+        job.config.evaluate,
+        job.kept,
     )
     rows = held_out_users(job.spark, job.prepare, als_users, job.config.evaluate.als_rank)
     if job.looks_back:

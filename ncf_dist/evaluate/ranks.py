@@ -3,8 +3,8 @@
 Full catalogue: every held-out item is ranked among all items but those the user has in train and validation.
 Candidates: each among its own 1 + N (the NCF protocol): how many beat it and how many tie with it.
 
-A task holds the scorers, one block of users and one file's rows, and nothing of the size users x items. The model
-takes the memory that `scoring.ModelScorer` states, popularity 4 bytes an item, ALS 4 x rank, EASE and item
+A task holds the scorers, one block of users and one file's rows, and nothing of the size users x items. The model and
+item_to_item take the memory that `scoring.ModelScorer` states, popularity 4 bytes an item, ALS 4 x rank, EASE and item
 k-nearest-neighbours 4 bytes for each pair of items, which `evaluate.gram_bytes` bounds, and 4 for each item and user of
 a block. A block takes 1 MiB of scores, some 15 MiB while they are counted, and at most 20 bytes for each of 8 x 256 x K
 scores. Blocks are cut within a file, and a file is a function of the user, so no number depends on how Spark deals the
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ncf_dist.bundle import load_model, load_parts
 from ncf_dist.contracts import RANKS, VALIDATION_SPLIT
-from ncf_dist.evaluate.baselines import item_factors, item_weights
+from ncf_dist.evaluate.baselines import LATEST, item_factors, item_to_item, item_weights, recent_counts
 from ncf_dist.evaluate.histogram import Histogram
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.models import Users
@@ -167,15 +167,37 @@ def popularity_scores(scorer: PopularityScorer, users: int) -> Scores:
     return by_item(scorer.n_items, lambda items: scorer.places[items].expand(users, -1))
 
 
-def _item_item(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
+def _recent_popularity(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
+    scorer = PopularityScorer(recent_counts(files, train_counts(spec.stats_files)))
+    return lambda judged: popularity_scores(scorer, len(judged.users))
+
+
+def _item_to_item(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
+    return model_scores(item_to_item(files[0], spec.bundle.n_items, spec.config), min(LATEST, spec.kept))
+
+
+def _item_knn(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
+    scorer = item_weights(files[0])
+    return lambda judged: at_once(scorer.scores(judged.seen))
+
+
+def _ease(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
+    half_life = spec.config.ease_half_life
+    if half_life is None:
+        return _item_knn(spec, files)
     scorer = item_weights(files[0])
 
     def scores(judged: Judged) -> Scores:
-        # (U, I) at once: the weights are (I, I).
-        every = scorer.scores(judged.seen)
-        return by_item(every.shape[1], lambda items: every[:, items])
+        latest = judged.looking_back(spec.kept).latest
+        assert latest is not None
+        return at_once(scorer.by_age(latest, half_life))
 
     return scores
+
+
+def at_once(every: Tensor) -> Scores:
+    """(U, I), where the weights are (I, I) anyhow."""
+    return by_item(every.shape[1], lambda items: every[:, items])
 
 
 def _als(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
@@ -190,8 +212,10 @@ def _als(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
 
 BASELINES: dict[str, Callable[[EvaluationPass, tuple[str, ...]], Score]] = {
     "popularity": _popularity,
-    "ease": _item_item,
-    "item_knn": _item_item,
+    "recent_popularity": _recent_popularity,
+    "item_to_item": _item_to_item,
+    "ease": _ease,
+    "item_knn": _item_knn,
     "als": _als,
 }
 

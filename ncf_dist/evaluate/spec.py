@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Evaluate
@@ -13,11 +13,15 @@ from ncf_dist.products import PLAIN, Products
 ALS_USER = "als_user"
 """Column of the users' ALS factors, where ALS is a baseline."""
 
+GRAM, COUNTED = ("ease", "item_knn"), "item_to_item"
+"""The baselines that are fitted on the Gram matrix, and the one that is made from the counts of what follows what."""
+
 
 @dataclass(frozen=True)
 class EvaluationPass:
     """One pass over users with held-out items. stats_files: the item_stats table. longest: length of the lists.
-    baselines: by name, the files each needs. products: how they multiply."""
+    baselines: by name, the files each needs. products: how they multiply. kept: how many latest items of a user are
+    known."""
 
     bundle: Bundle
     stats_files: tuple[str, ...]
@@ -25,16 +29,22 @@ class EvaluationPass:
     longest: int
     baselines: tuple[tuple[str, tuple[str, ...]], ...] = ()
     products: Products = PLAIN
+    config: Evaluate = field(default_factory=Evaluate)
+    kept: int = 0
 
 
 @dataclass(frozen=True)
-class GramFit:
-    """Item-item weights from the Gram matrix of the history. files: of each baseline that is wanted, by name."""
+class Fit:
+    """Item-item weights from the Gram matrix of the history, and from the counts of what follows what. files: of each
+    baseline that is wanted, by name. next_files, totals_files: the tables next_items and next_totals; none where no
+    baseline needs them."""
 
     history_files: tuple[str, ...]
     n_items: int
     config: Evaluate
     files: Mapping[str, str]
+    next_files: tuple[str, ...] = ()
+    totals_files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
