@@ -9,6 +9,7 @@ pydantic (2.12 or newer), safetensors, fsspec, filelock, psutil, pyyaml and tqdm
 - training: the checkerboard (users like the items of their own parity) in fp32 and bf16; the loss must fall
 - NCCL: a process group of one rank with a file for a store; a sum, and a step under DistributedDataParallel
 - resume: a training that was stopped and goes on from its checkpoint ends with the weights of one that was not
+- histories: models of histories likewise, and that no step makes the host wait (gpu_histories.py)
 - scoring: the lists of every model, with seen items masked, with and without allow and deny lists, against the CPU's
 
 Prints one table and writes benchmarks/results/gpu_check.json (--results). Exits 1 when a check fails. `--device cpu`
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.gpu_histories import histories
+from benchmarks.gpu_rows import FALLS_TO, GRADIENT_BOUND, LOSS_BOUND, RESUME_BOUND, SCORE_BOUND, Row, difference
 from ncf_dist import contracts
 from ncf_dist.config import Loader, Model, Train
 from ncf_dist.config.train import OF_ALL_ITEMS
@@ -65,33 +68,6 @@ MODELS = {
 USERS, ITEMS = 300, 1_100
 """More than a block of the scorer in both directions."""
 B, N, M, K = 512, 4, 64, 10
-LOSS_BOUND, GRADIENT_BOUND, SCORE_BOUND = 1e-5, 1e-4, 1e-4
-"""Largest differences, relative to the largest value: float32 sums are taken in other orders."""
-FALLS_TO = 0.9
-"""Share of the first epoch's loss that the last epoch's may be at most."""
-RESUME_BOUND = {"cpu": 0.0, "cuda": 1e-5}
-"""On a CPU to the bit. On a GPU every operation of ours is deterministic too, but libraries do not promise it."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: it is well where `value` is at most `bound`."""
-
-    check: str
-    value: float
-    bound: float
-    error: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.error is None and self.value <= self.bound  # NaN is not.
-
-
-def difference(found: Tensor, wanted: Tensor) -> float:
-    """The largest difference, relative to the largest wanted value."""
-    wanted = wanted.double().cpu()
-    scale = max(float(wanted.abs().max()), 1e-30)
-    return float((found.double().cpu() - wanted).abs().max()) / scale
 
 
 def model_of(name: str) -> Recommender:
@@ -282,7 +258,7 @@ def scoring(device: str) -> Iterator[Row]:
             yield Row(f"{name}, {what}: barred or repeated items", int(barred.gather(1, items).sum()) + repeated, 0)
 
 
-CHECKS = {f.__name__: f for f in (gradients, training, process_group, resume, scoring)}
+CHECKS = {f.__name__: f for f in (gradients, training, process_group, resume, histories, scoring)}
 
 
 def rows_of(check: Callable[[str], Iterator[Row]], device: str) -> Iterator[Row]:

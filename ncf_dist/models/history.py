@@ -125,6 +125,10 @@ class Recurrent(nn.Module):
         self.gru = nn.GRU(width, width, batch_first=True)
 
     def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
+        if x.is_cuda:
+            torch.backends.cudnn.allow_tf32 = (
+                False  # cuDNN's recurrences alone would round float32 without being asked.
+            )
         return one_after_another([self.gru(group)[0] for group in in_groups(x, shapes)])
 
 
