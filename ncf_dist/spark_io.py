@@ -217,6 +217,18 @@ def task_stats(frame: DataFrame, work: Pass) -> list[dict[str, Any]]:
     return [json.loads(row["stats"]) for row in map_in_arrow(frame, work, "stats string").collect()]
 
 
+@contextlib.contextmanager
+def arrow_batches(spark: SparkSession, rows: int) -> Iterator[None]:
+    """Inside, batches between the JVM and Python have `rows` rows: for few and large ones."""
+    name = "spark.sql.execution.arrow.maxRecordsPerBatch"
+    usual = spark.conf.get(name)
+    spark.conf.set(name, rows)
+    try:
+        yield
+    finally:
+        spark.conf.set(name, str(usual))
+
+
 def on_executor(entry: str, *given: Any) -> Pass:
     """The pass that the function `entry`, written "module:function", makes of `given`. For `map_in_arrow`.
 

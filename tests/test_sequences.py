@@ -164,7 +164,7 @@ def test_recent_is_the_latest_of_train_of_train_and_validation_and_of_all(codes:
 
 
 def following(rows: InOrder, steps: int, n_items: int) -> dict[tuple[int, int], int]:
-    pairs = Pairs(n_items)
+    pairs = Pairs()
     for each in next_items.following(rows.item, rows.row, steps, n_items):
         assert not pairs.add(*each)
     pair, weight = pairs.take()
@@ -190,25 +190,54 @@ def test_pairs_worked_example() -> None:
     assert following(rows, 10, 4) == {(1, 3): 2520, (3, 2): 2520, (1, 2): 1260 + 2520}
 
 
+Pair = tuple[int, int, int]
+"""item, next item, weight"""
+
+
+def pairs_of(slices: pa.Table, n_items: int) -> list[Pair]:
+    found = []
+    for row in slices.to_pylist():
+        apart, weights = (np.frombuffer(row[name], "<i8") for name in ("pairs", "weights"))
+        found += [
+            (p // n_items, p % n_items, w) for p, w in zip(np.cumsum(apart).tolist(), weights.tolist(), strict=True)
+        ]
+    return found
+
+
 @LAW
 @given(
-    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, 3)), max_size=80),
+    st.lists(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8), st.integers(1, 3)), max_size=40), max_size=6),
     st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 30),
     st.integers(1, 30),
 )
 def test_items_are_added_up_whole_whatever_is_held_at_a_time(
-    rows: list[tuple[int, int, int]], limit: int, batch: int
+    flushes: list[list[Pair]], per_file: int, cut: int, limit: int, batch: int
 ) -> None:
-    staged = sorted(rows, key=lambda row: row[0])
-    table = pa.table([pa.array(c) for c in zip(*staged, strict=True)] or [[]] * 3, names=next_items.PAIR.names)
-    expected: Counter[tuple[int, int]] = Counter()
-    for a, b, weight in rows:
-        expected[a, b] += weight
-    blocks = list(next_items.whole_items(table.cast(next_items.PAIR).to_batches(batch), 6, limit))
-    found = [(int(p) // 6, int(p) % 6, int(w)) for pair, weight in blocks for p, w in zip(pair, weight, strict=True)]
+    """Pairs of a catalogue of 9 items, cut into slices and sorted by their first item, as Spark sends them."""
+    tables, expected = [], Counter[tuple[int, int]]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(next_items, "SLICE_PAIRS", cut)
+        for flush in flushes:
+            for a, b, weight in flush:
+                expected[a, b] += weight
+            held = Pairs()
+            held.add(*(np.array(c, dtype=np.int64) for c in ([9 * a + b for a, b, _ in flush], [w for *_, w in flush])))
+            pair, weights = held.take()
+            tables.append(next_items.slices(pair, weights, 9, per_file))
+            assert [9 * a + b for a, b, _ in pairs_of(tables[-1], 9)] == pair.tolist()
+    sent = pa.concat_tables([next_items.SLICE.empty_table(), *tables])
+    for row in sent.to_pylist():
+        items = np.cumsum(np.frombuffer(row["pairs"], "<i8")) // 9
+        assert items[0] == row["item_idx"]
+        assert items[0] // per_file == items[-1] // per_file, "a slice is of one file"
+        assert len(items) <= cut
+    blocks = list(next_items.whole_items(sent.sort_by("item_idx").to_batches(batch), 9, limit))
+    found = [(int(p) // 9, int(p) % 9, int(w)) for pair, weight in blocks for p, w in zip(pair, weight, strict=True)]
     assert found == [(a, b, weight) for (a, b), weight in sorted(expected.items())]
-    items = [set(pair // 6) for pair, _ in blocks]
-    assert sum(map(len, items)) == len(set().union(*items)), "an item was cut"
+    of_block = [set(pair // 9) for pair, _ in blocks]
+    assert sum(map(len, of_block)) == len(set().union(*of_block)), "an item was cut"
 
 
 @LAW
@@ -306,7 +335,7 @@ def test_the_pass_writes_what_plain_python_makes(log: list[Row], ties: str, leng
         (user, *map(list, zip(*plain_recent(users[user], length), strict=True))) for user in sorted(users)
     ]
     pairs: Counter[tuple[int, int]] = Counter()
-    for a, b, weight in rows_of(tables["pairs"]) if "pairs" in tables else []:
+    for a, b, weight in pairs_of(tables["pairs"], N_ITEMS) if "pairs" in tables else []:
         pairs[a, b] += weight
     assert pairs == plain_pairs(train, 3)
     counts = stats["counts"]

@@ -3,6 +3,8 @@
 Every pair of train items of a user that are d ≤ sequences.steps apart in order of time weighs STEP_UNIT // d. Tasks of
 the pass over users add up what they can hold; Spark sends all pairs of an item to one task, which adds them up and
 keeps the heaviest. Sums of integers have no order, so the weights follow from the log alone.
+
+Spark carries slices of many pairs, as bytes: with a row a pair this took more than twice as long.
 """
 
 from __future__ import annotations
@@ -22,21 +24,41 @@ from ncf_dist.prepare.index import Indexes
 from ncf_dist.prepare.item_tables import file_of_item
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray
-from ncf_dist.spark_io import ROWS_PER_FILE, FileSink, Pass, read_files, runs_of, table_info, task_stats, write_table
+from ncf_dist.spark_io import (
+    ROWS_PER_FILE,
+    FileSink,
+    Pass,
+    arrow_batches,
+    read_files,
+    runs_of,
+    table_info,
+    task_stats,
+    write_table,
+)
 
 HELD_PAIRS = 2**22
-"""Pairs that a task holds, some 64 MB; more where the catalogue is larger."""
+"""Pairs that a task holds, some 64 MB; more where more follow a single item."""
+SLICE_PAIRS = 2**14
+SLICES_A_FILE = 64
+"""What Spark decodes of a staged file at a time: all of it, 16 MB."""
 MIN_FILES = 8
 PAIR = contracts.NEXT_ITEMS.schema
 TOTAL = pa.schema([contracts.NEXT_TOTALS.schema.field(name) for name in ("item_idx", "weight")])
+SLICE = pa.schema(
+    [
+        pa.field(name, kind, nullable=False)
+        for name, kind in (("item_idx", pa.int32()), ("pairs", pa.binary()), ("weights", pa.binary()))
+    ]
+)
+"""Pairs of neighbouring items, ascending: how far each is from the one before it, which packs well, and its weight,
+as many int64 each. item_idx: of the first."""
 
 
 class Pairs:
     """Weights of pairs, added up. A pair is one number: item × n_items + the item that follows it."""
 
-    def __init__(self, n_items: int, limit: int = HELD_PAIRS) -> None:
-        # What follows one item is never cut, and must leave room for more.
-        self.limit = max(limit, 4 * n_items)
+    def __init__(self, limit: int = HELD_PAIRS) -> None:
+        self.limit = limit
         self._held: list[tuple[IntArray, IntArray]] = []
         self.rows = 0
 
@@ -50,7 +72,7 @@ class Pairs:
         """(the pairs, ascending, each once; the weight of each)."""
         pair = np.concatenate([np.empty(0, dtype=np.int64), *(pairs for pairs, _ in self._held)])
         weight = np.concatenate([np.empty(0, dtype=np.int64), *(weights for _, weights in self._held)])
-        order = np.argsort(pair)
+        order = np.argsort(pair, kind="stable")  # Which merges what was sorted before.
         pair, weight = pair[order], weight[order]
         first = np.flatnonzero(np.diff(pair, prepend=-1))
         summed = pair[first], np.add.reduceat(weight, first) if len(first) else weight
@@ -76,14 +98,14 @@ def following(item: IntArray, row: IntArray, steps: int, n_items: int) -> Iterat
 class PairSink:
     """Writes a task's pairs to the staging folder, as many as it can hold added up."""
 
-    def __init__(self, folder: str, steps: int, n_items: int) -> None:
-        self.steps, self.n_items = steps, n_items
-        self._sink, self._pairs, self._file = FileSink(folder, PAIR), Pairs(n_items), 0
+    def __init__(self, folder: str, config: Sequences, n_items: int) -> None:
+        self.config, self.n_items = config, n_items
+        self._sink, self._pairs, self._file = FileSink(folder, SLICE, SLICES_A_FILE), Pairs(), 0
 
     def write(self, item: IntArray, row: IntArray, file: int) -> None:
         """item, row: as of `following`; file: the number of the file that the last user decides."""
         self._file = file
-        for pairs in following(item, row, self.steps, self.n_items):
+        for pairs in following(item, row, self.config.steps, self.n_items):
             if self._pairs.add(*pairs):
                 self._flush()
 
@@ -94,7 +116,27 @@ class PairSink:
     def _flush(self) -> None:
         pair, weight = self._pairs.take()
         if len(pair):
-            self._sink.add(self._file, _table(pair, weight, self.n_items))
+            self._sink.add(self._file, slices(pair, weight, self.n_items, items_per_file(self.config, self.n_items)))
+
+
+def items_per_file(config: Sequences, n_items: int) -> int:
+    """Items of a file of next_items."""
+    return max(1, min(ROWS_PER_FILE // max(1, config.next_items), -(-n_items // MIN_FILES)))
+
+
+def slices(pair: IntArray, weight: IntArray, n_items: int, items_per_file: int) -> pa.Table:
+    """Rows of SLICE, each of items of one file. pair: (N,) ascending."""
+    item = pair // n_items
+    starts = np.union1d(
+        np.flatnonzero(np.diff(item // items_per_file, prepend=-1)), np.arange(0, len(pair), SLICE_PAIRS)
+    )
+    ends = np.append(starts, len(pair)) * pair.itemsize
+    offsets = pa.py_buffer(ends.astype(np.int32).tobytes())
+    apart = np.diff(pair, prepend=0)
+    apart[starts] = pair[starts]
+    numbers = (pa.py_buffer(values.astype("<i8").tobytes()) for values in (apart, weight))
+    columns = [pa.BinaryArray.from_buffers(pa.binary(), len(starts), [None, offsets, data]) for data in numbers]
+    return pa.table([pa.array(item[starts]).cast(pa.int32()), *columns], schema=SLICE)
 
 
 def _table(pair: IntArray, weight: IntArray, n_items: int) -> pa.Table:
@@ -107,12 +149,11 @@ def write_next_items(
 ) -> dict[str, TableInfo]:
     """The tables next_items and next_totals, from the pairs that the pass over users staged."""
     n_items = indexes.sizes.items
-    items_per_file = max(1, min(ROWS_PER_FILE // config.next_items, -(-n_items // MIN_FILES)))
-    spec = (space.run, space.staged("next_totals"), n_items, config.next_items, items_per_file)
-    pairs = space.read(staged, PAIR).withColumn("_file", F.floor(F.col("item_idx") / F.lit(items_per_file)))
-    # Sorted by one small number, which Spark does by radix; the rest is sorted where it is added up.
-    pairs = pairs.repartition("_file").sortWithinPartitions("item_idx").drop("_file")
-    tasks = task_stats(pairs, next_pass(*spec))
+    share = items_per_file(config, n_items)
+    of_file = space.read(staged, SLICE).repartition(F.floor(F.col("item_idx") / F.lit(share)))
+    work = next_pass(space.run, space.staged("next_totals"), n_items, config.next_items, share)
+    with arrow_batches(space.spark, SLICES_A_FILE):
+        tasks = task_stats(of_file.sortWithinPartitions("item_idx"), work)
     kept = table_info(contracts.NEXT_ITEMS, [FileInfo(**info) for task in tasks for info in task["kept"]], space.run)
     totals = space.read([path for task in tasks for path in task["totals"]], TOTAL)
     rows = read_files(space.spark, space.files(interactions), contracts.INTERACTIONS.schema)
@@ -128,8 +169,8 @@ def write_next_items(
 
 
 def next_pass(run: str, totals: str, n_items: int, keep: int, items_per_file: int) -> Pass:
-    """For mapInArrow over pairs, ascending in item_idx, all of an item in one task: writes the `keep` heaviest of each
-    item, and its total."""
+    """For mapInArrow over slices, ascending in item_idx, all of an item in one task: writes the `keep` heaviest pairs
+    of each item, and its total."""
 
     def work(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         kept, summed = FileSink(f"{run}/{contracts.NEXT_ITEMS.name}", PAIR), FileSink(totals, TOTAL)
@@ -153,13 +194,17 @@ def next_pass(run: str, totals: str, n_items: int, keep: int, items_per_file: in
 def whole_items(
     batches: Iterable[pa.RecordBatch], n_items: int, limit: int = HELD_PAIRS
 ) -> Iterator[tuple[IntArray, IntArray]]:
-    """(pairs, ascending, each once, all of each item; the weight of each) of pairs that ascend in item_idx."""
-    held = Pairs(n_items, limit)
+    """(pairs, ascending, each once, all of each item; the weight of each) of slices that ascend in item_idx."""
+    held = Pairs(limit)
     for batch in batches:
-        item, following, weight = (batch.column(name).to_numpy() for name in PAIR.names)
-        if held.add(item.astype(np.int64) * n_items + following, weight):
+        for first, *numbers in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            apart, weights = (np.frombuffer(data, "<i8") for data in numbers)
+            if not held.add(np.cumsum(apart), weights):
+                continue
             pair, weight = held.take()
-            whole = int(np.searchsorted(pair, pair[-1] // n_items * n_items))
+            # This slice and those to come hold nothing of the items before its first.
+            whole = int(np.searchsorted(pair, first * n_items))
+            held.limit = max(limit, 4 * (len(pair) - whole))
             held.add(pair[whole:], weight[whole:])
             if whole:
                 yield pair[:whole], weight[:whole]

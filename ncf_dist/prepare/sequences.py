@@ -147,7 +147,7 @@ class OrderSinks:
         rows_per_file = max(1, 8 * ROWS_PER_FILE // (config.length + 1))
         windows = staged_windows(config.length)
         self.windows = StagingSink(f"{staging}-{WINDOWS}", windows, users_per_file, rows_per_file)
-        self.pairs = PairSink(f"{staging}-{PAIRS}", config.steps, n_items)
+        self.pairs = PairSink(f"{staging}-{PAIRS}", config, n_items)
 
     def close(self) -> dict[str, list[FileInfo]]:
         """Files by the name of their table."""
