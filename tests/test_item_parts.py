@@ -31,6 +31,7 @@ from ncf_dist.train import part_weights, worker
 from ncf_dist.train.part_weights import Candidate, choose
 from ncf_dist.train.pipeline import train
 from ncf_dist.train.world import World
+from tests.histories import TINY, history_run
 
 DS, USERS, ITEMS, LENGTH, STEPS = "2026-01-31", 40, 15, 6, 3
 Logs = list[list[int]]
@@ -100,11 +101,13 @@ def prepare_run(config: Config, logs: Logs, validation: bool = True) -> Manifest
             (user, item, (item + 7) % ITEMS) for user in users for item in known[user][:-1]
         ],
     }  # fmt: skip
+    of_windows = history_run(Path(folder), 2, LENGTH, [items[:-1] for items in known], ITEMS)
     tables = {contract.name: stored(folder, contract, found) for contract, found in rows.items()}
+    tables["sequences"] = of_windows.tables["sequences"]
     manifest = Manifest(
         stage="prepare", ds=DS, run_key="p1", root=folder, inputs={"index": None}, tables=tables,
         config=config.model_dump(mode="json", include={"input", "split", "negatives", "sequences", "layout", "seed"}),
-        facts={"users": USERS, "items": ITEMS},
+        facts={"users": USERS, "items": ITEMS, "sequences": of_windows.facts["sequences"]},
     )  # fmt: skip
     return runs.finish(manifest)
 
@@ -180,6 +183,31 @@ def test_parts_beside_a_trained_model(tmp_path: Path) -> None:
     found = {part.name: part.weight for part in load_parts(bundle)}
     assert found == {name: weight for name, weight in record["weights"].items() if weight}
     assert isinstance(load_model(bundle), MF)
+
+
+def test_two_ranks_and_a_model_of_histories(tmp_path: Path) -> None:
+    """One rank makes the parts, and no other waits for it."""
+    ranks = {"launcher": "torchrun", "ranks": 2, "batch_size": 4, "epochs": 1, "device": "cpu"}
+    config = config_of(tmp_path, parts=BOTH, model=TINY, train=ranks)
+    prepare_run(config, walks())
+    outcome = train(config, DS)
+    run = Lake(config.paths.lake).stage(DS, "train").newest()
+    assert run.metrics["train.epochs"] == 1
+    figures = {name: value for name, value in run.metrics.items() if name.startswith("validation.full.ndcg@10")}
+    assert figures["validation.full.ndcg@10.with_parts"] >= figures["validation.full.ndcg@10.without_parts"] > 0
+    bundle = read_bundle(outcome.outputs["bundle"])
+    assert {part.name for part in load_parts(bundle)} == {n for n, w in run.facts["parts"]["weights"].items() if w}
+    assert bundle.looks_back == LENGTH
+
+
+@pytest.mark.parametrize("table", ["history", "recent"])
+def test_a_user_who_is_missing_is_told(tmp_path: Path, table: str) -> None:
+    prepare = prepare_run(config_of(tmp_path), walks())
+    [contract] = [c for c in (contracts.HISTORY, contracts.RECENT) if c.name == table]
+    rows = [tuple(row.values()) for path in prepare.files(table) for row in read_table(path).to_pylist()]
+    tables = {**prepare.tables, table: stored(prepare.root, contract, rows[:-1])}
+    with pytest.raises(ContractError, match=f"table {table} has 39 rows of the 40 users .*rerun the job prepare"):
+        choose(a_model(), candidates((1.0,), (1.0,)), replace(prepare, tables=tables), 1)
 
 
 def test_ease_is_of_train_rows_alone(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ncf_dist import contracts, metrics
 from ncf_dist.contracts import Contract
-from ncf_dist.errors import TrainingFailed
+from ncf_dist.errors import ContractError, TrainingFailed
 from ncf_dist.item_item.part import Part, dense_scores
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import Recommender, Users, latest
@@ -141,6 +141,12 @@ def held_out_blocks(prepare: Manifest, n_items: int, seed: int) -> Iterator[Held
         _rows(prepare, contract, columns, users).sort_by("user_idx")
         for contract, columns in ((contracts.HISTORY, ["user_idx", "item_idx"]), (contracts.RECENT, None))
     )
+    for contract, table in ((contracts.HISTORY, history), (contracts.RECENT, recent)):
+        if not table["user_idx"].combine_chunks().equals(users):
+            raise ContractError(
+                f"table {contract.name} has {table.num_rows:,} rows of the {len(users):,} users with validation rows; "
+                "needed one of each: rerun the job prepare"
+            )
     size = max(1, min(BLOCK_USERS, BLOCK_SCORES // n_items))
     number, item = (
         column.to_numpy().astype(np.int64) for column in (pc.index_in(chosen["user_idx"], users), chosen["item_idx"])
