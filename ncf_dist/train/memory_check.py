@@ -46,8 +46,8 @@ def _step_of_pairs(config: Config, of_row: int) -> dict[str, int]:
 
 
 def _step_of_windows(config: Config) -> dict[str, int]:
-    """What a tower keeps of every position until its gradient is computed: measured, some 25 vectors a block and 15
-    beside. A block of scores is a few MiB more."""
+    """What a tower keeps of every position until its gradient is computed: measured, 19 vectors a block and 7 beside.
+    Some more are gradients on their way, and a block of scores is a few MiB."""
     positions, model = config.train.batch_size * config.sequences.length, config.model
     return {f"a step of {positions:,} positions": 4 * positions * model.factors * (25 * model.blocks + 15)}
 

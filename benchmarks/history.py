@@ -1,0 +1,195 @@
+"""Quality and speed of the model of histories on the NCF paper's files (He et al. 2017), by a committed config.
+
+    .venv/bin/python benchmarks/history.py [--config ncf-ml-1m-history] [--seeds 1 2 3] [--shares-only]
+
+Each seed prepares the files and then trains and judges, each as its own job: each user's latest item is held out, as
+the files say, and ranked in the whole catalogue but what the user has seen, and among the paper's 99 others. The
+settings were chosen on each user's latest train row (`split.validation: true`); nothing but `evaluate` and the figures
+"without parts" read the test rows: these are of the same model without its item-to-item parts.
+
+Then the share of padding, and where a step's time goes, from torch's profiler over some steps of one thread. Prints
+both, mean and standard deviation over seeds, and writes benchmarks/results/history-CONFIG.json. The files come from
+NCF_DATA_DIR/ncf-ml-1m.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ncf_dist import contracts, last_line, metrics
+from ncf_dist.bundle import load_model, read_bundle
+from ncf_dist.config import Config
+from ncf_dist.config.load import load_config
+from ncf_dist.machine import cores, processor
+from ncf_dist.manifests import Manifest, read_manifest
+from ncf_dist.models import build_model
+from ncf_dist.models.latest import latest
+from ncf_dist.parquet import read_table
+from ncf_dist.train.trainer import Trainer
+from ncf_dist.train.windows import WindowLoader
+from ncf_dist.train.worker import task_of
+from ncf_dist.train.world import World
+
+ROOT = Path(__file__).parent.parent
+FIGURES = ("candidates.hr@10", "candidates.ndcg@10", "full.hr@10", "full.ndcg@10")
+STEPS = 20
+KINDS = {
+    "products of matrices": ("mm", "addmm", "bmm", "baddbmm"),
+    "dropout": ("random_", "ge", "bernoulli_", "native_dropout"),
+    "exponentials and activations": ("exp_", "exp", "silu", "silu_backward", "softplus", "sigmoid_", "log"),
+    "norms": ("native_layer_norm", "native_layer_norm_backward", "linalg_vector_norm"),
+    "copies and look-ups": ("copy_", "cat", "index_select", "index", "index_add_", "scatter_add_", "fill_", "clone"),
+    "the optimiser": ("_fused_adamw_", "_fused_adam_"),
+}
+"""torch's operations (aten::…) by what they do here; the rest is arithmetic on elements, and Python."""
+
+
+def run(job: str, config: str, settings: dict[str, object]) -> dict[str, Any]:
+    """All that the job said, and its wall seconds. Stops the benchmark when a job fails."""
+    command = [str(ROOT / "spark-submit.sh"), job, "--config", f"conf/{config}.yaml", "--ds", "2026-01-31"]
+    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    start = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{job} of {config} exited {done.returncode}; its log is above")
+    return {**last_line.read(done.stdout.splitlines()[-1]), "wall": time.monotonic() - start}
+
+
+def places(files: Path, lake: str, seed: int) -> dict[str, object]:
+    return {
+        "paths.lake": lake,
+        "paths.work": f"{lake}/work",
+        "input.path": files / "ml-1m.train.rating",
+        "split.test": files / "ml-1m.test.rating",
+        "split.candidates": files / "ml-1m.test.negative",
+        "seed": seed,
+    }
+
+
+def run_seed(config: str, files: Path, seed: int, shares_only: bool) -> dict[str, Any]:
+    """Wall seconds by job, the figures with parts and without, and where a step's time goes."""
+    with tempfile.TemporaryDirectory() as lake:
+        settings = places(files, lake, seed)
+        prepared = run("prepare", config, settings)
+        manifest = read_manifest(str(Path(lake) / prepared["runs"]["prepare"]))
+        given = [f"{name}={value}" for name, value in settings.items()]
+        tree = load_config(str(ROOT / f"conf/{config}.yaml"), given)
+        found: dict[str, Any] = {"prepare": {"wall": prepared["wall"]}, "step": step_shares(tree, manifest)}
+        if shares_only:
+            return found
+        trained = run("train", config, settings)
+        judged = run("evaluate", config, settings)["metrics"]
+        found["train"] = {"wall": trained["wall"]}
+        found["with parts"] = {name: judged[name] for name in FIGURES}
+        found["without parts"] = without_parts(manifest, trained["outputs"]["bundle"])
+        print(f"seed {seed}: {found}", file=sys.stderr)
+        return found
+
+
+# ---- without parts ---------------------------------------------------------------------------------------------------
+
+
+def without_parts(prepare: Manifest, bundle_path: str) -> dict[str, float]:
+    """The figures of the tower alone, from all scores at once: the catalogue is small."""
+    bundle = read_bundle(bundle_path)
+    model, totals = load_model(bundle), dict.fromkeys(FIGURES, 0.0)
+    rows = 0
+    tables = [prepare.files(table.name) for table in (contracts.TEST, contracts.RECENT, contracts.HISTORY)]
+    for names in zip(*tables, strict=True):
+        held, recent, seen = (read_table(path).sort_by("user_idx") for path in names)
+        assert recent["user_idx"].equals(seen["user_idx"]), "both are by user, in files of the same users"
+        index = {user: place for place, user in enumerate(recent["user_idx"].to_pylist())}
+        users = np.array([index[user] for user in held["user_idx"].to_pylist()], np.int64)
+        with torch.no_grad():
+            sides = model.users(latest(recent, contracts.VALIDATION_SPLIT, bundle.model.history))
+            scores = model.score_block(sides, model.item_side(None)).numpy()[users]
+        own = scores[np.arange(len(users)), held["item_idx"].to_numpy()]
+        among = [np.append(scores[r, c], own[r]) for r, c in enumerate(held["candidates"].to_pylist())]
+        for row, items in enumerate(seen["item_idx"].take(users).to_pylist()):
+            scores[row, items] = -np.inf
+        for name, lists in (("candidates", among), ("full", scores)):
+            ranks = np.array([1 + (values > mine).sum() for values, mine in zip(lists, own, strict=True)], np.float64)
+            for figure, value in metrics.sums(ranks, (10,)).items():
+                if f"{name}.{figure}" in totals:
+                    totals[f"{name}.{figure}"] += value
+        rows += len(users)
+    return {name: total / rows for name, total in totals.items()}
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+def step_shares(config: Config, prepare: Manifest) -> dict[str, float]:
+    """Share of positions that are padding; milliseconds of a step of all ranks' windows on one thread, and how they are
+    spent."""
+    size = config.train.batch_size * config.train.ranks
+    task = dataclasses.replace(task_of(config, prepare), batch_size=size)
+    loader = WindowLoader(prepare, task, config.loader, World())
+    batches = [batch for batch, _ in zip(loader.epoch(0), range(STEPS), strict=False)]
+    torch.set_num_threads(1)
+    torch.manual_seed(1)
+    model = build_model(config.model, task.n_users, task.n_items)
+    trainer = Trainer(model, loader, lambda _: {}, config.train, World(), loss=config.loss)
+    trainer.objective.train()
+    for batch in batches[:3]:
+        trainer.train_step(batch, 0.0)
+    start = time.process_time()
+    for batch in batches:
+        trainer.train_step(batch, 0.0)
+    milliseconds = 1000 * (time.process_time() - start) / len(batches)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for batch in batches:
+            trainer.train_step(batch, 0.0)
+    times = {event.key.removeprefix("aten::"): event.self_cpu_time_total for event in profile.key_averages()}
+    whole = sum(times.values())
+    shares = {kind: sum(times.get(name, 0) for name in names) / whole for kind, names in KINDS.items()}
+    padding = float(np.mean([batch.windows.padding for batch in batches if batch.windows is not None]))
+    predicted = float(np.mean([len(batch.items) for batch in batches]))
+    return {
+        "padding": padding,
+        "steps an epoch": float(loader.steps),
+        "predicted a step": predicted,
+        "ms a step": milliseconds,
+        **shares,
+        "the rest": 1 - sum(shares.values()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", default="ncf-ml-1m-history", help="of conf/, without .yaml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--shares-only", action="store_true", help="measure a step, train nothing")
+    args = parser.parse_args()
+    files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ncf-ml-1m"
+    if not files.is_dir():
+        sys.exit(f"{files} is not there; needed the three files of the NCF paper's repository: set NCF_DATA_DIR")
+    runs = [run_seed(args.config, files, seed, args.shares_only) for seed in args.seeds]
+    machine = f"{cores()} cores, {processor()}"
+    print(f"The NCF paper's MovieLens-1M, conf/{args.config}.yaml, seeds {args.seeds}, {machine}")
+    for part in runs[0]:
+        for name in runs[0][part]:
+            values = [run[part][name] for run in runs]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            print(f"{part + ': ' + name:<48} {statistics.mean(values):>10.4f}{spread}")
+    if not args.shares_only:
+        results = ROOT / f"benchmarks/results/history-{args.config}.json"
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(json.dumps({"seeds": args.seeds, "machine": machine, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
