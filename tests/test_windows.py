@@ -508,7 +508,13 @@ def test_validation_ranks_by_what_users_did_last_in_train(tmp_path: Path) -> Non
                 scores = model.score_block(side, model.item_side(None))[0]
             own = scores[row["item_idx"]]
             places.append(1 + sum(bool(scores[c] > own) for c in row["candidates"]))
-    found = Validator(run, World(), history=LENGTH)(model)
+    validator = Validator(run, World(), history=LENGTH)
+    assert validator.users is not None
+    assert validator.users.latest is not None
+    known = [life[-LENGTH:] for life in lives() if life]
+    read = validator.users.latest
+    assert [row[:n] for row, n in zip(read.items.tolist(), read.length.tolist(), strict=True)] == known
+    found = validator(model)
     assert found["mrr"] == pytest.approx(np.mean([1 / place for place in places]))
     assert 1 < np.mean(places) < 3
 
