@@ -323,7 +323,7 @@ def test_bf16_is_close_and_gives_float32_gradients(tmp_path: Path, block: str, l
 
 
 def fit(world: World, run: Manifest, model: Model, loss: str, batch_size: int) -> tuple[list[Any], dict[str, Any]]:
-    trainer = trainer_of(run, world, model=model, loss=loss, batch_size=batch_size)
+    trainer = trainer_of(run, world, model=model, loss=loss, batch_size=batch_size, embedding_l2=0.3)
     # Every rank's windows of a step, in the order in which one process has them: the deal differs by world.
     trainer.loader = Dealt(trainer.loader, world, batch_size)  # type: ignore[assignment]
     epochs = trainer.fit().epochs

@@ -150,11 +150,12 @@ LOSSES: dict[str, Callable[[Recommender, Batch], Tensor]] = {
 
 
 def squared_norms(model: Recommender, batch: Batch) -> Tensor:
-    """½ (‖p_u‖² + ‖q_i‖²), a mean over the batch's pairs."""
+    """½ (‖p_u‖² + ‖q_i‖²), a mean over the batch's pairs; of what windows predict the sum, divided as their loss is."""
     total = torch.zeros((), device=batch.user.device)
     for kind, index in (("user", batch.user), ("item", batch.items)):
         for table in model.tables(kind):
-            total = total + table(index).square().sum(-1).mean() / 2
+            squares = table(index).square().sum(-1)
+            total = total + (squares.mean() if batch.divisor is None else squares.sum() / batch.divisor) / 2
     return total
 
 

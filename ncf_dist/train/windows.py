@@ -50,6 +50,10 @@ class WindowLoader(TrainLoader):
 
     def __init__(self, manifest: Manifest, task: Task, config: Loader, world: World) -> None:
         self.length = window_length(manifest)
+        if (
+            config.cache == "device"
+        ):  # Windows are put into groups on the host: from a GPU each step would wait for them.
+            config = config.model_copy(update={"cache": "host"})
         super().__init__(manifest, contracts.sequences(self.length), task, config, world)
         facts = manifest.facts["sequences"]
         self.mean_targets: float = facts["targets"] / facts["rows"]
@@ -78,7 +82,7 @@ class WindowLoader(TrainLoader):
 
     def _batch(self, epoch: int, used: int, columns: list[Tensor]) -> Batch:
         task, device = self.task, self.world.device
-        user, length, items, gaps = (column.cpu().numpy() for column in columns)
+        user, length, items, gaps = (column.numpy() for column in columns)
         order, windows, targets = grouped(length.astype(np.int64), items, gaps, -(-self.length // GROUPS))
         shared = shared_items(task.seed, epoch, used, task.shared, task.n_items, device) if task.shared else None
         return Batch(
