@@ -66,6 +66,11 @@ class Bundle:
     parts: PartsCard | None = None
 
     @property
+    def by_history(self) -> bool:
+        """Whether users are ranked by what they did alone, so that they need not have been there in training."""
+        return self.model.name in ("history", "item_to_item")
+
+    @property
     def looks_back(self) -> int:
         """How many of a user's latest items the scores are made from; 0 where they are made from none."""
         of_model = self.model.history if self.model.name == "history" else 0

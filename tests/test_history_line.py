@@ -4,6 +4,7 @@ blocks, and a user alone gets the same rows."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ import pytest
 import torch
 from pyspark.sql import SparkSession
 
+from ncf_dist.ancestry import DIGESTS
 from ncf_dist.bundle import Bundle, read_bundle, save_bundle
-from ncf_dist.config import Config
+from ncf_dist.config import Config, Model
 from ncf_dist.contracts import RECENT
 from ncf_dist.errors import ContractError
+from ncf_dist.evaluate.known import known_users, where_known
 from ncf_dist.evaluate.pipeline import evaluate
+from ncf_dist.evaluate.ranks import model_scores, popularity_scores, rank_users
 from ncf_dist.files import remove
 from ncf_dist.item_item.part import Part
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
-from ncf_dist.models import build_model
+from ncf_dist.models import MF, Users, build_model
 from ncf_dist.parquet import read_table
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.recent import check_recent
@@ -32,7 +36,10 @@ from ncf_dist.score.pipeline import forecast, score
 from ncf_dist.score.plan import Plan
 from ncf_dist.score.ranker import Ranker, users_of
 from ncf_dist.score.task_rows import users_to_rank
+from ncf_dist.scoring import ModelScorer, PopularityScorer
 from ncf_dist.stage import Outcome, stored
+from tests.test_evaluate import users_of as judged_of
+from tests.test_scoring import blocks_of
 from tests.test_sparse import matrix
 
 DS, USERS, ITEMS, K, LENGTH = "2026-01-31", 60, 50, 10, 6
@@ -83,26 +90,28 @@ class Line:
         table = self.table("prepare", f"{kind}_index")
         return dict(zip(table[f"{kind}_idx"].tolist(), table[f"{kind}_id"].tolist(), strict=True))
 
+    @property
+    def n_items(self) -> int:
+        return int(self.current("prepare").facts["items"])
+
     def install(self) -> Bundle:
         torch.manual_seed(1)
-        config, rng = self.config(), np.random.default_rng(1)
-        prepared = self.current("prepare")
-        items = int(prepared.facts["items"])
-        model = build_model(config.model, USERS, items)
+        config, rng, items = self.config().model, np.random.default_rng(1), self.n_items
         parts = [
             Part("counts", 0.5, 2.0, 3, matrix(rng, items, 0.3, True)),
             Part("ease", 2.0, 30.0, LENGTH, matrix(rng, items, 0.4, False)),
         ]
-        runs = Lake(config.paths.lake).stage(DS, "train")
-        run = runs.begin("t1")
-        inputs = {"prepare": prepared.run_key}
-        bundle = save_bundle(
-            f"{run}/bundle", model, config.model, USERS, items, {"prepare_run": prepared.run_key}, parts
-        )
-        runs.finish(
-            Manifest(stage="train", ds=DS, run_key="t1", root=run, config=stored("train", config), inputs=inputs)
-        )
-        return bundle
+        model = build_model(config, USERS, items)
+        self.store("t1", lambda path, facts: save_bundle(path, model, config, USERS, items, facts, parts))
+        return read_bundle(f"{self.current('train').root}/bundle")
+
+    def store(self, key: str, save: Callable[[str, dict[str, Any]], Bundle]) -> Manifest:
+        """A finished run of train, with the bundle that `save` makes of (its path, its facts)."""
+        prepared, runs = self.current("prepare"), Lake(self.config().paths.lake).stage(DS, "train")
+        run = runs.begin(key)
+        save(f"{run}/bundle", {"prepare_run": prepared.run_key, "ds": DS, DIGESTS: prepared.facts[DIGESTS]})
+        stored_config, inputs = stored("train", self.config()), {"prepare": prepared.run_key}
+        return runs.finish(Manifest(stage="train", ds=DS, run_key=key, root=run, config=stored_config, inputs=inputs))
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +203,7 @@ def test_a_night_is_forecast(line: Line, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_too_little_of_what_users_did_is_refused(line: Line) -> None:
     """Before anything starts: prepare kept none, or fewer than the model looks back on."""
-    bundle, night = read_bundle(f"{line.current('train').root}/bundle"), line.current("prepare")
+    bundle, night = read_bundle(f"{trained(line, 't1').root}/bundle"), line.current("prepare")
     check_recent(bundle, night)
     assert bundle.looks_back == LENGTH
     tables = {name: table for name, table in night.tables.items() if name != RECENT.name}
@@ -203,3 +212,126 @@ def test_too_little_of_what_users_did_is_refused(line: Line) -> None:
     fewer = replace(night, facts={**night.facts, "sequences": {"length": 5}})
     with pytest.raises(ContractError, match="has kept 5; .* sequences.length=6 and rerun the job prepare"):
         check_recent(bundle, fewer)
+
+
+# ---- a model of an earlier night -------------------------------------------------------------------------------------
+
+
+NEXT = "2026-02-01"
+NEWCOMERS = {1000: [3, 7, 2000, 11], 1001: [2000, 2001, 2002, 2003]}
+"""Of the next night: user 1001 did nothing with an item that the model knows."""
+
+
+@pytest.fixture(scope="module")
+def later(line: Line) -> Manifest:
+    """The night after, whose index goes on from the first's."""
+    log, kept = line.folder / "ratings.dat", (line.folder / "ratings.dat").read_text()
+    rows = [f"{u}::{i}::5::{2_000_000 + at}\n" for u, items in NEWCOMERS.items() for at, i in enumerate(items)]
+    log.write_text(kept + "".join(rows))
+    prepare(line.config(), NEXT)
+    log.write_text(kept)
+    return Lake(line.config().paths.lake).stage(NEXT, "prepare").newest()
+
+
+def trained(line: Line, kind: str) -> Manifest:
+    return Lake(line.config().paths.lake).stage(DS, "train").load(kind)
+
+
+@pytest.fixture(scope="module")
+def of_ids(line: Line) -> Manifest:
+    torch.manual_seed(2)
+    model = Model(name="mf", factors=8)
+    weights = MF(USERS, line.n_items, 8, biases=False, std=1.0)
+    return line.store("ids", lambda path, facts: save_bundle(path, weights, model, USERS, line.n_items, facts))
+
+
+def rows_of(run: Manifest, name: str) -> list[dict[str, Any]]:
+    return pa.concat_tables([read_table(path) for path in run.files(name)]).to_pylist()
+
+
+@pytest.mark.parametrize(("kind", "by_model"), [("t1", {1000}), ("ids", set())])
+@pytest.mark.usefixtures("of_ids")
+def test_tonights_users_are_ranked_by_an_earlier_nights_model(
+    line: Line, later: Manifest, kind: str, by_model: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those whom it does not know by what they did, where the model can, else by popularity; items that it does not
+    know are offered to nobody. All of it is said."""
+    config, given = line.config(score={"seen": "train"}), {"prepare": later, "train": trained(line, kind)}
+    outcome = score(config, NEXT, given)
+    run = outcome.manifest
+    assert run is not None
+    offers = rows_of(run, "recommendations")
+    reason = {row["user_id"]: row["reason"] for row in offers}
+    assert {user for user in NEWCOMERS if reason[user] == "model"} == by_model
+    assert {reason[user] for user in range(USERS)} == {"model"}
+    assert max(row["item_id"] for row in offers) < ITEMS
+    assert run.facts["earlier_model"]["new_users"] == 2
+    assert run.facts["earlier_model"]["new_items"] == later.facts["items"] - line.n_items >= 4
+    assert (run.metrics["score.new_users"], run.metrics["score.new_by_model"]) == (2, len(by_model))
+    [warning] = outcome.extra["warnings"]
+    assert f"is of {DS}: 2 users have come since" in warning
+    assert warning in caplog.text
+    assert score(config, NEXT, given).extra["warnings"] == [warning]
+
+
+def test_evaluate_judges_an_earlier_nights_model_as_score_ranks(line: Line, later: Manifest) -> None:
+    given = {"prepare": later, "train": trained(line, "t1")}
+    judged, shipped = (stage(line.config(score={"seen": "train"}), NEXT, given).manifest for stage in (evaluate, score))
+    assert judged is not None
+    assert shipped is not None
+    assert judged.facts["unknown_users"] == 1
+    assert judged.facts["earlier_model"] == shipped.facts["earlier_model"]
+    user_id, item_id = (
+        {row[f"{kind}_idx"]: row[f"{kind}_id"] for row in rows_of(later, f"{kind}_index")} for kind in ("user", "item")
+    )
+    mine: dict[int, list[int]] = {}
+    for row in sorted(rows_of(shipped, "recommendations"), key=lambda row: row["rank"]):
+        mine.setdefault(row["user_id"], []).append(row["item_id"])
+    ranks = {user_id[row["user_idx"]]: row for row in rows_of(judged, "ranks") if row["scorer"] == "model"}
+    assert {1000, 1001} <= ranks.keys()
+    for user, row in ranks.items():
+        if user != 1001:  # Score's fallback counts other days than evaluate's popularity.
+            assert [item_id[item] for item in row["top"]] == mine[user]
+    assert ranks[1001]["full_rank"] == [later.facts["items"]], "an item that the model does not know comes last"
+
+
+def test_a_model_of_other_users_and_items_is_refused(line: Line, later: Manifest) -> None:
+    """Whatever its sizes are: no step leads to its index, and the content is another."""
+    facts = {"prepare_run": "elsewhere", "ds": DS, DIGESTS: {"users": "1-0", "items": "1-0"}}
+    weights = MF(USERS, line.n_items, 2, biases=False)
+    model = Model(name="mf", factors=2)
+    stray = line.store("stray", lambda path, _: save_bundle(path, weights, model, USERS, line.n_items, facts))
+    for stage in (score, evaluate):
+        with pytest.raises(ContractError, match=r"does not extend .*; needed .*: rerun the job train for this night"):
+            stage(line.config(), NEXT, {"prepare": later, "train": stray})
+
+
+def test_what_an_earlier_model_knows_over_several_blocks() -> None:
+    """It knows 3 of 5 users and 20 of 50 items: blocks and single items say the same of each."""
+    torch.manual_seed(3)
+    model, counts = MF(3, 20, 4, biases=False, std=1.0).requires_grad_(False), np.random.default_rng(1).permutation(50)
+    bundle = Bundle("", Model(name="mf", factors=4), "mf-1", 3, 20, "", {})
+    judged = replace(
+        judged_of([{"seen": [0], "held": {held: []}} for held in (5, 30, 31, 7, 45)]), users=Users(torch.arange(5))
+    )
+    with blocks_of(8, 16):
+        popular = PopularityScorer(counts)
+        score = where_known(
+            model_scores(ModelScorer(model, 20)), lambda users: popularity_scores(popular, users), bundle, 50
+        )
+        assert known_users(judged, bundle).tolist() == [True, True, True, False, False]
+        scores = score(judged)
+        blocks = torch.cat(list(scores.blocks()), 1)
+        table = rank_users("model", score, judged, 50)
+    assert blocks.shape == (5, 64)
+    assert (blocks[:, 20:] == -torch.inf).all()
+    own = ModelScorer(model, 20).scores(Users(torch.arange(3)))
+    torch.testing.assert_close(blocks[:3, :20], own)
+    assert torch.equal(blocks[3:, :20], popular.places[:20].expand(2, -1))
+    asked = torch.tensor([19, 20, 3, 49, 3])
+    with blocks_of(8, 16):
+        assert torch.equal(score(judged).of(asked), blocks[:, asked])
+    ranks = table["full_rank"].to_pylist()
+    assert [ranks[user] for user in (1, 2, 4)] == [[50], [50], [50]]
+    assert [ranks[user][0] <= 19 for user in (0, 3)] == [True, True]
+    assert all(set(top) == set(range(1, 20)) for top in table["top"].to_pylist())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pyspark.sql import SparkSession
 
+from ncf_dist.ancestry import Sizes
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Config
 from ncf_dist.contracts import RECENT
@@ -24,6 +25,13 @@ class Evaluation:
     bundle: Bundle
     run: str
     products: Products
+    since: Sizes | None = None
+    """What has come since the model's night, which it does not know; None for a model of tonight."""
+
+    @property
+    def n_items(self) -> int:
+        """Items of tonight."""
+        return self.bundle.n_items + (self.since.items if self.since else 0)
 
     @property
     def kept(self) -> int:

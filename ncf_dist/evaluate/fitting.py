@@ -57,7 +57,7 @@ def fit_baselines(job: Evaluation) -> tuple[dict[str, tuple[str, ...]], DataFram
     fitted: dict[str, tuple[str, ...]] = dict.fromkeys(settings.baselines, ())
     matrices = {name: posixpath.join(job.fits, f"{name}.safetensors") for name in fitted if name in (*GRAM, COUNTED)}
     if matrices:
-        spec = Fit(_files(job, contracts.HISTORY), job.bundle.n_items, settings, matrices)
+        spec = Fit(_files(job, contracts.HISTORY), job.n_items, settings, matrices)
         if COUNTED in matrices:
             followed, totals = _files(job, contracts.NEXT_ITEMS), _files(job, contracts.NEXT_TOTALS)
             spec = replace(spec, next_files=followed, totals_files=totals)

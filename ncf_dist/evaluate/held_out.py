@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -23,18 +24,26 @@ USERS_A_FILE = 25_000
 """Bounds the rows of `ranks` that a task holds."""
 
 
-def rank_held_out(
-    job: Evaluation, fitted: Mapping[str, tuple[str, ...]], als_users: DataFrame | None
-) -> tuple[TableInfo, dict[str, Histogram], str | None]:
-    """(the table `ranks`, histograms of the model's scores by name, the unit that suits the times of the held-out
-    items, if they have any)."""
+class Ranked(NamedTuple):
+    """The table `ranks`; histograms of the model's scores by name; the unit that suits the times of the held-out items,
+    if they have any; how many of the users a model of an earlier night does not know."""
+
+    table: TableInfo
+    scores: dict[str, Histogram]
+    unit: str | None
+    unknown_users: int
+
+
+def rank_held_out(job: Evaluation, fitted: Mapping[str, tuple[str, ...]], als_users: DataFrame | None) -> Ranked:
     files = max(MIN_FILES, -(-job.prepare.tables[contracts.HISTORY.name].rows // USERS_A_FILE))
     spec = EvaluationPass(
         job.bundle,
+        job.n_items,
         tuple(job.prepare.files(contracts.ITEM_STATS.name)),
         posixpath.join(job.run, contracts.RANKS.name),
         max(job.config.evaluate.ks),
         tuple(fitted.items()),
+        job.since is not None,
         job.products,
         job.config.evaluate,
         job.kept,
@@ -53,7 +62,8 @@ def rank_held_out(
             histograms.setdefault(name, Histogram()).merge(Histogram.from_json(body))
     table = table_info(contracts.RANKS, [FileInfo(**info) for task in stats for info in task["files"]], job.run)
     times = [time for task in stats for time in task["times"]]
-    return table, histograms, unit_of(min(times), max(times)) if times else None
+    unit = unit_of(min(times), max(times)) if times else None
+    return Ranked(table, histograms, unit, sum(task["unknown_users"] for task in stats))
 
 
 def held_out_users(

@@ -16,16 +16,16 @@ from typing import Any
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts, metrics
-from ncf_dist.bundle import BUNDLE, Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config
+from ncf_dist.earlier import earlier_model, said
 from ncf_dist.engines import choose
-from ncf_dist.errors import ContractError
 from ncf_dist.evaluate import summary
 from ncf_dist.evaluate.compare import check_same_rows, find_run, judged_on
 from ncf_dist.evaluate.evaluation import Evaluation
-from ncf_dist.evaluate.fitting import check_gram, fit_baselines
+from ncf_dist.evaluate.fitting import fit_baselines
 from ncf_dist.evaluate.held_out import rank_held_out
 from ncf_dist.evaluate.histogram import on_common_bins
+from ncf_dist.evaluate.judged_model import judged_model
 from ncf_dist.evaluate.judging import judge
 from ncf_dist.evaluate.report.data import report_data
 from ncf_dist.evaluate.report.examples import examples
@@ -35,7 +35,6 @@ from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import TableInfo
 from ncf_dist.products import Products
-from ncf_dist.recent import check_recent
 from ncf_dist.spark_io import LIST_BATCH_ROWS, on_one_executor, read_files, spark_session
 from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
 
@@ -62,7 +61,7 @@ def evaluate(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         log.warning("nothing is held out (split.strategy none): there is nothing to judge the model by")
         stage.begin()
         return outcome(stage.finish())
-    bundle = _judged_model(config, prepare, train)
+    bundle, since = judged_model(config, prepare, train)
     judged = judged_on(prepare)
     if other:
         check_same_rows(other, judged, prepare)
@@ -70,13 +69,14 @@ def evaluate(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     run = stage.begin()
     with spark_session("ncf-evaluate", config.spark, LIST_BATCH_ROWS) as spark:
         products = Products.agreed(on_one_executor(spark, partial(choose, bundle, "fp32")))
-        job = Evaluation(spark, config, prepare, bundle, run, products)
+        job = Evaluation(spark, config, prepare, bundle, run, products, since)
         try:
             fitted, als_users = fit_baselines(job)
-            ranks, scores, unit = rank_held_out(job, fitted, als_users)
+            ranked = rank_held_out(job, fitted, als_users)
         finally:
             remove(job.fits)
-        report = {"ds": ds, **judge(job, ranks, other, unit), "scores": on_common_bins(scores, SCORE_BINS)}
+        ranks, bins = ranked.table, on_common_bins(ranked.scores, SCORE_BINS)
+        report = {"ds": ds, **judge(job, ranks, other, ranked.unit), "scores": bins}
         page = _page(job, train, stage, report, ranks)
     summary.log_comparison(report)
     # The metrics are a function of the tables alone; the page also shows seconds and memory.
@@ -90,21 +90,10 @@ def evaluate(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         "products": asdict(products),
         **{name: report[name] for name in ("beats_popularity",) if name in report},
     }
+    if since is not None:
+        of = f"of {report['n_users']:,} users with held-out items {ranked.unknown_users:,} are judged by popularity"
+        facts |= earlier_model(train, bundle, since, of) | {"unknown_users": ranked.unknown_users}
     return outcome(stage.finish(tables={ranks.path: ranks}, facts=facts, metrics=flat))
-
-
-def _judged_model(config: Config, prepare: Manifest, train: Manifest) -> Bundle:
-    """Raises ContractError where nothing is held out or the weights are damaged, ConfigError as `check_gram` does."""
-    if not prepare.table(contracts.TEST).rows:
-        raise ContractError(
-            "the test table is empty: no user has enough items to hold one out; "
-            "give more data or lower split.min_interactions"
-        )
-    bundle = read_bundle(posixpath.join(train.root, BUNDLE))
-    verify_weights(bundle)
-    check_recent(bundle, prepare)
-    check_gram(config.evaluate, bundle.n_items)
-    return bundle
 
 
 def _page(
@@ -129,7 +118,7 @@ def outcome(run: Manifest, status: str = "done") -> Outcome:
     """What a run says, finished now or before. A night without held-out rows has no report."""
     names = {"metrics": metrics.STORED, "report": metrics.PAGE} if run.tables else {}
     files = {name: posixpath.join(run.root, file) for name, file in names.items()}
-    return Outcome.of(run, status, files, **(_certainty(files["metrics"]) if files else {}))
+    return Outcome.of(run, status, files, **said(run), **(_certainty(files["metrics"]) if files else {}))
 
 
 def _certainty(path: str) -> dict[str, Any]:

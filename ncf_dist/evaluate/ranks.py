@@ -27,6 +27,7 @@ from ncf_dist.bundle import load_model, load_parts
 from ncf_dist.contracts import RANKS, VALIDATION_SPLIT
 from ncf_dist.evaluate.baselines import LATEST, item_factors, item_to_item, item_weights, recent_counts
 from ncf_dist.evaluate.histogram import Histogram
+from ncf_dist.evaluate.known import known_users, where_known
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.models import Users
 from ncf_dist.models.latest import latest
@@ -95,17 +96,20 @@ def evaluation_pass(spec: EvaluationPass) -> Pass:
         histograms = {"all": Histogram(), "held_out": Histogram(), "first": Histogram()}
         scorers: dict[str, Score] = {}
         times: list[int] = []
+        unknown = 0
         for file, table in blocks(batches, kernel.USERS):
             scorers = scorers or make_scorers(spec)
             judged = Judged.of(table)
             known = judged.timestamp.to_numpy()[judged.timestamp.to_numpy() != 0]
             times = [*times, int(known.min()), int(known.max())] if len(known) else times
+            unknown += int((~known_users(judged, spec.bundle)).sum()) if spec.earlier else 0
             rows = [
                 rank_users(name, score, judged, spec.longest, histograms if name == "model" else None)
                 for name, score in scorers.items()
             ]
             sink.add(file, pa.concat_tables(rows).sort_by([(column, "ascending") for column in RANKS.key]))
         stats = {
+            "unknown_users": unknown,
             "times": [min(times), max(times)] if times else [],
             "files": [vars(info) for info in sink.close()],
             "scores": {name: histogram.as_json() for name, histogram in histograms.items()},
@@ -142,7 +146,11 @@ def make_scorers(spec: EvaluationPass) -> dict[str, Score]:
     """The model and the baselines by name."""
     bundle = spec.bundle
     model = ModelScorer(load_model(bundle), bundle.n_items, engine=spec.products.engine, parts=load_parts(bundle))
-    scorers: dict[str, Score] = {"model": model_scores(model, bundle.looks_back)}
+    own = model_scores(model, bundle.looks_back)
+    if spec.earlier:
+        popular = PopularityScorer(train_counts(spec.stats_files))
+        own = where_known(own, partial(popularity_scores, popular), bundle, spec.n_items)
+    scorers: dict[str, Score] = {"model": own}
     for name, files in spec.baselines:
         scorers[name] = BASELINES[name](spec, files)
     return scorers
@@ -152,7 +160,7 @@ def model_scores(scorer: ModelScorer, looks_back: int = 0) -> Score:
     """looks_back: how many latest items of a user the scorer needs."""
 
     def scores(judged: Judged) -> Scores:
-        users = judged.looking_back(looks_back)
+        users = judged.looking_back(looks_back, scorer.n_items)
         return Scores(scorer.n_items, partial(scorer.of, users), partial(scorer.blocks, users))
 
     return scores
@@ -173,7 +181,7 @@ def _recent_popularity(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
 
 
 def _item_to_item(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
-    return model_scores(item_to_item(files[0], spec.bundle.n_items, spec.config), min(LATEST, spec.kept))
+    return model_scores(item_to_item(files[0], spec.n_items, spec.config), min(LATEST, spec.kept))
 
 
 def _item_knn(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
@@ -201,11 +209,11 @@ def at_once(every: Tensor) -> Scores:
 
 
 def _als(spec: EvaluationPass, files: tuple[str, ...]) -> Score:
-    scorer = item_factors(files, spec.bundle.n_items)
+    scorer = item_factors(files, spec.n_items)
 
     def scores(judged: Judged) -> Scores:
         assert judged.als is not None
-        return by_item(spec.bundle.n_items, partial(scorer.of, judged.als))
+        return by_item(spec.n_items, partial(scorer.of, judged.als))
 
     return scores
 
@@ -232,7 +240,7 @@ def rank_users(
     held-out ones and of those ranked first. Raises ValueError for scores that are not finite."""
     scores, held, among = score(judged), judged.held, judged.candidates
     own = scores_of(scores, held)
-    if not np.isfinite(own).all():
+    if not np.isfinite(own[held.values < (scores.n_known or scores.n_items)]).all():
         # No score is greater than NaN: such a model would rank every held-out item first.
         raise ValueError(f"{name} gives held-out items scores that are not finite; needed finite ones: train again")
     count = histograms["all"].add if histograms is not None else lambda block: None

@@ -19,15 +19,18 @@ GRAM, COUNTED = ("ease", "item_knn"), "item_to_item"
 
 @dataclass(frozen=True)
 class EvaluationPass:
-    """One pass over users with held-out items. stats_files: the item_stats table. longest: length of the lists.
-    baselines: by name, the files each needs. products: how they multiply. kept: how many latest items of a user are
-    known."""
+    """One pass over users with held-out items. n_items: of tonight, of which a model of an earlier night knows the
+    first. stats_files: the item_stats table. longest: length of the lists. baselines: by name, the files each needs.
+    earlier: whether the model is one of an earlier night. products: how they multiply. kept: how many latest items of a
+    user are known."""
 
     bundle: Bundle
+    n_items: int
     stats_files: tuple[str, ...]
     folder: str
     longest: int
     baselines: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    earlier: bool = False
     products: Products = PLAIN
     config: Evaluate = field(default_factory=Evaluate)
     kept: int = 0

@@ -48,13 +48,14 @@ def check_pass(spec: ScorePass, user_ids: dict[int, Any], files: tuple[str, ...]
         wanted = pa.array(user_ids.values(), spec.contract.schema.field("user_id").type)
         tables = (read_table(path) for path in files)
         offers = pa.concat_tables([in_long_form(t.filter(pc.is_in(t["user_id"], value_set=wanted))) for t in tables])
-        allowed = spec.lists.may(ids)
+        allowed, known = spec.lists.may(ids), spec.bundle.n_items
+        allowed[known:] = False
         for user, described in users:
             user_id = user_ids[user["user_idx"]]
             mine = offers.filter(pc.equal(offers["user_id"], pa.scalar(user_id, wanted.type))).sort_by("rank")
             may = allowed.copy()
             may[[item for column in spec.masked for item in user[column]]] = False
-            if problem := _problem(spec, mine, all_scores(model, parts, described, len(ids)), may, ids):
+            if problem := _problem(spec, mine, all_scores(model, parts, described, known), may, ids):
                 yield pa.RecordBatch.from_pydict({"problem": [f"user {user_id!r}: {problem}"]})
 
     return run
@@ -80,7 +81,10 @@ def _problem(spec: ScorePass, rows: pa.Table, scores: np.ndarray, may: np.ndarra
         return f"{rows.num_rows} rows; needed {wanted}"
     given = rows["score"].to_numpy()
     item = pc.index_in(rows["item_id"], value_set=ids).to_numpy()
-    best = np.sort(scores[may])[::-1][:wanted]
+    if (item >= len(scores)).any():
+        at = int(np.argmax(item >= len(scores)))
+        return f"item {rows['item_id'][at].as_py()!r} has rank {at + 1}; the model knows nothing of it"
+    best = np.sort(scores[may[: len(scores)]])[::-1][:wanted]
     slack = TOLERANCE[spec.products.precision] * float(np.abs(scores).max())
     for of, needed in (("the model gives this pair", scores[item]), ("the model's score at this rank is", best)):
         off = ~(np.abs(given - needed) <= slack)  # A score that is not a number is off, too.

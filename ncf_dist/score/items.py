@@ -59,18 +59,21 @@ class ItemLists:
         allowed = np.ones(len(ids), dtype=bool) if self.allow is None else _among(ids, self.allow)
         return allowed if self.deny is None else allowed & ~_among(ids, self.deny)
 
-    def eligible(self, ids: pa.Array) -> IntArray | None:
-        """Ascending indexes of the items that may be recommended, None for all. ids: (I,) by item_idx."""
+    def eligible(self, ids: pa.Array, known: int) -> IntArray | None:
+        """Ascending indexes of the items that may be recommended, None for all. ids: (I,) by item_idx, of which the
+        model knows the first ones, `known` of them."""
         allowed = self.may(ids)
+        allowed[known:] = False
         return None if allowed.all() else np.flatnonzero(allowed)
 
-    def count(self, item_files: Iterable[str]) -> dict[str, Any]:
-        """Facts of the lists against the catalogue: `eligible` items, and `unknown` ids of each list, which are logged.
-        Raises InputError where nothing may be recommended."""
+    def count(self, item_files: Iterable[str], known_items: int) -> dict[str, Any]:
+        """Facts of the lists against the catalogue: `eligible` items, of those below `known_items`; and of each list
+        the `unknown` ids, which are logged. Raises InputError where nothing may be recommended."""
         eligible, known = 0, dict.fromkeys(self.facts, 0)
         for path in item_files:
-            ids = read_table(path, ["item_id"])["item_id"].combine_chunks()
-            eligible += int(self.may(ids).sum())
+            table = read_table(path)
+            ids = table["item_id"].combine_chunks()
+            eligible += int((self.may(ids) & (table["item_idx"].to_numpy() < known_items)).sum())
             for name in known:
                 known[name] += int(_among(ids, self.allow if name == "allow_items" else self.deny).sum())
         facts = {name: fact | {"unknown": fact["ids"] - known[name]} for name, fact in self.facts.items()}

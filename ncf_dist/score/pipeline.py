@@ -18,6 +18,7 @@ from pyspark.sql import functions as F
 
 from ncf_dist import contracts
 from ncf_dist.config import Config
+from ncf_dist.earlier import earlier_model, said
 from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.score import forecasting
 from ncf_dist.score.plan import STAGE, Plan
@@ -47,9 +48,9 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     )
     if before := stage.find():
         log.info("already scored: %s", before.root)
-        return Outcome.of(before, "already-done")
+        return Outcome.of(before, "already-done", **said(before))
 
-    items, run = plan.lists.count(plan.prepare.files(contracts.ITEM_INDEX)), stage.begin()
+    items, run = plan.count_items(), stage.begin()
     tables: dict[str, TableInfo] = {}
     with spark_session("ncf-score", config.spark, LIST_BATCH_ROWS) as spark:
         spec = plan.spec(f"{run}/{plan.contract.name}", plan.products(spark))
@@ -68,13 +69,17 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     done = _total(task["counts"] for task in stats)
     facts, metrics = _account(stats, done, items, table.rows)
     facts = plan.facts() | {"items": items, "products": spec.products.facts(stats)} | facts
+    if plan.since is not None:
+        ranked = f"{done['new_by_model']:,} of {done['new_users']:,} who are ranked tonight by the model"
+        facts |= earlier_model(plan.train, plan.bundle, plan.since, ranked)
+        metrics |= {f"score.{name}": done[name] for name in ("new_users", "new_by_model")}
     manifest = stage.finish(tables=tables, facts=facts, metrics=metrics)
     log.info(
         "scored %s users (%s by popularity, %s with fewer than %d items) in %.1f s: %s",
         *(f"{done[name]:,}" for name in ("users", "popular_users", "short_users")),
         config.score.k, manifest.seconds, manifest.table_path(plan.contract.name),
     )  # fmt: skip
-    return Outcome.of(manifest)
+    return Outcome.of(manifest, **said(manifest))
 
 
 def _account(
@@ -105,7 +110,7 @@ def forecast(config: Config, ds: str) -> Outcome:
     Raises what `score` raises before it starts."""
     start = time.monotonic()
     plan = Plan.of(config, ds)
-    items = plan.lists.count(plan.prepare.files(contracts.ITEM_INDEX))
+    items = plan.count_items()
     with spark_session("ncf-score-forecast", config.spark, LIST_BATCH_ROWS) as spark:
         session_s, began = time.monotonic() - start, time.monotonic()
         # Files of this scheme live in the memory of the worker that writes them; the probe removes them.

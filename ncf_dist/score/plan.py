@@ -10,9 +10,10 @@ from typing import Any
 from pyspark.sql import SparkSession
 
 from ncf_dist import contracts
-from ncf_dist.ancestry import index_sizes
+from ncf_dist.ancestry import Sizes, index_sizes
 from ncf_dist.bundle import BUNDLE, Bundle, read_bundle, verify_weights
 from ncf_dist.config import Config
+from ncf_dist.earlier import come_since
 from ncf_dist.engines import choose
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
@@ -41,20 +42,24 @@ class Plan:
     bundle: Bundle
     contract: contracts.Contract
     lists: ItemLists
+    since: Sizes | None = None
+    """What has come since the model's night, which it does not know; None for a model of tonight."""
 
     @classmethod
     def of(cls, config: Config, ds: str, given: Upstream | None = None) -> Plan:
         """Raises ContractError and InputError as `pipeline.score` says."""
-        upstream = find_upstream(Lake(config.paths.lake), config, ds, STAGE, given)
+        lake = Lake(config.paths.lake)
+        upstream = find_upstream(lake, config, ds, STAGE, given)
         prepare, train = upstream["prepare"], upstream["train"]
         bundle = read_bundle(posixpath.join(train.root, BUNDLE))
         verify_weights(bundle)  # Once a job; the workers trust them.
+        since = come_since(lake, prepare, train, bundle)
         check_recent(bundle, prepare)
         user_id, item_id = (
             read_schema(prepare.files(f"{kind}_index")[0]).field(f"{kind}_id").type for kind in ("user", "item")
         )
         contract = contracts.recommendations(user_id, item_id, config.score.form)
-        return cls(config, prepare, train, bundle, contract, ItemLists.read(config.score))
+        return cls(config, prepare, train, bundle, contract, ItemLists.read(config.score), since)
 
     @property
     def indexed(self) -> int:
@@ -77,6 +82,10 @@ class Plan:
         """What the workers need to write into `folder`."""
         items = tuple(self.prepare.files(contracts.ITEM_INDEX))
         return ScorePass(self.bundle, items, self.contract, folder, self.config.score, self.lists, products=products)
+
+    def count_items(self) -> dict[str, Any]:
+        """`ItemLists.count` of the items that the model knows."""
+        return self.lists.count(self.prepare.files(contracts.ITEM_INDEX), self.bundle.n_items)
 
     def products(self, spark: SparkSession) -> Products:
         """How the executors multiply, from a probe on one of them."""

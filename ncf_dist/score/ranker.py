@@ -94,12 +94,12 @@ class Ranker:
     def __init__(self, spec: ScorePass) -> None:
         self.spec, self.k, self.device = spec, spec.config.k, assigned_device()
         self.item_ids = read_item_ids(spec.item_files)
-        eligible = spec.lists.eligible(self.item_ids)
-        self.n_eligible = spec.bundle.n_items if eligible is None else len(eligible)
+        eligible, n_items = spec.lists.eligible(self.item_ids, spec.bundle.n_items), len(self.item_ids)
+        self.n_eligible = n_items if eligible is None else len(eligible)
         with self.device:
             self.scorer = ModelScorer(
                 load_model(spec.bundle).to(self.device),
-                spec.bundle.n_items,
+                n_items,
                 eligible=None if eligible is None else torch.from_numpy(eligible).to(self.device),
                 precision=spec.products.precision,
                 engine=spec.products.engine,
@@ -108,7 +108,7 @@ class Ranker:
         if spec.products.precision == "bf16":
             engines.must_round(engines.dot_width(spec.bundle))
         files = spec.popularity_files
-        self.popular = Popular.read(files, spec.bundle.n_items, eligible) if files else None
+        self.popular = Popular.read(files, n_items, eligible) if files else None
 
     def recommend(self, block: pa.RecordBatch, counts: Counter[str]) -> pa.Table:
         """The recommendations of one block of users, best first within each user."""
@@ -122,7 +122,10 @@ class Ranker:
                 values[rows, : best.shape[1]], items[rows, : best.shape[1]] = best, index
         # Not isfinite: the audit must see a score that is not a number.
         offered = values != -np.inf
+        new = block.column("user_idx").to_numpy() >= self.spec.bundle.n_users
         counts.update(
+            new_users=int(new.sum()),
+            new_by_model=int((new & by_model).sum()),
             users=len(by_model),
             popular_users=int((~by_model).sum()),
             short_users=int((offered.sum(axis=1) < self.k).sum()),
@@ -183,7 +186,7 @@ def users_of(batch: pa.RecordBatch, spec: ScorePass) -> Users:
     """The users of the block, with what they did last where the model looks back on it."""
     index, length = torch.from_numpy(batch.column("user_idx").to_numpy().astype(np.int64)), spec.bundle.looks_back
     recent = recent_rows(batch.column(COLUMN)) if length else None
-    return Users(index, None if recent is None else latest(recent, spec.last_split, length))
+    return Users(index, None if recent is None else latest(recent, spec.last_split, length, spec.bundle.n_items))
 
 
 def seen_lists(batch: pa.RecordBatch, columns: tuple[str, ...]) -> Lists:

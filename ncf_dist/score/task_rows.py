@@ -2,17 +2,20 @@
 
 The model ranks for users with train or validation rows tonight. Everybody else who is known (users of earlier nights
 whose rows are gone, users of the side table who never interacted, users with nothing but test rows) has an embedding
-that no row of tonight trained, or none. They get popular items, or nothing where `fallback_days` is None.
+that no row of tonight trained, or none. They get popular items, or nothing where `fallback_days` is None. So do users
+whom a model of an earlier night does not know: one of ids those who have come since, one of histories those who did
+nothing that it knows.
 """
 
 from __future__ import annotations
 
 import datetime as dt
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
+from ncf_dist.ancestry import Sizes, index_sizes
 from ncf_dist.bundle import Bundle
 from ncf_dist.config import Score
 from ncf_dist.manifests import Manifest
@@ -55,7 +58,7 @@ def users_to_rank(spark: SparkSession, prepare: Manifest, bundle: Bundle, config
         F.coalesce("user_idx", F.lit(-1)).alias("user_idx"),
         seen.alias("item_idx"),
         held_out.alias("test_item_idx"),
-        (F.size(seen) > 0).alias("by_model"),
+        known(bundle, index_sizes(prepare), seen).alias("by_model"),
         *([F.coalesce(COLUMN, no_lists(rows)).alias(COLUMN)] if bundle.looks_back else []),
     )
     if not fallback:
@@ -64,6 +67,15 @@ def users_to_rank(spark: SparkSession, prepare: Manifest, bundle: Bundle, config
         recent = read_table(spark, prepare, contracts.INTERACTIONS).where(F.col("timestamp") >= midnight(since))
         rows = rows.join(recent.select("user_idx").distinct(), "user_idx", "left_semi")
     return rows
+
+
+def known(bundle: Bundle, tonight: Sizes, seen: Column) -> Column:
+    """Whether the model ranks for a user. seen: train and validation items."""
+    if tonight == (bundle.n_users, bundle.n_items):
+        return F.size(seen) > 0
+    if bundle.by_history:
+        return F.exists(seen, lambda item: item < bundle.n_items)
+    return (F.size(seen) > 0) & (F.col("user_idx") < bundle.n_users)
 
 
 def in_files(rows: DataFrame, files: int, indexed: int) -> DataFrame:

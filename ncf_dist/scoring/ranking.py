@@ -91,6 +91,8 @@ class Scores:
     n_items: int
     of: Callable[[Tensor], Tensor]
     blocks: Callable[[], Iterator[Tensor]]
+    n_known: int | None = None
+    """Items from this one on have no score: -inf, in the last place. None: all have one."""
 
 
 def by_item(n_items: int, of: Callable[[Tensor], Tensor]) -> Scores:
@@ -157,4 +159,6 @@ def rank(
 
     hidden = [places for _, places in by_block(seen.row, seen.values, n_items)]
     look_through(scores.blocks(), hidden, best, [note_candidates], [count])
+    if scores.n_known is not None:
+        before.count[held.values >= scores.n_known] = n_items - 1
     return Ranking(*best.result(), theirs, before.count)

@@ -1,0 +1,49 @@
+"""A model of an earlier night beside a later night's tables: lawful where the later index begins with the one that the
+model was trained on (`ancestry`), whatever the model is."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ncf_dist.ancestry import Index, Line, Sizes, index_sizes
+from ncf_dist.bundle import Bundle
+from ncf_dist.errors import ContractError
+from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
+
+log = logging.getLogger(__name__)
+
+
+def come_since(lake: Lake, prepare: Manifest, train: Manifest, bundle: Bundle) -> Sizes | None:
+    """How many users and items `prepare` has numbered that the model does not know; None where it was trained on this
+    very run. Raises ContractError unless this run's index begins with the one that the model was trained on."""
+    if (train.ds, train.inputs.get("prepare")) == (prepare.ds, prepare.run_key):
+        return None
+    if (why := Line(lake, prepare).objection(Index.of_bundle(bundle))) is not None:
+        raise ContractError(
+            f"train run {train.run_key} of {train.ds}: its rows may belong to other users and items: {why}; needed a "
+            "model whose prepare run this night's index extends: rerun the job train for this night"
+        )
+    sizes = index_sizes(prepare)
+    return Sizes(sizes.users - bundle.n_users, sizes.items - bundle.n_items)
+
+
+def earlier_model(train: Manifest, bundle: Bundle, since: Sizes, users: str) -> dict[str, Any]:
+    """Facts of a run that ranks by a model of an earlier night, and the warning that it logs and gives on. users: how
+    those whom the model does not know are ranked, as a clause."""
+    ranked = "ranked by what they did" if bundle.by_history else "ranked by popularity"
+    warning = (
+        f"the model {bundle.model_version} is of {train.ds}: {since.users:,} users have come since, who are {ranked} "
+        f"({users}), and {since.items:,} items, which are not offered; run the job train to have them in the model"
+    )
+    if any(since):
+        log.warning("%s", warning)
+    known = {"ds": train.ds, "users": bundle.n_users, "items": bundle.n_items, "by_history": bundle.by_history}
+    new = {"new_users": since.users, "new_items": since.items}
+    return {"earlier_model": known | new, "warnings": [warning] if any(since) else []}
+
+
+def said(run: Manifest) -> dict[str, Any]:
+    """What such a run says in its last line beside its metrics; nothing for a run by a model of its own night."""
+    return {"warnings": run.facts["warnings"]} if "warnings" in run.facts else {}
