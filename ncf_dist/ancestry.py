@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from pydantic import Field
 
 from ncf_dist.contracts import ITEM_INDEX, USER_INDEX
 from ncf_dist.errors import ContractError
@@ -44,12 +45,22 @@ class Sizes(NamedTuple):
         return self.users <= other.users and self.items <= other.items
 
 
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+"""Indexes are int32."""
+
+
+@dataclass(frozen=True)
+class _SaidSizes:
+    users: _Count | None = None
+    items: _Count | None = None
+
+
 def index_sizes(prepare: Manifest) -> Sizes:
-    """Of the two indexes of a run."""
+    """Of the two indexes of a run. Raises ContractError for facts that are no sizes."""
     # Only a hand-made manifest has no such facts, and nobody was forgotten there.
     rows = {name: prepare.tables[table].rows for name, table in INDEXES.items() if table in prepare.tables}
-    users, items = (int(prepare.facts.get(name, rows.get(name, 0))) for name in INDEXES)
-    return Sizes(users, items)
+    said = prepare.facts_as(_SaidSizes)
+    return Sizes(*(rows.get(name, 0) if of is None else of for name, of in vars(said).items()))
 
 
 @dataclass(frozen=True)

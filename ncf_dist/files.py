@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from ncf_dist.errors import ConfigError
 from ncf_dist.scratch import replace_file
 from ncf_dist.stored import MAX_JSON_BYTES, parse_json
-from ncf_dist.urls import hide, real_url
+from ncf_dist.urls import hide, real_url, scrub
 
 T = TypeVar("T")
 
@@ -38,8 +39,12 @@ def file_url(path: str) -> str:
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of `path`, and `path` in that file system's own form."""
-    fs, inner = fsspec.core.url_to_fs(real_url(path))
+    """The file system of `path`, and `path` in that file system's own form. Raises ConfigError where it is of a kind
+    that nothing here can open."""
+    try:
+        fs, inner = fsspec.core.url_to_fs(real_url(path))
+    except (ImportError, ValueError) as error:  # A package that is not installed; a protocol that fsspec does not know.
+        raise ConfigError(f"{scrub(path)} cannot be opened: {scrub(str(error))}") from None
     return fs, inner
 
 

@@ -100,9 +100,18 @@ class StageRuns:
         return posixpath.join(self.root, run_key)
 
     def find(self, run_key: str) -> Manifest | None:
-        """The finished run of this key, or None."""
+        """The finished run of this key, or None. Raises ContractError for a manifest that is damaged, or another's."""
         path = self.run_path(run_key)
-        return read_manifest(path) if exists(posixpath.join(path, MANIFEST)) else None
+        if not exists(posixpath.join(path, MANIFEST)):
+            return None
+        run = read_manifest(path)
+        says, wanted = (run.stage, run.ds, run.run_key), (self.stage, self.ds, run_key)
+        if says != wanted:
+            raise ContractError(
+                f"{path}/{MANIFEST} says that it is of {' '.join(says)}; needed that of {' '.join(wanted)}: delete the "
+                "folder and rerun the job"
+            )
+        return run
 
     def load(self, run_key: str) -> Manifest:
         """The finished run of this key. Raises ContractError where there is none."""

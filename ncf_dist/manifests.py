@@ -6,16 +6,18 @@ import hashlib
 import json
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from ncf_dist import __version__
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import ContractError
 from ncf_dist.files import read_json
 from ncf_dist.parquet import TableInfo, read_schema
+from ncf_dist.stored import typed
 
 MANIFEST = "manifest.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,26 @@ class Manifest:
                 contract.check(read_schema(files[0]))
         return info
 
+    def facts_as(self, kind: type[T]) -> T:
+        """Those facts that the dataclass `kind` names, types checked. Raises ContractError."""
+        names = {part.name for part in fields(kind) if part.init}  # type: ignore[arg-type]
+        try:
+            return typed(kind, {name: fact for name, fact in self.facts.items() if name in names}, more_keys=True)
+        except ValueError as error:
+            raise ContractError(
+                f"the facts of {self.stage} run {self.run_key} cannot be used ({error}); rerun the job {self.stage}"
+            ) from None
+
+    def made_from(self, stage: str) -> str:
+        """The key of the run of `stage` that this one was made from. Raises ContractError where it does not say."""
+        key = self.inputs.get(stage)
+        if not isinstance(key, str):
+            raise ContractError(
+                f"{self.stage} run {self.run_key} does not say which run of {stage} it was made from; rerun the job "
+                f"{self.stage}"
+            )
+        return key
+
     def outputs(self) -> dict[str, str]:
         return {name: self.table_path(name) for name in self.tables}
 
@@ -63,6 +85,11 @@ class Manifest:
             raise ContractError(
                 f"{self.stage} run {self.run_key} has no table {name} (it has {', '.join(self.tables)}); "
                 f"rerun {self.stage}"
+            )
+        if not self.tables[name].files:
+            raise ContractError(
+                f"{self.stage} run {self.run_key} names no file of its table {name}; needed one at least: rerun "
+                f"{self.stage}"
             )
         return self.tables[name]
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import posixpath
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from ncf_dist.contracts import Contract
+from ncf_dist.errors import ContractError
 from ncf_dist.files import filesystem, is_local, make_dirs, write_atomic
+
+StoredPath = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+"""What a system can open."""
 
 
 @dataclass(frozen=True)
 class FileInfo:
     """One Parquet file of a table; `path` is relative to the table."""
 
-    path: str
+    path: StoredPath
     rows: int
     row_groups: int
     bytes: int
@@ -30,7 +37,7 @@ class FileInfo:
 class TableInfo:
     """A stored table: `path` relative to the run, its files in order, and the fingerprint of its schema."""
 
-    path: str
+    path: StoredPath
     schema: str
     files: tuple[FileInfo, ...]
 
@@ -45,15 +52,36 @@ class TableInfo:
 
 @contextlib.contextmanager
 def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file that is open for reading.
+    """A Parquet file of ours that is open for reading. Raises ContractError where it is gone or damaged.
 
     Arrow opens local files itself. Through a Python file its threads may still need the interpreter when the process
     is about to end, which then sometimes aborts with a code of its own instead of the job's (apache/arrow#34314).
     """
     fs, inner = filesystem(path)
-    with contextlib.ExitStack() as stack:
+    with _as_ours(path), contextlib.ExitStack() as stack:
         source = inner if is_local(path) else stack.enter_context(fs.open(inner, "rb"))
         yield stack.enter_context(pq.ParquetFile(source))
+
+
+_NOT_THERE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""None: Arrow's own word for a file that it cannot read."""
+
+
+@contextlib.contextmanager
+def _as_ours(path: str) -> Iterator[None]:
+    """What Arrow says of a file that is not there or not whole becomes ContractError. Of what a system refuses, such as
+    permission, an OSError passes."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        if isinstance(error, OSError) and error.errno not in _NOT_THERE:
+            raise
+        raise _not_whole(path, error) from None
+
+
+def _not_whole(path: str, error: Exception) -> ContractError:
+    why = " ".join(str(error).split())[:200]
+    return ContractError(f"{path} cannot be read ({why}); needed it as it was written: rerun the job that made it")
 
 
 def read_schema(path: str) -> pa.Schema:

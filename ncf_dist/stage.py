@@ -182,7 +182,7 @@ def find_upstream(
     if not fitting:
         raise ContractError(_what_is_missing(lake, config, ds, wanted[0]))
     nearest = fitting[0]
-    others = {name: lake.stage(ds, name).load(str(nearest.inputs[name])) for name in LINE[nearest.stage].builds_on}
+    others = {name: lake.stage(ds, name).load(nearest.made_from(name)) for name in LINE[nearest.stage].builds_on}
     return {nearest.stage: nearest, **others}
 
 
@@ -196,7 +196,7 @@ def find_fitting(lake: Lake, config: Config, ds: str, stage: str) -> list[Manife
         if run.name in (None, config.run) and decisive(stage, run.config, unread) == wanted
     ]
     for nearest in LINE[stage].builds_on[:1]:
-        keys = {run.run_key for run in find_fitting(lake, config, ds, nearest)} if found else set()
+        keys = [run.run_key for run in find_fitting(lake, config, ds, nearest)] if found else []
         found = [run for run in found if run.inputs.get(nearest) in keys]
     return sorted(found, key=lambda run: run.name != config.run)
 

@@ -19,12 +19,28 @@ from urllib.parse import unquote
 from ncf_dist.stopping import asked
 
 SECRETS = "NCF_URL_SECRETS"
-"""A JSON object: public URL → [user info, query]. Of a folder or a glob, all that is under it has the same."""
+"""A JSON object: public URL → of each of its parts [user info, query]. Of a folder or a glob, all that is under it has
+the same."""
 
+# URLs within a text end where a text may go on. Of a whole URL (`hide`) everything is the URL's.
 _LOGIN = re.compile(r"(?<=://)[^/\s?#'\"<>|]*@")
-_URL_QUERY = re.compile(r"(https?://(?:(?!::)[^\s?#'\"<>|])*)[?#](?:(?!::)[^\s'\"<>|])*", re.IGNORECASE)
+_URL_QUERY = re.compile(
+    r"(https?://(?:\[[^\]\s]*\])?(?:(?!::)[^\s?#'\"<>|])*)[?#](?:(?!::)[^\s'\"<>|])*", re.IGNORECASE
+)
 # Elsewhere a question mark is a glob's, unless a name and an equals sign follow.
 _OTHER_QUERY = re.compile(r"(\w[\w+.-]*://(?:(?!::)[^\s?'\"<>|])*)\?[\w.-]+=(?:(?!::)[^\s'\"<>|])*")
+_WHOLE = re.compile(r"(?:[\w+.-]+::)*[\w+.-]+://")
+_NEXT = re.compile(r"::(?=(?:[\w+.-]+::)*[\w+.-]+://)")
+"""Between the parts of a chain (fsspec's zip://x::http://y). Any other :: is a part's own."""
+_PART = re.compile(
+    r"(?P<scheme>(?:[\w+.-]+::)*[\w+.-]+://)"
+    # A password should have no slash of its own; one that has is told from a host by a port that is no number.
+    r"(?P<login>[^/?#]*@|[^/?#@:\[\]]+:(?!\d*(?:[/?#]|$)).*@)?"
+    r"(?P<rest>.*)",
+    re.DOTALL,
+)
+_CONTAINERS = ("abfs://", "abfss://", "wasb://", "wasbs://")
+"""Where what is before the @ is a container's name, unless it has a colon."""
 _SHORT = 4
 """A secret this short is no secret, and its characters are everywhere."""
 
@@ -41,18 +57,36 @@ def hide(url: str, taken: Mapping[str, str] | None = None) -> str:
 
     taken: public forms that other URLs have; where these differ in their query alone, a number tells them apart.
     """
-    public = public_url(url)
-    if public == url or url in _kept(os.environ.get(SECRETS, "")):
+    if not _WHOLE.match(url):
+        return public_url(url)
+    parts = [_cut(part) for part in _NEXT.split(url)]
+    if not any(login or query for _, login, query in parts) or url in _kept(os.environ.get(SECRETS, "")):
         return url
-    number, name = 1, (public := public.rstrip("/"))
+    name = public = "::".join(shown for shown, _, _ in parts).rstrip("/")
+    number = 1
     while taken and taken.get(name, url) != url:
         number += 1
         name = f"{public}#{number}"
-    login = _LOGIN.search(url)
-    without = _LOGIN.sub("", url)
-    query = "" if public_url(without) == without else re.sub(r"^[^?#]*", "", without)
-    os.environ[SECRETS] = json.dumps({**_kept(os.environ.get(SECRETS, "")), name: [login[0] if login else "", query]})
+    secrets = [[login, query] for _, login, query in parts]
+    os.environ[SECRETS] = json.dumps({**_kept(os.environ.get(SECRETS, "")), name: secrets})
     return name
+
+
+def _cut(part: str) -> tuple[str, str, str]:
+    """(what anybody may see, user info with its @, query with its ? or fragment) of one part of a chain.
+
+    >>> _cut("http://me:pw@host/x?token=abc")
+    ('http://host/x', 'me:pw@', '?token=abc')
+    """
+    found = _PART.fullmatch(part)
+    if found is None:
+        return part, "", ""
+    scheme, login, rest = found["scheme"], found["login"] or "", found["rest"]
+    if login and ":" not in login and scheme.lower().endswith(_CONTAINERS):
+        scheme, login = scheme + login, ""
+    http = re.search(r"https?://$", scheme, re.IGNORECASE)
+    query = re.search(r"[?#].*" if http else r"\?[\w.-]+=.*", rest, re.DOTALL)
+    return scheme + rest[: query.start() if query else None], login, query[0] if query else ""
 
 
 def hide_all(tree: Any, taken: dict[str, str] | None = None) -> Any:
@@ -77,8 +111,11 @@ def real_url(path: str) -> str:
     if not fitting:
         return path
     name = path if path in kept else max(fitting, key=len)
-    login, query = kept[name]
-    return re.sub("(?<=://)", lambda _: login, re.sub(r"#\d+$", "", path) if path in kept else path, count=1) + query
+    parts = _NEXT.split(re.sub(r"#\d+$", "", path) if path in kept else path)
+    return "::".join(
+        re.sub("(?<=://)", lambda _, login=login: login, part, count=1) + query
+        for part, (login, query) in zip(parts, kept[name], strict=True)
+    )
 
 
 def _folder(name: str) -> str:
@@ -88,20 +125,20 @@ def _folder(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _kept(text: str) -> dict[str, list[str]]:
+def _kept(text: str) -> dict[str, list[list[str]]]:
     return dict(json.loads(text)) if text else {}
 
 
 def scrub(text: str) -> str:
-    """`text` without secrets, whoever wrote it: URLs in their public form, and what was kept of any taken out."""
-    text = public_url(text)
-    for login, query in _kept(os.environ.get(SECRETS, "")).values():
-        parts = [query[1:], *re.split("[?&#]", query)]
+    """`text` without secrets, whoever wrote it: what was kept of any URL taken out, and all URLs in their public
+    form."""
+    for login, query in (pair for pairs in _kept(os.environ.get(SECRETS, "")).values() for pair in pairs):
+        parts = [query[1:], *re.split("[?&#]|::", query)]
         words = {*login.rstrip("@").split(":", 1)[1:], *parts, *(part.partition("=")[2] for part in parts)}
         for word in sorted(words | {unquote(word) for word in words}, key=len, reverse=True):
             if len(word) >= _SHORT:
                 text = text.replace(word, "***")
-    return text
+    return public_url(text)
 
 
 def scrub_all(tree: Any) -> Any:

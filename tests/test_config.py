@@ -56,6 +56,12 @@ def test_what_is_left_out_has_a_default(load: Load) -> None:
     assert (config.seed, config.negatives.per_positive, config.score.k) == (1, 4, 10)
 
 
+def test_a_day_that_no_month_has_names_its_setting(load: Load) -> None:
+    message = refused(load, SMALL, "input.until=2024-06-31")
+    assert "input.until" in message
+    assert "2024-06-31" in message
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "conf").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_examples_in_conf_are_valid(path: Path) -> None:
     load_config(path)
@@ -121,6 +127,8 @@ def test_every_mistake_is_reported_at_once(load: Load) -> None:
         ("- paths\n- input\n", "holds list; needed sections"),
         ("", "holds NoneType; needed sections"),
         ("paths: {lake: l\n", "is not valid YAML"),
+        ("input: {until: 2024-02-30}\n", "is not valid YAML: day is out of range for month"),
+        ("a: &a [*a]\n" + "b: " + "[" * 5_000 + "\n", "is not valid YAML"),
         (b"paths: {lake: \xff}\n", "is not valid YAML"),
         ("paths: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
     ],

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,14 +30,17 @@ from ncf_dist.evaluate.baselines import item_weights
 from ncf_dist.evaluate.report import figures
 from ncf_dist.evaluate.report.data import training
 from ncf_dist.fetch import delivery
+from ncf_dist.inputs import ids_digest
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest, read_manifest
 from ncf_dist.models import build_model
 from ncf_dist.parquet import FileInfo, TableInfo
+from ncf_dist.publish.pipeline import publish
 from ncf_dist.train import checkpoints
 from ncf_dist.train.reports import raise_reported
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.world import World
+from tests.published import Night
 from tests.tables import prepare_run
 from tests.test_checkpoints import trainer_of
 
@@ -377,3 +381,47 @@ def test_a_step_below_zero_is_damage(tmp_path: Path) -> None:
     run = Manifest(stage="train", ds="2026-01-31", run_key="k", root=str(tmp_path), config={}, inputs={})
     with pytest.raises(ContractError, match=r"history\.json.*a step of its curve is below 0"):
         training(run)
+
+
+# ---- whole jobs on damaged manifests -------------------------------------------------------------------------------
+
+
+def places_of(tree: Any, above: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where each value of a JSON document is."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [place for key, value in inner for place in ((*above, key), *places_of(value, (*above, key)))]
+
+
+@pytest.mark.parametrize("count", [120, pytest.param(2_000, marks=pytest.mark.soak)])
+def test_publish_refuses_a_manifest_that_says_something_odd(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int
+) -> None:
+    """One value of one manifest is another, or gone: publish raises an error of ours, or publishes what is sound."""
+    caplog.set_level(logging.CRITICAL)
+    night, rng = Night(tmp_path), random.Random(3)
+    night.prepare(unseen=("zed",))
+    night.score(items={"eligible": 4, "deny_items": {"path": None, "ids": 0, "sha256": ids_digest([])}}, users=5)
+    night.config = night.configured(require=("users", "interactions"))
+    manifests = sorted(tmp_path.glob("lake/runs/*/*/*/manifest.json"))
+    assert [path.parent.parent.name for path in manifests] == ["prepare", "score", "train"]
+    for number in range(count):
+        path = manifests[number % len(manifests)]
+        whole = path.read_text()
+        tree = json.loads(whole)
+        *above, last = rng.choice([place for place in places_of(tree) if place[0] != "config"])
+        node = tree
+        for key in above:
+            node = node[key]
+        if odd := rng.randrange(8):
+            node[last] = rng.choice(VALUES)
+        else:
+            del node[last]
+        path.write_text(json.dumps(tree))
+        try:
+            publish(night.config, night.ds)
+        except NcfError:
+            pass
+        except Exception as error:
+            raise AssertionError(f"{path.parent.parent.name} {[*above, last]}, {odd}: {repr(error)[:300]}") from error
+        path.write_text(whole)
+        shutil.rmtree(night.table, ignore_errors=True)

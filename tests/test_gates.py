@@ -186,6 +186,16 @@ def test_an_empty_night_replaces_nothing_whatever_is_required(night: Night) -> N
         assert "publish.require" not in str(refusal(night, "stays: rows: score run s2 has 0 rows"))
 
 
+def test_a_later_evaluation_without_popularity_hides_nothing(night: Night) -> None:
+    """Not of runs, and not where nightly hands its own on."""
+    night.evaluate((-0.3, -0.2), key="e2")
+    blind = night.evaluate(key="e3", report={"ks": [10], "comparisons": []})
+    refusal(night, r"stays: beats_popularity: .* \(evaluate run e2 of train run t1\)")
+    made = {name: night.lake.stage(night.ds, name).newest() for name in ("prepare", "train", "score")}
+    with pytest.raises(GateRefused, match="evaluate run e2 of train run t1"):
+        publish(night.config, night.ds, {**made, "evaluate": blind})
+
+
 def test_a_night_of_few_interactions_is_refused(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
     known = runs.published_interactions(night.lake, "2026-01-30", "s1")
     assert known == night.lake.stage("2026-01-30", "prepare").load("p1").table(INTERACTIONS).rows

@@ -80,8 +80,10 @@ def test_local_files_are_opened_by_arrow_itself(tmp_path: Path, monkeypatch: pyt
     for folder, name in ((str(tmp_path), "a b%20é.parquet"), ("memory://opened", "part.parquet")):
         assert parquet.read_table(f"{folder}/{name}").equals(STATS)
         assert parquet.read_schema(f"{folder}/{name}").equals(STATS.schema)
-    with pytest.raises(FileNotFoundError):
-        parquet.read_table(f"{tmp_path}/missing.parquet")
+    (tmp_path / "junk.parquet").write_bytes(b"PAR1 junk")
+    for name in ("missing", "junk"):
+        with pytest.raises(ContractError, match=rf"{name}\.parquet cannot be read .* rerun the job that made it"):
+            parquet.read_table(f"{tmp_path}/{name}.parquet")
 
 
 def test_without_its_manifest_a_run_does_not_exist_and_the_next_attempt_starts_empty(runs: StageRuns) -> None:

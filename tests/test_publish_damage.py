@@ -101,6 +101,18 @@ def test_a_quick_look_sees_what_is_gone_and_what_has_another_size(night: Night) 
     assert second.read_bytes() == whole
 
 
+def test_a_folder_that_is_gone_and_a_folder_in_a_files_place_are_repaired(night: Night) -> None:
+    before = night.read()
+    shutil.rmtree(night.table / f"ds={night.ds}")
+    assert night.publish()[0] == "done"
+    assert night.read() == before
+    file = night.table / night.latest()["files"][0]
+    file.unlink()
+    file.mkdir()
+    assert night.publish()[0] == "done"
+    assert night.read() == before
+
+
 def test_what_cannot_be_repaired_is_named_and_the_rest_is(night: Night) -> None:
     run = night.lake.stage(night.ds, "score").newest()
     first, second = (night.table / path for path in night.latest()["files"])

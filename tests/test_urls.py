@@ -50,6 +50,7 @@ PUBLIC = {
     "logs/what?.csv": "logs/what?.csv",
     "401, url='http://u:p@h/x?t=1', again": "401, url='http://h/x', again",
     "<http://u:p@h/x?t=1> and http://h/y?z": "<http://h/x> and http://h/y",
+    "of http://[::1]:80/x?t=1 again": "of http://[::1]:80/x again",
 }
 
 
@@ -59,7 +60,34 @@ def test_the_public_form_of_a_url(text: str) -> None:
     assert urls.public_url(PUBLIC[text]) == PUBLIC[text]
 
 
-words = st.text(st.sampled_from("abcXYZ019._~-%!$&()*+,;="), min_size=5, max_size=12)
+HIDDEN = {
+    "http://user:s3c'r3t@h/x": "http://h/x",
+    'http://user:<s3cr3t|"x>@h/x': "http://h/x",
+    "http://us er:p/s3#cr3t@h/x": "http://h/x",
+    "http://h/x?token=ab'cdef": "http://h/x",
+    "http://h/x?token=ab::cdef": "http://h/x",
+    "http://[::1]:80/x?token=abcdef": "http://[::1]:80/x",
+    "http://h:80/a b?token=abcdef#g h": "http://h:80/a b",
+    "zip://a.csv::http://user:abcdef@h/x.zip?t=ghijkl::file:///x": "zip://a.csv::http://h/x.zip::file:///x",
+    "simplecache::ftp://user:abcdef@h/x": "simplecache::ftp://h/x",
+    "abfs://container@account/x?sig=abcdef": "abfs://container@account/x",
+}
+
+
+@pytest.mark.parametrize("url", HIDDEN)
+def test_a_url_of_a_config_is_hidden_whole_and_opened_as_it_was(url: str) -> None:
+    """Of a whole URL every character is the URL's: quotes, blanks and colons too."""
+    assert urls.hide(url) == HIDDEN[url]
+    assert urls.real_url(HIDDEN[url]) == url
+    said = urls.scrub(f"error: {url} cannot be opened")
+    assert not [secret for secret in ("s3c", "cr3t", "cdef", "ghijkl") if secret in said], said
+
+
+def test_containers_are_told_apart() -> None:
+    assert urls.hide("abfs://a@account/x") != urls.hide("abfs://b@account/x")
+
+
+words = st.text(st.sampled_from("abcXYZ019._~-%!$&()*+,;='|"), min_size=5, max_size=12)
 
 
 @given(words, words, words, st.sampled_from(["http", "https", "ftp", "s3", "webdav+https"]))

@@ -70,7 +70,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"config {path} cannot be read ({error.strerror}); give --config a YAML file such as conf/demo.yaml"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # Of a day that no month has, and of an alias within itself, PyYAML says the latter two.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(
@@ -87,7 +88,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}; needed section.key=value, for example --set train.epochs=5")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     for part in parts[:-1]:
         child = tree.setdefault(part, {})

@@ -39,14 +39,28 @@ from ncf_dist.errors import ContractError, InputError
 from ncf_dist.files import read_bytes
 from ncf_dist.inputs import ids_digest, listed_ids
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import FileInfo, read_schema, read_table
+from ncf_dist.parquet import FileInfo, StoredPath, read_schema, read_table
 from ncf_dist.publish.unseen import Offers, Rules
+
+
+@dataclass(frozen=True)
+class ItemList:
+    """What score read of a list of items. path: none where the config has the ids."""
+
+    path: StoredPath | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ItemLists:
+    allow_items: ItemList | None = None
+    deny_items: ItemList | None = None
 
 
 @dataclass(frozen=True)
 class Promise:
     """What score said about the table it wrote. active_since: the first day of an active user's last interaction;
-    fallback: whether users without a model history are served."""
+    fallback_days: None where users without a model history are not served."""
 
     k: int
     form: Form
@@ -56,23 +70,17 @@ class Promise:
     seen: str
     prepare_run: str
     active_since: dt.date | None
-    fallback: bool
+    fallback_days: int | None
+    items: ItemLists
+
+    @property
+    def fallback(self) -> bool:
+        return self.fallback_days is not None
 
     @classmethod
     def of(cls, score: Manifest) -> Promise:
-        """Raises ContractError where the manifest lacks a fact."""
-        facts = score.facts
-        try:
-            since = facts["active_since"]
-            return cls(
-                int(facts["k"]), facts["form"], int(facts["users"]), int(facts["short_users"]),
-                str(facts["model_version"]), str(facts["seen"]), str(facts["prepare_run"]),
-                dt.date.fromisoformat(since) if since else None, facts["fallback_days"] is not None,
-            )  # fmt: skip
-        except KeyError as error:
-            raise ContractError(
-                f"score run {score.run_key} does not state its fact {error}; rerun the job score"
-            ) from None
+        """Raises ContractError where the manifest lacks a fact, or has another in its place."""
+        return score.facts_as(cls)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ def audit(score: Manifest, prepare: Manifest, work: str) -> Audit:
     if not np.array_equal(ids["item_idx"].to_numpy(), np.arange(len(ids))):
         raise ContractError(f"table item_index: item_idx is not 0..{len(ids) - 1}; rerun the job prepare")
     items = ids["item_id"].combine_chunks()
-    permitted = _permitted(items, score)
+    permitted = _permitted(items, promise.items, score)
     passed = []
     names = [info.path for info in table.files]
     rows = table.rows * (1 if promise.form == "long" else promise.k)
@@ -140,26 +148,25 @@ def audit(score: Manifest, prepare: Manifest, work: str) -> Audit:
     return Audit(passed, by_model)
 
 
-def _permitted(items: pa.Array, score: Manifest) -> np.ndarray:
+def _permitted(items: pa.Array, lists: ItemLists, score: Manifest) -> np.ndarray:
     """(I,) which items the lists permit."""
     texts, permitted = items.cast(pa.string()), np.ones(len(items), dtype=bool)
-    for name, wanted in (("allow_items", True), ("deny_items", False)):
-        if name in score.facts["items"]:
-            listed = pc.is_in(texts, value_set=_list(score, name)).to_numpy(zero_copy_only=False)
+    for name, fact, wanted in (("allow_items", lists.allow_items, True), ("deny_items", lists.deny_items, False)):
+        if fact is not None:
+            listed = pc.is_in(texts, value_set=_list(score, name, fact)).to_numpy(zero_copy_only=False)
             permitted &= listed == wanted
     return permitted
 
 
-def _list(score: Manifest, name: str) -> pa.Array:
+def _list(score: Manifest, name: str, fact: ItemList) -> pa.Array:
     """The ids of one list: read again from its file, or as the run's config has them."""
-    fact = score.facts["items"][name]
     try:
-        ids = listed_ids(fact["path"] or tuple(score.config["score"][name]))
+        ids = listed_ids(fact.path or tuple(score.config["score"][name]))
     except InputError as error:
         raise ContractError(f"score.{name}: {error}; rerun the job score") from None
-    if ids_digest(ids) != fact["sha256"]:
+    if ids_digest(ids) != fact.sha256:
         raise ContractError(
-            f"score.{name} ({fact['path']}) has changed since score run {score.run_key}; needed the list that it "
+            f"score.{name} ({fact.path}) has changed since score run {score.run_key}; needed the list that it "
             "ranked by: rerun the job score"
         )
     return pa.array(ids, pa.string())

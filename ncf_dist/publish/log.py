@@ -86,7 +86,7 @@ def parse_entry(data: bytes) -> Entry:
     entry = Entry(facts, added)
     if "ncf.ds" in facts:
         dt.date.fromisoformat(facts["ncf.ds"])
-        int(facts["ncf.k"]), str(facts["ncf.run_key"]), str(facts["ncf.model_version"])
+        int(facts["ncf.k"]), str(facts["ncf.run_key"]), str(facts["ncf.model_version"]), entry.model_users
     if "ncf.files" in facts and {path: info["bytes"] for path, info in entry.checksums.items()} != added:
         raise ValueError("the files that it adds are not the ones that it says it adds")
     return entry
@@ -220,6 +220,8 @@ class DeltaLog:
             return read_json(Latest, path, more_keys=True) if exists(path) else None
         except ValueError:
             return None
+        except IsADirectoryError:
+            raise ContractError(f"{path} is a folder; needed a file, or nothing: remove it") from None
 
     def _refuse(self, version: int, what: str) -> NoReturn:
         newest = version >= max(self._versions(), default=-1)

@@ -13,7 +13,7 @@ import posixpath
 from collections.abc import Mapping
 
 from ncf_dist.errors import ContractError
-from ncf_dist.files import filesystem, read_bytes, write_atomic
+from ncf_dist.files import filesystem, make_dirs, read_bytes, write_atomic
 from ncf_dist.parquet import FileInfo
 from ncf_dist.publish.audit import checked_bytes
 
@@ -55,6 +55,10 @@ def restore(root: str, files: Mapping[str, FileInfo], sources: Mapping[str, str]
         except ContractError as error:
             lost.append(f"{target}: {what} ({error})")
             continue
+        fs, inner = filesystem(target)
+        if fs.isdir(inner):
+            fs.rm(inner, recursive=True)
+        make_dirs(posixpath.dirname(target))
         write_atomic(target, data)
         replaced.append(name)
         log.warning("%s was damaged (%s) and is replaced from the score run", target, what)

@@ -33,13 +33,24 @@ class Runs:
 def find_runs(lake: Lake, config: Config, ds: str, given: Upstream | None) -> Runs:
     """Raises ContractError where no finished run of score fits this config."""
     upstream = find_upstream(lake, config, ds, STAGE, given)
-    if given is not None and "evaluate" in given:
-        judged = [given["evaluate"]]
-    else:
-        judged = lake.stage(ds, "evaluate").production()
+    judged = lake.stage(ds, "evaluate").production()
     mine = [run for run in judged if run.inputs.get("train") == upstream["train"].run_key]
-    # The newest; but one that compares says more than one that does not.
-    return Runs(upstream["prepare"], upstream["score"], max(mine, key=lambda run: bool(run.tables), default=None))
+    # The newest; but one that compares says more than one that does not, also where tonight's config has no baselines.
+    return Runs(upstream["prepare"], upstream["score"], max(mine, key=_says, default=None))
+
+
+def _says(run: Manifest) -> int:
+    """How much a run of evaluate says: nothing, figures, or a comparison with popularity."""
+    if not run.tables:
+        return 0
+    try:
+        found = evaluated(run)
+    except ContractError as error:
+        log.warning("%s", error)
+        return 1
+    assert found is not None
+    compared = found.figures.comparisons if found.figures else ()
+    return 2 if any(row.other == "popularity" for row in compared) else 1
 
 
 def interactions_of(prepare: Manifest) -> int | None:

@@ -197,6 +197,11 @@ class Offers:
         return int(wanted.sum()), int((wanted & (due < self.rules.k)).sum()), int(by_model.sum())
 
     def _place(self, user_idx: np.ndarray) -> np.ndarray:
+        if len(user_idx) and int(user_idx.max()) >= self._total:
+            raise ContractError(
+                f"the tables of prepare run {self.prepare.run_key} have user_idx {int(user_idx.max())}, and its "
+                f"manifest says that there are {self._total:,} users; needed less: rerun the job prepare"
+            )
         return user_idx // self.count
 
     def _marks(self, n: int, user_idx: np.ndarray) -> np.ndarray:
