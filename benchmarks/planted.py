@@ -1,17 +1,17 @@
 """A synthetic log with planted order: what tables of order cost, and how near a model gets to the rule.
 
-    .venv/bin/python benchmarks/planted.py [--millions 5] [--rounds 2] [--models item_to_item history] [--set …]
+    .venv/bin/python benchmarks/planted.py [--millions 5] [--rounds 1] [--models item_to_item history] [--set …]
 
-Each user takes LENGTH items, one after the other. After item a comes one of its own FOLLOWERS followers with odds
-RULE, the n-th with a weight of 1 / n, and else an item at random; what the user has had is drawn again. So whoever
-knows the rule knows the odds of every next item. The oracle does, and ranks by them what the user has not had: its
-HR@10 on each user's last item is the most that a model of order can reach.
+Items stand on a ring, in random order. Each user takes LENGTH of them: after an item comes with odds RULE one of the
+FOLLOWERS that follow it on the ring, the n-th with a weight of 1 / n, and else an item at random; what the user has had
+is drawn again. So whoever knows the rule knows the odds of every next item. The oracle does, and ranks by them what the
+user has not had: its HR@10 on each user's last item is the most that a model of order can reach.
 
 - cost: `prepare` without tables of order, with `sequences` and `recent`, and with the counts of what follows what too,
   in turn, `rounds` times there and back, each a job of its own in a lake of its own, with a heap of HEAP. Seconds are
   wall clock, launcher and JVM included, MiB the largest resident size of any Python process; the median counts.
-- models: `prepare`, `train` and `evaluate`, with the settings of `--set`; HR@10 on the whole catalogue, and its share
-  of the oracle's.
+- models: `prepare`, `train` and `evaluate`, with the settings of `--set` and those that a model gets in SETTINGS: as
+  the rule looks back one item, so do counts. HR@10 on the whole catalogue, and its share of the oracle's.
 
 Prints both and writes benchmarks/results/planted.json.
 """
@@ -50,11 +50,12 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Rule:
-    """followers: (ITEMS, FOLLOWERS), the items that come after each, none twice."""
+    """followers: (ITEMS, FOLLOWERS), the items that come after each, the next one first."""
 
     def __init__(self, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        self.followers: IntArray = np.argsort(rng.random((ITEMS, ITEMS)), axis=1)[:, :FOLLOWERS]
+        ring = np.random.default_rng(seed).permutation(ITEMS)
+        self.followers: IntArray = np.empty((ITEMS, FOLLOWERS), dtype=np.int64)
+        self.followers[ring] = np.stack([np.roll(ring, -step) for step in range(1, FOLLOWERS + 1)], axis=1)
         weight = 1 / np.arange(1, FOLLOWERS + 1)
         self.weight = weight / weight.sum()
 
@@ -154,6 +155,7 @@ def base(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+SETTINGS = {"item_to_item": ["sequences.steps=1", "parts.counts.last=1"]}
 WAYS = {
     "without": ["sequences.length=0"],
     "sequences": [f"sequences.length={WINDOW}", "sequences.next_items=0"],
@@ -176,7 +178,7 @@ def cost(config: Path, rounds: int) -> dict[str, dict[str, float]]:
 
 def judged(config: Path, model: str, settings: list[str]) -> dict[str, float]:
     """HR@10 and the seconds of training."""
-    chosen = [*WAYS["and counts"], f"model.name={model}", *settings]
+    chosen = [*WAYS["and counts"], f"model.name={model}", *SETTINGS.get(model, []), *settings]
     job("prepare", config, chosen)
     train = job("train", config, chosen)
     found = job("evaluate", config, chosen)

@@ -254,7 +254,7 @@ def test_the_heaviest_are_kept_and_of_equal_ones_the_first(weights: list[list[in
 
 N_ITEMS = 30
 LOGS = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(0, N_ITEMS - 1), st.integers(1, 5), st.integers(0, 40)),
+    st.tuples(st.integers(0, 5), st.integers(0, N_ITEMS - 1), st.integers(1, 5), st.integers(0, 9)),
     min_size=1,
     max_size=120,
 )
