@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -247,6 +248,36 @@ def test_a_range_is_read_again_only_where_its_guess_was_wrong(tmp_path: Path, mo
         assert sum(stats["rows"] for stats in read_ranges(made, each)) == 2_000
         assert reads[0] == len(made.units) > 40
         assert len(reads) == rounds
+
+
+class Counted(np.ndarray[Any, np.dtype[np.int64]]):
+    """An array that adds up how many of its elements were copied out or picked."""
+
+    touched = 0
+
+    def tolist(self) -> Any:
+        Counted.touched += self.size
+        return super().tolist()
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        if not isinstance(key, slice):  # A slice is a view: nothing is copied yet.
+            Counted.touched += int(np.size(found))
+        return found
+
+
+@pytest.mark.parametrize("line", [b'u,"x\ny",1\n', b'u,5" disk,1\n', b'u,"x"y,1\n', b'u,"x""\n",1\n'])
+def test_the_work_on_odd_records_grows_with_the_text_not_with_its_square(
+    line: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Picked elements, not seconds: a few for each line, however many lines the block has."""
+    real = records.lines_of
+    monkeypatch.setattr(records, "lines_of", lambda block: tuple(part.view(Counted) for part in real(block)))
+    for count in (500, 4_000):
+        Counted.touched = 0
+        starts, ends, rest = Quotes(",", "utf-8", 1_000).records(line * count, True)
+        assert (len(starts), len(ends), rest) == (count, count, len(line) * count)
+        assert 0 < Counted.touched <= 12 * count * line.count(b"\n")
 
 
 def test_files_of_a_side_table_with_quotes_stay_whole() -> None:

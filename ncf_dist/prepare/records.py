@@ -155,7 +155,8 @@ class Quotes:
 
         def lines() -> Iterator[str]:
             nonlocal used_up
-            for start, end in zip(starts[number:].tolist(), ends[number:].tolist(), strict=True):
+            for at in range(number, len(starts)):  # Not over slices: these copy the rest of the block for each record.
+                start, end = int(starts[at]), int(ends[at])
                 line = block[start:end]
                 if end - len(_line_end(line)) - begin > self.max_bytes:
                     return
