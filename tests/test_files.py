@@ -290,8 +290,7 @@ def test_tables_of_other_formats_are_refused_by_name(tmp_path: Path, kind: str, 
 
 
 def test_a_folder_that_only_has_such_a_name_is_plain(tmp_path: Path) -> None:
-    for name in ("_delta_log", "metadata"):
-        (tmp_path / "log" / name).mkdir(parents=True)
+    (tmp_path / "log" / "metadata").mkdir(parents=True)
     (tmp_path / "log" / "metadata" / "a.json").write_text("{}")
     pq.write_table(log_of(range(3)), tmp_path / "log" / "a.parquet")
     assert users_of(tmp_path, tmp_path / "log") == [0, 1, 2]

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ncf_dist.files import filesystem
 from ncf_dist.prepare.charset import NOT_IN_CHARSET, not_utf8
 from ncf_dist.prepare.chunks import Chunk, Raw, row_by_row
+from ncf_dist.prepare.footers import parquet_file
 from ncf_dist.prepare.source import FileRange, Source
 
 BATCH_ROWS = 262_144
@@ -24,7 +24,7 @@ def parquet_chunks(source: Source, part: FileRange) -> Iterator[Chunk]:
     fs, inner = filesystem(source.files[part.file])
     names = {name: str(column) for name, column in source.columns[part.file].items()}
     with fs.open(inner, "rb") as raw:
-        file = pq.ParquetFile(raw)
+        file = parquet_file(raw)
         groups = range(part.start, file.num_row_groups if part.end is None else part.end)
         first = sum(file.metadata.row_group(g).num_rows for g in range(part.start))
         for batch in file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=sorted(set(names.values()))):

@@ -2,7 +2,8 @@
 table's own log says which files are live.
 
 Delta tables are read by their log (delta-rs). Apache Iceberg and Hudi are refused by name, and so are Delta's deletion
-vectors and column mapping, with which the rows of a file are not those that it holds.
+vectors and column mapping, with which the rows of a file are not those that it holds. A link to a file or folder inside
+a table leads to a file of the table.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from ncf_dist.errors import InputError
-from ncf_dist.files import filesystem, is_local, list_names
+from ncf_dist.files import exists, filesystem, is_local, list_names
 from ncf_dist.inputs import Listing
 
 READER_FEATURES = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "deletionVectors", "columnMapping"}
 """Delta's reader features with which a file is read as it is written; and the two that a table may permit without using
 them, which are checked."""
-_MARK = re.compile(r"(.*?)/(?:_delta_log|\.hoodie|metadata/[^/]*\.metadata\.json)(?:/|$)")
+_MARK = re.compile(r"(.*?)/(?:_delta_log|\.hoodie|metadata/[^/]*\.metadata\.json(?:\.gz)?)(?:/|$)")
 log = logging.getLogger(__name__)
 
 
@@ -43,12 +44,13 @@ class Table:
 
 def live_files(listed: Listing, chosen: Sequence[str], key: str) -> tuple[list[str], list[Table]]:
     """(of the chosen Parquet files those that are in no table, and the live files of the Delta tables that the others
-    belong to; these tables). Raises InputError for other tables, and for a file that is given by its name and is not
-    live."""
+    belong to; these tables). Raises InputError for other tables, for a live file that is not there, and for a file that
+    is given by its name and is not live."""
     keeper = _keeper(listed)
-    kept = {path: keeper(posixpath.dirname(path)) for path in chosen}
+    kept = dict(_owned(path, keeper) for path in chosen)
     roots = {root for root in kept.values() if root is not None}
-    if listed.kind == "folder" and (above := keeper(listed.path)) is not None:
+    top, above = _owned(listed.path, keeper, folder=True) if listed.kind == "folder" else (listed.path, None)
+    if above is not None:
         roots.add(above)
     tables = {root: _opened(root, key) for root in sorted(roots)}
     live = [path for path, root in kept.items() if root is None or path in tables[root].values]
@@ -60,9 +62,33 @@ def live_files(listed: Listing, chosen: Sequence[str], key: str) -> tuple[list[s
         )
     for table in tables.values():
         if listed.kind == "folder":  # By the log, not by the folder: a partition column may have a hidden name.
-            live += [path for path in table.values if path.startswith(listed.path.rstrip("/") + "/")]
+            live += _there(table, [path for path in table.values if path.startswith(top.rstrip("/") + "/")], live)
         log.info("%s is read as a Delta table, version %d, %d live files", table.root, table.version, len(table.values))
     return sorted(set(live)), list(tables.values())
+
+
+def _owned(path: str, keeper: Callable[[str], str | None], folder: bool = False) -> tuple[str, str | None]:
+    """(the path, the root of the table that it belongs to). Where no folder by which the path is named is in a table,
+    but the file or folder that links lead to is: that one, by the name that the table has for it."""
+    root = keeper(path if folder else posixpath.dirname(path))
+    if root is not None or not is_local(path):
+        return path, root
+    real = os.path.realpath(path)
+    if real == path or (root := keeper(real if folder else posixpath.dirname(real))) is None:
+        return path, None
+    return real, root
+
+
+def _there(table: Table, files: Sequence[str], found: Sequence[str]) -> Sequence[str]:
+    """The files. found: those that are known to be there. Raises InputError where one is not."""
+    for path in sorted(set(files) - set(found)):
+        if not exists(path):
+            raise InputError(
+                f"{path}: No such file, and version {table.version} of the Delta table {table.root} has it as a live "
+                "one; needed every file that the table's log names: restore it, or repair the table (FSCK REPAIR TABLE "
+                "takes it out of the log)"
+            )
+    return files
 
 
 def _keeper(listed: Listing) -> Callable[[str], str | None]:
@@ -82,10 +108,11 @@ def _keeper(listed: Listing) -> Callable[[str], str | None]:
 
 
 def _kind(folder: str) -> str | None:
-    """The table format that this folder is the root of, or None."""
-    if any(name.endswith((".json", ".parquet")) for name in _names(folder, "_delta_log")):
+    """The table format that this folder is the root of, or None. A Delta log without an entry is a damaged table."""
+    local_log = posixpath.join(folder, "_delta_log")
+    if _names(folder, "_delta_log") or (is_local(folder) and os.path.isdir(local_log)):
         return "Delta"
-    if any(name.endswith(".metadata.json") for name in _names(folder, "metadata")):
+    if any(name.endswith((".metadata.json", ".metadata.json.gz")) for name in _names(folder, "metadata")):
         return "Iceberg"
     return "Hudi" if _names(folder, ".hoodie") else None
 
