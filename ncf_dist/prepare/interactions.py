@@ -1,7 +1,8 @@
 """From columns of text to typed interactions: each row is whole, rejected with a reason, or of a user to be forgotten.
 
 A row of a user to be forgotten is neither kept nor rejected, whatever is wrong with it. While the list of such users is
-not empty, a rejected row whose user cannot be read goes to the quarantine without its text, which may name anybody.
+not empty, a rejected row whose user cannot be read goes to the quarantine without its text, which may name anybody. So
+does one with too many or too few fields, where the user may be in another one than the one that is read.
 
 A column is cast at once where that works, else in slices; only the odd rows of a slice are looked at one by one.
 """
@@ -18,24 +19,13 @@ from ncf_dist.contracts import QUARANTINE
 from ncf_dist.errors import InputError
 from ncf_dist.prepare.chunks import Chunk, as_mask
 from ncf_dist.prepare.forget import NOBODY, Forget
+from ncf_dist.prepare.ids import typed_ids
+from ncf_dist.prepare.separated import WRONG_SIZE
 from ncf_dist.prepare.source import Source
-from ncf_dist.prepare.values import (
-    EXACT_FLOAT,
-    MICROSECONDS,
-    NAN,
-    NO_FRACTION,
-    YEAR_2200,
-    bytes_of,
-    integers,
-    iso_times,
-    moments,
-    truths,
-)
+from ncf_dist.prepare.values import MICROSECONDS, YEAR_2200, iso_times, moments, truths
 from ncf_dist.sampling import IntArray
 
 PLACE_BITS, FILE_BITS = 44, 18
-NULLS = pa.array(["\\N", "NULL", "null"])
-"""How databases write a missing id as text."""
 LATE = "timestamp is at or after the end of the window"
 """The one reason that is no fault of the file: the log goes on after ds."""
 FAR = "timestamp is after the year 2199"
@@ -82,8 +72,8 @@ def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
     """(the whole rows, the rejected ones or None). Rows of users to be forgotten are in neither."""
     size = len(chunk.place)
     columns = {
-        "user_id": _id(chunk, "user", spec.user_id),
-        "item_id": _id(chunk, "item", spec.item_id),
+        "user_id": typed_ids(chunk, "user", spec.user_id),
+        "item_id": typed_ids(chunk, "item", spec.item_id),
         "rating": _rating(chunk, spec.rating_range),
         "timestamp": _timestamp(chunk, spec.time_unit, spec.until),
         "part": pa.array(np.full(size, spec.part, dtype=np.int8)),
@@ -100,6 +90,8 @@ def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
     if not len(at):
         return rows, None
     hidden = spec.forget.hides(columns["user_id"].take(pa.array(at)))
+    if _user_may_be_shifted(spec, chunk.file):
+        hidden |= np.isin(chunk.reason[at], WRONG_SIZE)
     texts = ["" if hide else text for hide, text in zip(hidden, chunk.raw.take(at), strict=True)]
     rejects = pa.table(
         [
@@ -113,56 +105,20 @@ def typed(chunk: Chunk, spec: RowSpec) -> tuple[pa.Table, pa.Table | None]:
     return rows, rejects
 
 
+def _user_may_be_shifted(spec: RowSpec, file: int) -> bool:
+    """Whether a line with a wrong number of fields may hold the user elsewhere: it is not in the first field, or ids to
+    be forgotten hold the separator themselves."""
+    listed, place = spec.forget.ids, spec.source.columns[file].get("user")
+    if listed is None or not isinstance(place, int):
+        return False
+    inside = pa.types.is_string(listed.type) and pc.match_substring(listed, spec.source.separator)
+    return place > 0 or bool(inside and pc.any(inside).as_py())
+
+
 def _place(chunk: Chunk, part: int) -> IntArray:
     """(R,) numbers that ascend as rows stand in the log, the test file after it: 18 bits of the file's number, 44 of
     where in the file a row begins."""
     return chunk.place.astype(np.int64) + (part << PLACE_BITS + FILE_BITS) + (chunk.file << PLACE_BITS)
-
-
-def _id(chunk: Chunk, name: str, kind: pa.DataType) -> pa.Array:
-    """(R,) ids of the wanted type; null or "" where the id cannot be read. Floats that pandas made of integers, because
-    a value was missing, become integers again."""
-    column = chunk.columns[name]
-    if pa.types.is_floating(column.type):
-        chunk.reject(pc.is_nan(column), f"{name} id is null")
-    if not pa.types.is_string(column.type) and kind == pa.string():
-        column = _text_of(column)
-    if pa.types.is_string(column.type) and as_mask(null := pc.is_in(column, NULLS)).any():
-        column = pc.if_else(null, None, column)
-    chunk.reject(pc.is_null(column), f"{name} id is null")
-    if kind == pa.string():
-        visible = _visible_ascii(column)
-        chunk.reject(pc.equal(column if visible else pc.utf8_trim_whitespace(column), ""), f"empty {name} id")
-        if not visible:
-            chunk.reject(pc.match_substring(column, "\0"), f"{name} id holds a NUL character")
-        return pc.fill_null(column, "")
-    values, ok = integers(column)
-    if not ok.all():
-        if pa.types.is_string(column.type):
-            chunk.reject(pc.match_substring_regex(column, NAN, ignore_case=True), f"{name} id is null")
-            chunk.reject(pc.equal(pc.utf8_trim_whitespace(column), ""), f"empty {name} id")
-        if pa.types.is_floating(column.type):
-            beyond = pc.and_(pc.greater(pc.abs(column), float(EXACT_FLOAT[column.type])), pc.is_finite(column))
-            chunk.reject(beyond, f"{name} id is an inexact float")
-        chunk.reject(~ok, f"{name} id is not an integer")
-    return pa.array(values, mask=None if ok.all() else ~ok)
-
-
-def _text_of(column: pa.Array) -> pa.Array:
-    """(R,) ids as text; a whole number has no fraction, whatever the type of its column."""
-    if pa.types.is_floating(column.type):
-        values, ok = integers(column)
-        text = column.cast(pa.float64()).cast(pa.string())
-        return pc.if_else(pa.array(ok), pa.array(values).cast(pa.string()), text)
-    if pa.types.is_decimal(column.type):
-        return pc.replace_substring_regex(column.cast(pa.string()), NO_FRACTION, "")
-    return column.cast(pa.string())
-
-
-def _visible_ascii(text: pa.Array) -> bool:
-    """Whether all characters are visible ASCII, so that no value holds a space or a NUL."""
-    data = bytes_of(text)
-    return not len(data) or bool(data.min() > 32 and data.max() < 127)
 
 
 def _rating(chunk: Chunk, bounds: tuple[float, float] | None) -> pa.Array:

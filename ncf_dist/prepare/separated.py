@@ -11,6 +11,9 @@ import pyarrow.compute as pc
 
 from ncf_dist.prepare.chunks import SLICE, UNREADABLE, Chunk, Mask, as_mask
 
+WRONG_SIZE = ("too few fields", "too many fields")
+"""The reasons for which a line is rejected whose fields may not be the wanted ones."""
+
 
 def separated_fields(
     chunk: Chunk, lines: pa.Array, positions: Mapping[str, int], separator: str, count: int | None, quote: bool
@@ -28,9 +31,10 @@ def separated_fields(
     if quoted.any():
         parsed = _quoted_fields(chunk, lines, quoted, separator)
         size = pc.replace_with_mask(size, pa.array(quoted), pa.array(map(len, parsed), pa.int32()))
-    chunk.reject(pc.less(size, least), "too few fields")
+    few, many = WRONG_SIZE
+    chunk.reject(pc.less(size, least), few)
     if count is not None:
-        chunk.reject(pc.greater(size, count), "too many fields")
+        chunk.reject(pc.greater(size, count), many)
     columns = _fields_at(parts, split_size, positions, least)
     if parsed:
         for name, position in positions.items():

@@ -25,6 +25,7 @@ from ncf_dist.prepare.chunks import Chunk, as_mask, row_by_row
 from ncf_dist.prepare.columns import side_source
 from ncf_dist.prepare.forget import NOBODY, Forget
 from ncf_dist.prepare.id_types import IdTypes
+from ncf_dist.prepare.ids import typed_ids
 from ncf_dist.prepare.index import Indexes
 from ncf_dist.prepare.reading import read_unit
 from ncf_dist.prepare.records import with_whole_files
@@ -89,15 +90,8 @@ def side_pass(spec: SideSpec) -> Pass:
 def typed(chunk: Chunk, spec: SideSpec) -> pa.RecordBatch:
     """(R,) id, columns, how many values were not of their type, whether the id is unusable, and whether it is to be
     forgotten (then the other columns are null)."""
-    column = chunk.columns["id"]
-    if spec.id_type == pa.string():
-        ids = column.cast(pa.string())
-        usable = as_mask(pc.not_equal(pc.utf8_trim_whitespace(ids), ""))
-        ids = pc.fill_null(ids, "")
-    else:
-        values, usable = integers(column)
-        ids = pa.array(values)
-    usable = usable & ~chunk.rejected()
+    ids = typed_ids(chunk, "id", spec.id_type)
+    usable = ~chunk.rejected()
     bad = np.zeros(len(usable), dtype=np.int32)
     columns = []
     for name, kind in spec.columns.items():
