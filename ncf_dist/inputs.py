@@ -25,6 +25,7 @@ from ncf_dist.urls import public_url
 WILDCARDS = re.compile(r"[*?\[]")
 _HIDDEN = re.compile(r"(^|/)(\.|_(?![^/]*=))")
 """`_day=2024-05-31` is a partition, as Spark has it."""
+_LINE_END = re.compile(r"\r\n|\n|\r")
 log = logging.getLogger(__name__)
 
 
@@ -34,12 +35,14 @@ class NoInput(InputError):
 
 @dataclass(frozen=True)
 class Listing:
-    """What a path stands for. files: sorted, each once; hidden: files and folders that a folder hides by their name."""
+    """What a path stands for. files: sorted, each once; hidden: files and folders that a folder hides by their name;
+    other_case: files that a glob would match but for capital letters in its last part."""
 
     path: str
     kind: Literal["file", "folder", "glob"]
     files: tuple[str, ...]
     hidden: tuple[str, ...] = ()
+    other_case: tuple[str, ...] = ()
 
 
 def input_files(path: str) -> list[str]:
@@ -48,8 +51,9 @@ def input_files(path: str) -> list[str]:
 
 
 def listing(path: str) -> Listing:
-    """The files behind `path` and what they hide. A name that exists is taken as it is (`log[1].csv`), and any
-    other as a pattern. Raises InputError where there is no file, or where one cannot be reached."""
+    """The files behind `path` and what they hide. A name that exists is taken as it is (`log[1].csv`, and the folder of
+    `log[1]/*.csv`), and any other as a pattern. Raises InputError where there is no file, or where one cannot be
+    reached."""
     root = resolve(path)
     fs, inner = filesystem(root)
     found = _Found()
@@ -61,7 +65,8 @@ def listing(path: str) -> Listing:
         found.files.append(inner)
     elif WILDCARDS.search(inner):
         kind = "glob"
-        matches = _local_glob(inner, found) if is_local(root) else fs.glob(inner)
+        above, pattern = _literal_start(fs, inner)
+        matches = _matches(fs, pattern, is_local(root), found)
         for match in sorted(matches, key=lambda path: (is_local(root) and os.path.islink(path), path)):
             if fs.isdir(match):
                 _walk(fs, match, is_local(root), found)
@@ -69,8 +74,8 @@ def listing(path: str) -> Listing:
                 raise _broken(match)
             else:
                 found.files.append(match)
-        above = posixpath.dirname(WILDCARDS.split(inner, maxsplit=1)[0])
         found.files = [p for p in found.files if not _HIDDEN.search(posixpath.relpath(p, above))]
+        found.other_case = _other_case(fs, pattern, is_local(root), set(matches))
     elif is_local(root) and os.path.islink(inner):
         raise _broken(inner)
     files = each_once(found.files) if is_local(root) else sorted(set(found.files))
@@ -85,14 +90,18 @@ def listing(path: str) -> Listing:
     if kind == "file" and not is_local(root):
         return Listing(root, kind, (root,))
     named = files if is_local(root) else [public_url(str(fs.unstrip_protocol(p))) for p in files]
-    hidden = found.hidden if is_local(root) else [public_url(str(fs.unstrip_protocol(p))) for p in found.hidden]
-    return Listing(root, kind, tuple(sorted(named)), tuple(sorted(hidden)))
+    hidden, other_case = (
+        sorted(paths if is_local(root) else [public_url(str(fs.unstrip_protocol(p))) for p in paths])
+        for paths in (found.hidden, found.other_case)
+    )
+    return Listing(root, kind, tuple(sorted(named)), tuple(hidden), tuple(other_case))
 
 
 @dataclass
 class _Found:
     files: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
+    other_case: list[str] = field(default_factory=list)
     entered: set[str] = field(default_factory=set)
     """Real paths of local folders."""
 
@@ -146,6 +155,30 @@ def _broken(path: str) -> InputError:
     )
 
 
+def _literal_start(fs: Any, pattern: str) -> tuple[str, str]:
+    """(the folder that a pattern begins with: as many of its parts as hold no wildcard or exist by that very name; the
+    pattern in which these match nothing else)."""
+    literal, parts = list[str](), pattern.split("/")
+    while len(parts) > 1 and (not WILDCARDS.search(parts[0]) or fs.exists("/".join([*literal, parts[0]]))):
+        literal.append(parts.pop(0))
+    folder = "/".join(literal) or pattern[: pattern.startswith("/")]
+    return folder, "/".join([glob.escape(part) for part in literal] + parts)
+
+
+def _matches(fs: Any, pattern: str, local: bool, found: _Found) -> list[str]:
+    return list(_local_glob(pattern, found) if local else fs.glob(pattern))
+
+
+def _other_case(fs: Any, pattern: str, local: bool, matches: set[str]) -> list[str]:
+    """Files that match only where the case of the pattern's last part does not matter: A.CSV for *.csv."""
+    above, _, last = pattern.rpartition("/")
+    either = "".join(f"[{sign.lower()}{sign.upper()}]" if sign.isascii() and sign.isalpha() else sign for sign in last)
+    if "[" in last or "**" in pattern or either == last:
+        return []
+    near = set(_matches(fs, f"{above}/{either}", local, _Found())) - matches
+    return sorted(path for path in near if fs.isfile(path))
+
+
 def _local_glob(pattern: str, found: _Found) -> Iterable[str]:
     """What a local pattern matches, links followed; `**` is any number of folders, none included."""
     before, stars, after = pattern.partition("/**")
@@ -182,13 +215,15 @@ def each_once(files: Iterable[str]) -> list[str]:
 
 
 def listed_ids(given: str | Sequence[str | int]) -> tuple[str, ...]:
-    """Distinct ids as text, ascending: those given, or the lines of a text file (UTF-8; spaces at their ends and blank
-    lines are left out). Raises InputError where the file cannot be read."""
+    """Distinct ids as text, ascending: those given, or the lines of a text file (UTF-8; what Unicode calls white space
+    is left out at their ends, as `Forget.among` leaves it out of the log's ids, and so are blank lines). Raises
+    InputError where the file cannot be read."""
     lines: Sequence[str | int] = ()
     if isinstance(given, str):
         path = resolve(given)
         try:
-            lines = read_bytes(path).decode("utf-8-sig").splitlines()
+            # Not splitlines(): an id may hold a U+2028 or another character that this takes for a line's end.
+            lines = _LINE_END.split(read_bytes(path).decode("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 f"the list of ids {path} cannot be read ({error}); needed a text file with one id a line"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-import re
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +22,8 @@ from ncf_dist.prepare.formats import FORMATS, NAMED, SIDES, UNNAMED, Field, Form
 from ncf_dist.prepare.input_files import InputFiles, find_files
 from ncf_dist.prepare.source import Source, plan, row_group_units
 from ncf_dist.prepare.streams import HEADER_LIMIT, SNIFFED, head, wide
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,17 +152,28 @@ def _separated_source(source: Source, form: Format, heads: Sequence[bytes], want
         for file, data in enumerate(heads)
     ]  # fmt: skip
     columns, values = [], []
-    for path, header, known in zip(source.files, headers, source.values, strict=True):
+    empty = _without_bytes(source.files, [not data for data in heads], wanted.key)
+    for path, header, known, nothing in zip(source.files, headers, source.values, empty, strict=True):
         # A column that the file has itself goes before one that its folder's name says.
         own = {k for k in known if header is not None and wanted.places[k] in header}
         values.append({k: v for k, v in known.items() if k not in own})
         places = {k: v for k, v in wanted.places.items() if k not in values[-1]}
-        columns.append(_positions(path, header, replace(wanted, places=places)))
+        columns.append({} if nothing else _positions(path, header, replace(wanted, places=places)))
     counts = (wanted.count or form.count or (len(header) if header else None) for header in headers)
     return replace(
         source, columns=tuple(columns), values=tuple(values), separator=separator, quote=form.quote,
         counts=tuple(counts), headers=tuple(header is not None for header in headers),
     )  # fmt: skip
+
+
+def _without_bytes(files: Sequence[str], empty: Sequence[bool], key: str) -> Sequence[bool]:
+    """Which files hold nothing, not even names of columns, as other files do hold something: tasks that got no rows
+    write such. They are logged. None where all are empty: that is a fault of the input."""
+    if all(empty):
+        return [False] * len(files)
+    if names := [path for path, nothing in zip(files, empty, strict=True) if nothing]:
+        log.warning("%s: %d of %d files are empty: %s", key, len(names), len(files), ", ".join(names[:5]))
+    return empty
 
 
 def _given(path: str, files: InputFiles, wanted: Wanted) -> dict[str, pa.Scalar]:
@@ -173,6 +186,7 @@ def _parquet_source(files: InputFiles, given: Sequence[Mapping[str, pa.Scalar]],
     footers = [footer(path) for path in files.paths]
     columns: list[dict[str, Field]] = []
     values: list[dict[str, pa.Scalar]] = []
+    _without_bytes(files.paths, [read.metadata is None for read in footers], wanted.key)
     for read, known in zip(footers, given, strict=True):
         own = {name: place for name, place in wanted.places.items() if read.type_of(str(place)) is not None}
         missing = [name for name in wanted.places if name not in own and name not in known]
@@ -227,18 +241,24 @@ def _positions(path: str, header: list[str] | None, wanted: Wanted) -> dict[str,
                 f"{len(header) - 1}; set {key} to one of these, or {wanted.key}.separator to what parts them"
             )
         if isinstance(place, str) and place not in header:
-            remedy = f"a header with it: set {key}, or {wanted.key}.header=false and positions"
+            remedy = f"a header with it: set {key}, {wanted.key}.separator, or {wanted.key}.header=false and positions"
             if not any(header):
                 remedy = f"a header and rows: look at what writes the file, or leave it out of {wanted.key}.path"
             raise InputError(
-                f"{path} has no column {place} for {name} ({_header_for_message(header)}); needed {remedy}"
+                f"{path} has no column {place} for {name} ({_header_for_message(header, wanted)}); needed {remedy}"
             )
         positions[name] = header.index(place) if isinstance(place, str) else place
     return positions
 
 
-def _header_for_message(header: Sequence[str]) -> str:
-    """The names in a first line; but not what a row of data holds, which is about a person."""
-    if any(re.fullmatch(r"(?=.*\d)[-+.:\d\sTZ]+|.*@.*", name) for name in header):
-        return f"its first line has {len(header)} fields, and looks like a row and not like names"
-    return f"its first line names {', '.join(header[:20]) or 'none: it is empty'}"
+def _header_for_message(header: Sequence[str], wanted: Wanted) -> str:
+    """The names in a first line. Nothing of a line that may be a row, which is about a person: it is one of names where
+    a wanted column or field is among them. Nothing of bytes that are no text."""
+    if not any(header):
+        return "its first line names none: it is empty"
+    if any(sign == "\ufffd" or not (sign.isprintable() or sign.isspace()) for name in header for sign in name):
+        return "its first line is no text: is the file compressed, and its name does not say so?"
+    known = {name.casefold() for pair in wanted.places.items() for name in pair if isinstance(name, str)}
+    if known.isdisjoint(name.casefold() for name in header):
+        return f"its first line has {len(header)} field{'s'[: len(header) > 1]}, none of such a name: it may be a row"
+    return f"its first line names {', '.join(header[:20])}"

@@ -58,6 +58,7 @@ def find_files(path: str | Sequence[str], form: Format | None, name: str, key: s
         listed = listing(part)
         chosen = list(listed.files) if form is None or listed.kind == "file" else select_files(listed, form, name, key)
         hidden = [file for file in listed.hidden if form is not None and form.holds(file)]
+        other_case = [file for file in listed.other_case if form is not None and form.holds(file)]
         left = sorted(set(listed.files) - set(chosen))
         if form is not None and form.kind == "parquet":
             chosen, tables = live_files(listed, chosen, key)
@@ -65,9 +66,14 @@ def find_files(path: str | Sequence[str], form: Format | None, name: str, key: s
             for table in tables:
                 values |= table.values
         paths += chosen
-        left_out += [*left, *hidden]
+        left_out += [*left, *hidden, *other_case]
         if form is not None:
-            _log_left_out(listed.path, left, hidden, form, name)
+            why = {
+                f"not of format {name} ({' or '.join(form.patterns)})": left,
+                "hidden by . or _": hidden,
+                "which the pattern matches but for capital letters": other_case,
+            }
+            _log_left_out(listed.path, why, form)
     if not paths:
         tables_read = ", ".join(f"{root} at version {version}" for root, version in versions.items())
         raise InputError(f"{key}: no file of the Delta table {tables_read} is live here; needed at least one row")
@@ -91,10 +97,10 @@ def select_files(listed: Listing, form: Format, name: str, key: str = "input.pat
     )
 
 
-def _log_left_out(path: str, left: Sequence[str], hidden: Sequence[str], form: Format, name: str) -> None:
+def _log_left_out(path: str, left_out: Mapping[str, Sequence[str]], form: Format) -> None:
     """Log the files that are not read; as a warning where they may have been meant, as a log that shrinks in silence is
-    noticed too late."""
-    for files, why in ((left, f"not of format {name} ({' or '.join(form.patterns)})"), (hidden, "hidden by . or _")):
+    noticed too late. left_out: why → these files."""
+    for why, files in left_out.items():
         unknown = [file for file in files if not form.companion(file)]
         # A side table is one file in a folder of others, which nobody expects to be read.
         loud = unknown and any("*" in pattern for pattern in form.patterns)

@@ -77,22 +77,29 @@ class _Returns:
         return int(self._stream.seek(place))
 
 
+def _as_half_pair(error: UnicodeError) -> tuple[str, int]:
+    """For a decoder: half a surrogate pair for what is no character, and where to go on after it."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\udcff", error.end
+
+
+codecs.register_error("ncf.half-pair", _as_half_pair)
+
+
 class _Wide:
-    """UTF-16 or UTF-32 as UTF-8. Text that is invalid stays invalid, so that its lines go to the quarantine."""
+    """UTF-16 or UTF-32 as UTF-8. Text that is invalid stays invalid, so that its lines go to the quarantine, and they
+    alone: what is no character becomes half a surrogate pair, which is none in UTF-8 either."""
 
     def __init__(self, stream: Any, charset: str) -> None:
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(charset)("surrogatepass")
+        self._decoder = codecs.getincrementaldecoder(charset)("ncf.half-pair")
         self._ended = False
 
     def read(self, size: int) -> bytes:
         text = b""
         while not text and not self._ended:
             data = bytes(self._stream.read(size))
-            try:
-                text = self._decoder.decode(data).encode("utf-8", "surrogatepass")
-            except UnicodeDecodeError:
-                text, data = b"\xff", b""  # An invalid character: nothing after it can be decoded.
+            text = self._decoder.decode(data).encode("utf-8", "surrogatepass")
             if not data:
                 self._ended = True
                 if self._decoder.getstate()[0]:

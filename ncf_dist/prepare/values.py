@@ -39,6 +39,14 @@ _FLOAT = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
 _NOT_FINITE = r"^[+-]?(nan|inf|infinity)$"
 _ZONE = r"(Z|[+-][0-9]{2}(:?[0-9]{2})?)$"
 _DATE = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}"
+_LEAP = r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
+_REAL_DATE = (
+    r"^(?:[0-9]{4}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+    rf"|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP}-02-29)"
+)
+_REAL_TIME = r"(?:[ T](?:[01][0-9]|2[0-3])(?::[0-5][0-9](?::[0-5][0-9](?:\.[0-9]+)?)?)?)?"
+_REAL_ZONE = r"(?:Z|[+-](?:[01][0-9]|2[0-3])(?::?[0-5][0-9])?)?$"
+"""Of the same form as _DATE, _TIME and _ZONE: those that a calendar and a clock show."""
 _TIME = r"[ T][0-9]{2}(:[0-9]{2}(:[0-9]{2}(\.[0-9]{1,6})?)?)?"
 
 
@@ -213,8 +221,11 @@ def _iso_one_by_one(text: pa.Array) -> Values:
     text = pc.replace_substring_regex(text, r"(:[0-9.]+)\s+([+-][0-9]{2}(?::?[0-9]{2})?)$", r"\1\2")
     timed = as_mask(pc.match_substring_regex(text, f"{_DATE}{_TIME}{_ZONE}"))
     local = as_mask(pc.match_substring_regex(text, f"{_DATE}({_TIME})?$"))
+    # 30 February is sorted out here: each such value that reached a cast would make it fail for all.
+    real = as_mask(pc.match_substring_regex(text, _REAL_DATE + _REAL_TIME + _REAL_ZONE))
     values, ok = np.zeros(len(text), dtype=np.int64), np.zeros(len(text), dtype=bool)
-    for mask, kind in ((timed, pa.timestamp("us", "UTC")), (local, pa.timestamp("us"))):
+    for form, kind in ((timed, pa.timestamp("us", "UTC")), (local, pa.timestamp("us"))):
+        mask = form & real
         values[mask], ok[mask] = _iso_halves(text.filter(pa.array(mask)), kind)
     for row in np.flatnonzero(~(timed | local) & as_mask(pc.is_valid(text))):
         moment = _iso(text[int(row)].as_py())
@@ -223,7 +234,7 @@ def _iso_one_by_one(text: pa.Array) -> Values:
 
 
 def _iso_halves(text: pa.Array, kind: pa.DataType) -> Values:
-    """Casts, halving the array where that fails, so that 30 February makes no other value invalid."""
+    """Casts, halving the array where that fails, so that one value that Arrow refuses makes no other invalid."""
     try:
         return _iso_cast(text, kind)
     except pa.ArrowInvalid:
