@@ -202,11 +202,12 @@ def test_a_list_of_ids_is_split_where_a_line_ends_and_nowhere_else(tmp_path: Pat
     [
         (b"anna.huber,toy-story\nu12345,heat\n", "its first line has 2 fields, none of such a name"),
         (b"anna huber\n", "its first line has 1 field, none"),
-        (gzip.compress(b"u,i,r,t\nanna,x,1,1\n"), "its first line is no text: is the file compressed"),
+        (gzip.compress(b"u,i,r,t\nanna,x,1,1\n", mtime=0), "its first line is no text: is the file compressed"),
         (b"U,Item,r,t\nanna,x,1,1\n", "its first line names U, Item, r, t"),
         (b"user;item\nanna;x\n", "its first line has 1 field"),
         (b"0,1,2,3\n", "its first line has 4 fields"),
     ],
+    ids=["a row", "one field", "compressed", "names", "another separator", "positions"],
 )
 def test_only_a_line_of_names_is_shown(tmp_path: Path, data: bytes, shown: str) -> None:
     (tmp_path / "a.csv").write_bytes(data)
