@@ -31,6 +31,8 @@ from ncf_dist.manifests import Manifest
 from ncf_dist.models import MF, Users, build_model
 from ncf_dist.parquet import read_table
 from ncf_dist.prepare.pipeline import prepare
+from ncf_dist.publish.audit import audit
+from ncf_dist.publish.pipeline import publish
 from ncf_dist.recent import check_recent
 from ncf_dist.score.pipeline import forecast, score
 from ncf_dist.score.plan import Plan
@@ -255,7 +257,7 @@ def test_tonights_users_are_ranked_by_an_earlier_nights_model(
     line: Line, later: Manifest, kind: str, by_model: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Those whom it does not know by what they did, where the model can, else by popularity; items that it does not
-    know are offered to nobody. All of it is said."""
+    know are offered to nobody. All of it is said, and the audit of publish agrees."""
     config, given = line.config(score={"seen": "train"}), {"prepare": later, "train": trained(line, kind)}
     outcome = score(config, NEXT, given)
     run = outcome.manifest
@@ -272,6 +274,11 @@ def test_tonights_users_are_ranked_by_an_earlier_nights_model(
     assert f"is of {DS}: 2 users have come since" in warning
     assert warning in caplog.text
     assert score(config, NEXT, given).extra["warnings"] == [warning]
+    given = {**given, "score": run}
+    assert publish(line.config(publish={"table": kind, "require": []}), NEXT, given).status == "done"
+    unsaid = replace(run, facts={name: fact for name, fact in run.facts.items() if name != "earlier_model"})
+    with pytest.raises(ContractError, match=r"needed 'model': they have train rows|rows; needed"):
+        audit(unsaid, later, str(line.folder))
 
 
 def test_evaluate_judges_an_earlier_nights_model_as_score_ranks(line: Line, later: Manifest) -> None:

@@ -40,7 +40,7 @@ from ncf_dist.files import read_bytes
 from ncf_dist.inputs import ids_digest, listed_ids
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, StoredPath, read_schema, read_table
-from ncf_dist.publish.unseen import Offers, Rules
+from ncf_dist.publish.unseen import EarlierModel, Offers, Rules
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Promise:
     active_since: dt.date | None
     fallback_days: int | None
     items: ItemLists
+    earlier_model: EarlierModel | None = None
 
     @property
     def fallback(self) -> bool:
@@ -127,10 +128,12 @@ def audit(score: Manifest, prepare: Manifest, work: str) -> Audit:
         raise ContractError(f"table item_index: item_idx is not 0..{len(ids) - 1}; rerun the job prepare")
     items = ids["item_id"].combine_chunks()
     permitted = _permitted(items, promise.items, score)
+    if promise.earlier_model is not None:
+        permitted[promise.earlier_model.items :] = False
     passed = []
     names = [info.path for info in table.files]
     rows = table.rows * (1 if promise.form == "long" else promise.k)
-    needed = Rules(promise.k, promise.seen, permitted, promise.active_since, promise.fallback)
+    needed = Rules(promise.k, promise.seen, permitted, promise.active_since, promise.fallback, promise.earlier_model)
     with Offers(work, prepare, items, contract.schema.field("user_id").type, needed, names, rows) as offers:
         rules = _Rules(promise, items, permitted, names, offers)
         for number, (info, path) in enumerate(zip(table.files, score.files(contract.name), strict=True)):

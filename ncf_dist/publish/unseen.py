@@ -82,6 +82,16 @@ class Buckets:
 
 
 @dataclass(frozen=True)
+class EarlierModel:
+    """How many users and items a model of an earlier night knows; by_history: it ranks whoever did something with an
+    item that it knows."""
+
+    users: int
+    items: int
+    by_history: bool
+
+
+@dataclass(frozen=True)
 class Rules:
     """What the table as a whole must be. permitted: (I,) which items the lists permit."""
 
@@ -90,6 +100,8 @@ class Rules:
     permitted: np.ndarray
     active_since: dt.date | None
     fallback: bool
+    earlier: EarlierModel | None = None
+    """None for a model of this night."""
 
 
 class Offers:
@@ -172,7 +184,7 @@ class Offers:
         permitted = past[self.rules.permitted[past % len(self.items)]]
         left = int(self.rules.permitted.sum()) - np.bincount(self._place(permitted // len(self.items)), minlength=n)
         due = np.minimum(self.rules.k, left)
-        known = self._marks(n, history.filter(history["trained"])["user_idx"].to_numpy())
+        known = self._marks(n, self._known(history))
         wanted = self._marks(n, there) if self.rules.fallback else known
         if recent is not None:
             wanted = wanted & self._marks(n, recent)
@@ -195,6 +207,15 @@ class Offers:
         none((found > 0) & by_model & ~known, "has reason 'model'", "'popular': no row of theirs was trained on")
         none((found > 0) & ~by_model & known, "has reason 'popular'", "'model': they have train rows")
         return int(wanted.sum()), int((wanted & (due < self.rules.k)).sum()), int(by_model.sum())
+
+    def _known(self, history: pa.Table) -> np.ndarray:
+        """user_idx of those who are to be ranked by the model, some of them several times."""
+        rows, earlier = history.filter(history["trained"]), self.rules.earlier
+        if earlier is not None:
+            column, size = ("item_idx", earlier.items) if earlier.by_history else ("user_idx", earlier.users)
+            rows = rows.filter(pc.less(rows[column], size))
+        found: np.ndarray = rows["user_idx"].to_numpy()
+        return found
 
     def _place(self, user_idx: np.ndarray) -> np.ndarray:
         if len(user_idx) and int(user_idx.max()) >= self._total:
