@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ncf_dist.contracts import STEP_UNIT
 from ncf_dist.item_item import rows as item_rows
 from ncf_dist.item_item.counts import follow_rows, train_rows_of
-from ncf_dist.item_item.part import Part, dense_scores
+from ncf_dist.item_item.part import Part, dense_scores, product_scores
 from ncf_dist.item_item.rows import ItemRows, from_entries, largest
 
 ITEMS = 9
@@ -120,6 +120,8 @@ def test_a_part_is_its_formula(seed: int, last: int, half_life: float) -> None:
         for age, item in enumerate(latest):
             wanted[user] += 0.7 * 0.5 ** (age / half_life) * matrix[item]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+    by_product = product_scores(part, torch.from_numpy(items), torch.from_numpy(length)).numpy()
+    np.testing.assert_allclose(by_product, wanted, atol=1e-4)
 
 
 def small() -> ItemRows:

@@ -7,6 +7,7 @@ a_0 is the user's latest item, and age counts items, not time. Letters: U users,
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,7 @@ class Part:
 
 def dense_scores(part: Part, items: Tensor, length: Tensor) -> Tensor:
     """(U, L) int64 items, oldest first, of which the first `length` (U,) are real → (U, I) float32: the formula as it
-    stands, an age at a time. For a few users at once: train chooses weights with it, and tests compare with it."""
+    stands, an age at a time. For a few users at once: tests compare with it."""
     rows = part.rows
     scores = torch.zeros(len(items), rows.n_items)
     total = torch.zeros(len(items))
@@ -57,3 +58,20 @@ def dense_scores(part: Part, items: Tensor, length: Tensor) -> Tensor:
         place = user.repeat_interleave(sizes) * rows.n_items + rows.items[entry]
         scores.view(-1).index_add_(0, place, rows.values[entry] * worth)
     return scores if rows.column is None else scores.add_(total[:, None] * rows.column)
+
+
+def product_scores(part: Part, items: Tensor, length: Tensor) -> Tensor:
+    """The same within rounding, ten times as fast, as one product of what the users' items are worth (U, I) and the
+    matrix."""
+    rows, last = part.rows, min(part.last, items.shape[1])
+    age = length[:, None] - 1 - torch.arange(items.shape[1])
+    user, place = torch.nonzero((age >= 0) & (age < last), as_tuple=True)
+    worth = torch.zeros(len(items), rows.n_items)
+    worth.index_put_((user, items[user, place]), part.decay[age[user, place]], accumulate=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        matrix = torch.sparse_csr_tensor(
+            rows.offsets, rows.items.long(), rows.values, (rows.n_items, rows.n_items), check_invariants=True
+        )
+    scores: Tensor = worth @ matrix
+    return scores if rows.column is None else scores.add_(worth.sum(1, keepdim=True) * rows.column)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ncf_dist import contracts, metrics
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import ContractError, TrainingFailed
-from ncf_dist.item_item.part import Part, dense_scores
+from ncf_dist.item_item.part import Part, product_scores
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import Recommender, Users, latest
 from ncf_dist.parquet import read_table
@@ -80,9 +80,9 @@ def choose(
     sums: list[dict[str, float]] = [{} for _ in combinations]
     scorer = ModelScorer(model, model.n_items)
     for block in held_out_blocks(prepare, model.n_items, seed):
-        own = scorer.scores(block.users).cpu()
+        own = block.masked(scorer.scores(block.users).cpu())
         assert block.users.latest is not None
-        parts = [dense_scores(c.part, block.users.latest.items, block.users.latest.length) for c in candidates]
+        parts = [product_scores(c.part, block.users.latest.items, block.users.latest.length) for c in candidates]
         for number, weights in enumerate(combinations):
             ranks = block.ranks(own, parts, weights)
             for name, value in metrics.sums(ranks, (K,)).items():
@@ -108,8 +108,13 @@ class HeldOut:
     row: Tensor
     item: Tensor
 
+    def masked(self, own: Tensor) -> Tensor:
+        """own (U, I), -inf for what the users have seen: and so it stays, whatever is added."""
+        own[torch.from_numpy(self.seen.row), torch.from_numpy(self.seen.values)] = -torch.inf
+        return own
+
     def ranks(self, own: Tensor, parts: Sequence[Tensor], weights: Sequence[float]) -> metrics.FloatArray:
-        """(P,) places among the user's unseen items, ties averaged, by own (U, I) + Σ weight · part (U, I)."""
+        """(P,) places among the user's unseen items, ties averaged, by own (U, I), masked, + Σ weight · part (U, I)."""
         scores = own.clone()
         for part, weight in zip(parts, weights, strict=True):
             if weight:
@@ -119,8 +124,8 @@ class HeldOut:
             raise TrainingFailed(
                 "the model gives scores that are not finite to validation rows; needed finite ones: lower train.lr"
             )
-        scores[torch.from_numpy(self.seen.row), torch.from_numpy(self.seen.values)] = -torch.inf
-        every = scores[self.row]
+        one_each = len(self.row) == len(scores) and bool((self.row.diff() == 1).all())
+        every = scores if one_each else scores[self.row]
         return metrics.mean_rank((every > positive).sum(1).numpy(), (every == positive).sum(1).numpy() - 1)
 
 
