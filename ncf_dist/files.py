@@ -44,7 +44,9 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         fs, inner = fsspec.core.url_to_fs(real_url(path))
     except (ImportError, ValueError) as error:  # A package that is not installed; a protocol that fsspec does not know.
-        raise ConfigError(f"{scrub(path)} cannot be opened: {scrub(str(error))}") from None
+        raise ConfigError(
+            f"{scrub(path)} cannot be opened ({scrub(str(error))}): install fsspec's package for it, or correct it"
+        ) from None
     return fs, inner
 
 

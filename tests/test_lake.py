@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from ncf_dist import files, lake, parquet
+from ncf_dist import files, lake, parquet, urls
 from ncf_dist.contracts import ITEM_STATS
-from ncf_dist.errors import BusyRun, ContractError
+from ncf_dist.errors import BusyRun, ConfigError, ContractError
 from ncf_dist.files import fingerprint, write_atomic
 from ncf_dist.lake import Lake, StageRuns
 from ncf_dist.manifests import Manifest, read_manifest, run_key
@@ -66,6 +66,15 @@ def test_a_finished_run_is_found_as_it_was_written(runs: StageRuns) -> None:
     assert written.outputs() == {"item_stats": f"{runs.root}/k1/item_stats"}
     assert written.table(ITEM_STATS).rows == 3
     assert parquet.read_table(written.files("item_stats")[0]).equals(STATS)
+
+
+def test_what_nothing_here_can_open_is_a_mistake_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)  # As where it is not installed.
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
+    for path in ("nosuch://bucket/x", "http://me:s3cret-word@host/x"):
+        with pytest.raises(ConfigError, match=r"://.*/x cannot be opened \(.*install fsspec's package") as error:
+            files.filesystem(urls.hide(path))
+        assert "s3cret-word" not in str(error.value)
 
 
 def test_local_files_are_opened_by_arrow_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from ncf_dist import machine
 from ncf_dist.config import Config, Negatives, Paths
 from ncf_dist.doctor.check import Check, size
-from ncf_dist.errors import InputError, NcfError
+from ncf_dist.errors import NcfError
 from ncf_dist.files import filesystem, is_local, resolve
 from ncf_dist.inputs import NoInput, input_files
 from ncf_dist.lake import Lake
@@ -23,15 +23,10 @@ def lake(paths: Paths) -> Check:
     root = resolve(paths.lake)
     try:
         Lake(root).check_writable()
-    except InputError as error:
+    except NcfError as error:
         return Check("lake", "fail", str(error), "data")
-    except (ImportError, ValueError, OSError) as error:
-        return Check(
-            "lake",
-            "fail",
-            f"{root} cannot be opened ({error}): install its fsspec package or fix paths.lake",
-            "data",
-        )
+    except OSError as error:
+        return Check("lake", "fail", f"{root} cannot be opened ({error}): fix paths.lake", "data")
     return Check("lake", "ok", f"{root} is writable")
 
 
@@ -88,9 +83,9 @@ def inputs(config: Config) -> Iterator[Check]:
                 fs.cat_file(inner, start=0, end=1)
         except NoInput:
             yield Check(name, "warn", f"{_shown(paths)} is not there yet: run fetch, or set {key}")
-        except InputError as error:
+        except NcfError as error:
             yield Check(name, "fail", str(error), "data")
-        except (ImportError, ValueError, OSError) as error:
+        except OSError as error:
             yield Check(
                 name,
                 "fail",
@@ -112,7 +107,7 @@ def _shown(paths: str | Sequence[str]) -> str:
 def _files(paths: str | Sequence[str]) -> list[str] | None:
     try:
         return _input_files(paths)
-    except (NcfError, ImportError, ValueError, OSError):
+    except (NcfError, OSError):
         return None
 
 
