@@ -1,6 +1,6 @@
 """Quality and speed of the model of histories on the NCF paper's files (He et al. 2017), by a committed config.
 
-    .venv/bin/python benchmarks/history.py [--config ncf-ml-1m-history] [--seeds 1 2 3] [--shares-only]
+    .venv/bin/python -m benchmarks.history [--config ncf-ml-1m-history] [--seeds 1 2 3] [--shares-only]
 
 Each seed prepares the files and then trains and judges, each as its own job: each user's latest item is held out, as
 the files say, and ranked in the whole catalogue but what the user has seen, and among the paper's 99 others. The
@@ -19,7 +19,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ncf_dist import contracts, last_line, metrics
+from benchmarks.ncf import FIGURES, places, run
+from ncf_dist import contracts, metrics
 from ncf_dist.bundle import load_model, read_bundle
 from ncf_dist.config import Config
 from ncf_dist.config.load import load_config
@@ -44,7 +44,6 @@ from ncf_dist.train.worker import task_of
 from ncf_dist.train.world import World
 
 ROOT = Path(__file__).parent.parent
-FIGURES = ("candidates.hr@10", "candidates.ndcg@10", "full.hr@10", "full.ndcg@10")
 STEPS = 20
 KINDS = {
     "products of matrices": ("mm", "addmm", "bmm", "baddbmm"),
@@ -55,28 +54,6 @@ KINDS = {
     "the optimiser": ("_fused_adamw_", "_fused_adam_"),
 }
 """torch's operations (aten::…) by what they do here; the rest is arithmetic on elements, and Python."""
-
-
-def run(job: str, config: str, settings: dict[str, object]) -> dict[str, Any]:
-    """All that the job said, and its wall seconds. Stops the benchmark when a job fails."""
-    command = [str(ROOT / "spark-submit.sh"), job, "--config", f"conf/{config}.yaml", "--ds", "2026-01-31"]
-    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    start = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{job} of {config} exited {done.returncode}; its log is above")
-    return {**last_line.read(done.stdout.splitlines()[-1]), "wall": time.monotonic() - start}
-
-
-def places(files: Path, lake: str, seed: int) -> dict[str, object]:
-    return {
-        "paths.lake": lake,
-        "paths.work": f"{lake}/work",
-        "input.path": files / "ml-1m.train.rating",
-        "split.test": files / "ml-1m.test.rating",
-        "split.candidates": files / "ml-1m.test.negative",
-        "seed": seed,
-    }
 
 
 def run_seed(config: str, files: Path, seed: int, shares_only: bool) -> dict[str, Any]:

@@ -37,29 +37,35 @@ RESULTS = ROOT / "benchmarks/results/ncf-ml-1m.json"
 MODELS = ("ncf-ml-1m-neumf", *STARTS.values(), PRETRAINED, "ncf-ml-1m-mf")
 
 
-def run(job: str, config: str, settings: dict[str, object], threads: int) -> dict[str, Any]:
-    """All that the job said, and its wall seconds. Stops the benchmark when a job fails."""
+def run(job: str, config: str, settings: dict[str, object], threads: int | None = None) -> dict[str, Any]:
+    """All that the job said, and its wall seconds. threads: of each process; None for the job's own choice. Stops the
+    benchmark when a job fails."""
     command = [str(ROOT / "spark-submit.sh"), job, "--config", f"conf/{config}.yaml", "--ds", "2026-01-31"]
     command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     start = time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(f"{job} of {config} exited {done.returncode}; its log is above")
     return {**last_line.read(done.stdout.splitlines()[-1]), "wall": time.monotonic() - start}
 
 
+def places(files: Path, lake: str, seed: int) -> dict[str, object]:
+    """Settings of a run on the paper's files."""
+    return {
+        "paths.lake": lake,
+        "paths.work": f"{lake}/work",
+        "input.path": files / "ml-1m.train.rating",
+        "split.test": files / "ml-1m.test.rating",
+        "split.candidates": files / "ml-1m.test.negative",
+        "seed": seed,
+    }
+
+
 def run_seed(files: Path, threads: int, models: list[str], seed: int) -> dict[str, dict[str, float]]:
     """Figures by model, popularity among them."""
     with tempfile.TemporaryDirectory() as lake:
-        settings: dict[str, object] = {
-            "paths.lake": lake,
-            "paths.work": f"{lake}/work",
-            "input.path": files / "ml-1m.train.rating",
-            "split.test": files / "ml-1m.test.rating",
-            "split.candidates": files / "ml-1m.test.negative",
-            "seed": seed,
-        }
+        settings = places(files, lake, seed)
         prepared = run("prepare", models[0], settings, threads)
         found: dict[str, dict[str, float]] = {"prepare": {"wall": prepared["wall"]}}
         bundles: dict[str, str] = {}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ncf_dist import __version__
@@ -59,9 +59,8 @@ class Manifest:
 
     def facts_as(self, kind: type[T]) -> T:
         """Those facts that the dataclass `kind` names, types checked. Raises ContractError."""
-        names = {part.name for part in fields(kind) if part.init}  # type: ignore[arg-type]
         try:
-            return typed(kind, {name: fact for name, fact in self.facts.items() if name in names}, more_keys=True)
+            return typed(kind, self.facts, more_keys=True)
         except ValueError as error:
             raise ContractError(
                 f"the facts of {self.stage} run {self.run_key} cannot be used ({error}); rerun the job {self.stage}"

@@ -44,6 +44,7 @@ from ncf_dist.train.world import World
 from tests.gloo import Ranks
 from tests.histories import LENGTH, TINY, history_config, history_prepared, history_run, lives
 from tests.tables import DS, ITEMS, USERS
+from tests.test_checkpoints import assert_same, everything
 
 LOSSES = ("sampled_softmax", "softmax", "gbce")
 SHARED = 5
@@ -376,20 +377,6 @@ def test_two_ranks_of_batch_b_are_one_process_of_2b(ranks: Ranks, tmp_path: Path
     for left, right, record in zip(first_history, second_history, one_history, strict=True):
         assert left["loss"] == right["loss"] == pytest.approx(record["loss"], abs=1e-6)
         assert left["ndcg@10"] == right["ndcg@10"] == pytest.approx(record["ndcg@10"])
-
-
-def everything(trainer: Trainer) -> tuple[dict[str, Tensor], list[Any]]:
-    timed = ("samples_per_s", "data_wait", "seconds")
-    epochs = [{k: v for k, v in epoch.items() if k not in timed} for epoch in trainer.history.epochs]
-    tensors = {name: tensor.clone() for name, tensor in trainer._tensors().items()}
-    return tensors, [trainer.history.curve, epochs, trainer.history.best, trainer.history.best_epoch]
-
-
-def assert_same(left: tuple[dict[str, Tensor], list[Any]], right: tuple[dict[str, Tensor], list[Any]]) -> None:
-    assert left[0].keys() == right[0].keys()
-    for name, tensor in left[0].items():
-        assert torch.equal(tensor, right[0][name]), name
-    assert left[1] == right[1]
 
 
 Used = list[tuple[int, tuple[int, int]]]

@@ -44,7 +44,7 @@ class Part:
 
 def dense_scores(part: Part, items: Tensor, length: Tensor) -> Tensor:
     """(U, L) int64 items, oldest first, of which the first `length` (U,) are real → (U, I) float32: the formula as it
-    stands, an age at a time. For a few users at once: tests compare with it."""
+    stands, an age at a time. For a few users at once: what was scored is compared with it."""
     rows = part.rows
     scores = torch.zeros(len(items), rows.n_items)
     total = torch.zeros(len(items))

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ncf_dist import contracts, metrics
-from ncf_dist.contracts import Contract
 from ncf_dist.errors import ContractError, TrainingFailed
 from ncf_dist.item_item.part import Part, product_scores
 from ncf_dist.manifests import Manifest
@@ -30,6 +29,7 @@ from ncf_dist.models import Recommender, Users, latest
 from ncf_dist.parquet import read_table
 from ncf_dist.sampling import IntArray, Stream, hash64
 from ncf_dist.scoring import Lists, ModelScorer
+from ncf_dist.train.validation import rows_of_users
 
 K = 10
 PAIRS = 5 * 10**8
@@ -136,16 +136,15 @@ def held_out_blocks(prepare: Manifest, n_items: int, seed: int) -> Iterator[Held
     """Users with validation rows, ascending, a sample of them where they are many."""
     rows = prepare.table(contracts.VALIDATION).rows
     share = min(1.0, PAIRS / max(1, rows * n_items))
-    chosen = _rows(prepare, contracts.VALIDATION, ["user_idx", "item_idx"], None)
+    files = prepare.files(contracts.VALIDATION.name)
+    chosen = pa.concat_tables([read_table(path, ["user_idx", "item_idx"]) for path in files])
     drawn = hash64(seed, int(Stream.PART_WEIGHTS), chosen["user_idx"].to_numpy().astype(np.int64)) & (2**32 - 1)
     chosen = chosen.filter(pa.array(drawn < share * 2**32)).sort_by("user_idx")
     users = chosen["user_idx"].unique()
     if not len(users):
         return
-    history, recent = (
-        _rows(prepare, contract, columns, users).sort_by("user_idx")
-        for contract, columns in ((contracts.HISTORY, ["user_idx", "item_idx"]), (contracts.RECENT, None))
-    )
+    history = rows_of_users(prepare, contracts.HISTORY, users.to_numpy(), ["user_idx", "item_idx"])
+    recent = rows_of_users(prepare, contracts.RECENT, users.to_numpy())
     for contract, table in ((contracts.HISTORY, history), (contracts.RECENT, recent)):
         if not table["user_idx"].combine_chunks().equals(users):
             raise ContractError(
@@ -170,17 +169,6 @@ def held_out_blocks(prepare: Manifest, n_items: int, seed: int) -> Iterator[Held
             torch.from_numpy(row),
             torch.from_numpy(held),
         )
-
-
-def _rows(prepare: Manifest, contract: Contract, columns: list[str] | None, users: pa.Array | None) -> pa.Table:
-    """The rows of some users, or of all, a file in memory at a time. Raises ContractError for a table that is not
-    there."""
-    prepare.table(contract)
-    found = [contract.schema.empty_table().select(columns or contract.columns)]
-    for path in prepare.files(contract.name):
-        table = read_table(path, columns)
-        found.append(table if users is None else table.filter(pc.is_in(table["user_idx"], users)))
-    return pa.concat_tables(found)
 
 
 def _without(seen: Lists, row: IntArray, item: IntArray, n_items: int) -> Lists:

@@ -6,14 +6,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from ncf_dist import metrics
-from ncf_dist.contracts import RECENT, TRAIN_SPLIT, VALIDATION
+from ncf_dist.contracts import RECENT, TRAIN_SPLIT, VALIDATION, Contract
 from ncf_dist.errors import ContractError, TrainingFailed
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import Recommender, Users
@@ -54,20 +56,29 @@ def read_held_out(path: str) -> HeldOut:
     return HeldOut(user, item, rating, candidates, real)
 
 
+def rows_of_users(
+    prepare: Manifest, contract: Contract, users: npt.NDArray[np.integer[Any]], columns: list[str] | None = None
+) -> pa.Table:
+    """The rows of a table that are of some `users`, by user; a file in memory at a time. Raises ContractError where the
+    table is not there."""
+    prepare.table(contract)
+    kept = [contract.schema.empty_table().select(columns or contract.columns)]
+    for path in prepare.files(contract.name):
+        table = read_table(path, columns)
+        kept.append(table.filter(pa.array(np.isin(table["user_idx"].to_numpy(), users))))
+    return pa.concat_tables(kept).sort_by("user_idx")
+
+
 def read_users(prepare: Manifest, index: Tensor, length: int) -> Users:
     """What the users in `index` did last in train, at most `length` items of each."""
-    wanted, kept = index.unique().numpy(), []
-    for path in prepare.files(RECENT.name):
-        table = read_table(path)
-        kept.append(table.filter(pa.array(np.isin(table["user_idx"].to_numpy(), wanted))))
-    rows = pa.concat_tables(kept) if kept else RECENT.schema.empty_table()
-    rows = rows.sort_by("user_idx")
-    if not np.array_equal(found := rows["user_idx"].to_numpy(), wanted):
+    wanted = index.unique()
+    rows = rows_of_users(prepare, RECENT, wanted.numpy())
+    if not np.array_equal(found := rows["user_idx"].to_numpy(), wanted.numpy()):
         raise ContractError(
             f"table {RECENT.name} of {prepare.root} has {len(found)} of the {len(wanted)} users with validation rows; "
             "needed each once: rerun the job prepare"
         )
-    return Users(torch.from_numpy(wanted), latest(rows, TRAIN_SPLIT, length))
+    return Users(wanted, latest(rows, TRAIN_SPLIT, length))
 
 
 @torch.inference_mode()
@@ -127,7 +138,6 @@ class Validator:
         self.parts = [read_held_out(path) for path in manifest.files(VALIDATION.name)[world.rank :: world.size]]
         self.users: Users | None = None
         if history:
-            manifest.table(RECENT)
             every = torch.cat([torch.empty(0, dtype=torch.int64), *(part.user for part in self.parts)])
             self.users = read_users(manifest, every, history)
         self.world, self.explicit = world, explicit
