@@ -7,8 +7,8 @@ negatives, 2^20 examples a step over all GPUs, Adam, bf16 products. Their README
 A100 with AMP. The log: 20,000,263 interactions of 138,493 users with 26,744 items, as many as MovieLens-20M has, users
 and items drawn with long tails from seed 1; `--log 0.01` takes that share of users, of interactions and of
 a step's examples, to try the script.
-The tables are made here as `prepare` lays them out; then the job train reads them through Petastorm, and draws the
-negatives on the device (`train.negatives: online`).
+The tables are made here as `prepare` lays them out; then the job train reads them through Petastorm (`--backend arrow`:
+where there is none), and draws the negatives on the device (`train.negatives: online`).
 
 What a sample must move at least, in bytes: what its share of a step's dense work reads and writes, where M is the
 number of embedding parameters, E = 2^20 a step's examples, P a sample's embedding width (both sides) and W the widths
@@ -78,7 +78,7 @@ def prepare(lake: str, users: int, rows: int) -> None:
     pairs = np.array_split(interactions(users, rows).astype(np.int32), FILES)
     tables = {
         "train": write_parts((pa.table(list(part.T), schema=contract.schema) for part in pairs), run, contract),
-        "validation": write_parts([], run, contracts.VALIDATION),
+        "validation": write_parts([contracts.VALIDATION.schema.empty_table()], run, contracts.VALIDATION),
     }
     config = {"negatives": NEGATIVES.model_dump(mode="json")}
     runs.finish(
@@ -103,7 +103,7 @@ def epochs_of(lake: str, args: argparse.Namespace, examples: int) -> list[dict[s
             "input": {"path": "unused"},
             "negatives": NEGATIVES.model_dump(),
             "model": {"name": "neumf", "factors": FACTORS, "layers": LAYERS},
-            "loader": {"cache": args.cache, "cache_bytes": 2**34},
+            "loader": {"backend": args.backend, "cache": args.cache, "cache_bytes": 2**34},
             "train": {
                 "launcher": "torchrun" if args.gpus > 1 else "none",
                 "ranks": args.gpus,
@@ -152,9 +152,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--gpus", type=int, default=1, help="processes, with --device cpu")
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--backend", choices=["petastorm", "arrow"], default="petastorm", help="who reads the files")
     parser.add_argument("--cache", choices=["none", "host", "device"], default="device")
     parser.add_argument("--log", type=float, default=1.0, help="share of users, interactions and a step's examples")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/train_gpu.json")
     args = parser.parse_args()
     if args.epochs < 2:
         parser.error("--epochs must be 2 or more: the first one is not counted")
@@ -185,9 +187,8 @@ def main() -> None:
         "bytes_a_sample": bytes_a_sample(users, examples),
         "limit": limit,
     }
-    path = ROOT / "benchmarks/results/train_gpu.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(body, indent=1) + "\n")
+    args.results.parent.mkdir(exist_ok=True)
+    args.results.write_text(json.dumps(body, indent=1) + "\n")
 
 
 if __name__ == "__main__":

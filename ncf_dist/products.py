@@ -3,11 +3,12 @@
 The law: a row of a product has the same bits wherever it stands and whatever else is in the matrix. Else a user's
 scores would depend on the block, the task and the cluster. MKL keeps it in the modes of conditional reproducibility
 that `MKL_CBWR` names, of which `ncf_dist/__init__.py` sets one. Without, it breaks it on AMD processors, in layers of 4
-to 10 outputs whose inputs are no multiple of 4.
+to 10 outputs whose inputs are no multiple of 4; and so does the branch AVX2 on Intel's with AVX-512 (Xeon, family 6,
+model 207), where `AUTO`, AVX512, `AVX2,STRICT` and `COMPATIBLE` keep it.
 
-A mode names a branch of MKL's code on Intel processors. Others have `COMPATIBLE`, and for every other name one branch
-of MKL's choice. So the same bits are promised on one kind of processor. `check` gives a digest of some products:
-processors with the same digest round these alike.
+A mode names a branch of MKL's code on Intel processors; `AUTO` is the one of the processor's instructions. Others have
+`COMPATIBLE`, and for every other name the branch that `AUTO` is. So the same bits are promised on one kind of
+processor. `check` gives a digest of some products: processors with the same digest round these alike.
 
 Importing this needs no torch.
 """
@@ -99,9 +100,10 @@ def check() -> str:
     return digest.hexdigest()[:12]
 
 
-def facts() -> dict[str, str]:
-    """What a manifest says of this process's products: the mode and the digest. Raises what `check` raises."""
-    return {"mode": os.environ.get(MODE, ""), "bits": check()}
+def facts(device: str = "cpu") -> dict[str, str]:
+    """What a manifest says of this process's products: the mode and the digest. Raises what `check` raises. Where a GPU
+    makes them the CPU's are not asked for: no digest."""
+    return {"mode": os.environ.get(MODE, ""), "bits": check() if device == "cpu" else ""}
 
 
 def repeats(found: Tensor, columns: int) -> bool:
@@ -124,7 +126,7 @@ def refusal(what: str) -> str:
     return (
         f"{what} has other bits in another row or column on this processor, with {MODE}={os.environ.get(MODE)}; scores "
         f"must not depend on their place in a block. Needed a mode that MKL read before this process's first product: "
-        f"import ncf_dist before torch is used, or start the process with {MODE}=AVX2"
+        f"import ncf_dist before torch is used; or start the process with {MODE}=COMPATIBLE, which is slower"
     )
 
 

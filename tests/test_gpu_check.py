@@ -29,15 +29,15 @@ class Refused:
             raise ModuleNotFoundError(f"{name} is not on this machine")
 
 sys.meta_path.insert(0, Refused())
-sys.argv = ["gpu_check.py", *sys.argv[1:]]
-runpy.run_path("benchmarks/gpu_check.py", run_name="__main__")
+sys.argv = sys.argv[1:]
+runpy.run_path(f"benchmarks/{sys.argv[0]}", run_name="__main__")
 """
 
 
 @pytest.mark.slow
 def test_all_checks_are_well_on_a_cpu_without_spark_petastorm_and_deltalake(tmp_path: Path) -> None:
     path = tmp_path / "found.json"
-    command = [sys.executable, "-c", WITHOUT, "--device", "cpu", "--results", str(path)]
+    command = [sys.executable, "-c", WITHOUT, "gpu_check.py", "--device", "cpu", "--results", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(path.read_text())
@@ -53,6 +53,19 @@ def test_all_checks_are_well_on_a_cpu_without_spark_petastorm_and_deltalake(tmp_
     assert groups["resume"][0]["value"] == 0, "on a CPU to the bit"
     assert all(row["check"] in done.stdout for row in found["checks"])
     assert f"{len(found['checks'])} of {len(found['checks'])} checks are well" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_recipe_for_gpus_runs_on_a_cpu_without_them(tmp_path: Path) -> None:
+    """The tables that it makes up are those that the job train accepts."""
+    path = tmp_path / "found.json"
+    options = ["--device", "cpu", "--backend", "arrow", "--log", "0.0005", "--epochs", "2", "--results", str(path)]
+    command = [sys.executable, "-c", WITHOUT, "train_gpu.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(path.read_text())
+    assert len(found["epochs"]) == 2
+    assert found["samples_per_s"] == found["epochs"][1]["samples_per_s"] > 0
 
 
 @pytest.fixture

@@ -66,13 +66,17 @@ def fresh(before: str = "") -> tuple[str, bool, str | None]:
     return mode, dependent, message
 
 
+FLAGS = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+MODE_HERE = "AUTO" if "avx512f" in FLAGS.split() else "AVX2,STRICT"
+
+
 def test_importing_the_project_is_enough() -> None:
-    assert fresh() == ("AVX2", False, None)
+    assert fresh() == (MODE_HERE, False, None)
 
 
 def test_torch_may_be_imported_before() -> None:
     """As the linter orders imports: MKL asks for its mode at the first product."""
-    assert fresh("import torch") == ("AVX2", False, None)
+    assert fresh("import torch") == (MODE_HERE, False, None)
 
 
 def test_after_a_product_it_is_too_late_and_refused() -> None:
@@ -81,7 +85,26 @@ def test_after_a_product_it_is_too_late_and_refused() -> None:
     assert (message is not None) == dependent
     if message:
         assert "has other bits in another row or column on this processor" in message
-        assert "import ncf_dist before torch is used, or start the process with MKL_CBWR=AVX2" in message
+        assert "import ncf_dist before torch is used; or start the process with MKL_CBWR=COMPATIBLE" in message
+
+
+def test_a_branch_of_the_users_own_is_lawful_or_refused() -> None:
+    """AVX2 by itself breaks the law on Intel processors with AVX-512, and on no other that was tried."""
+    mode, dependent, message = fresh('os.environ["MKL_CBWR"] = "AVX2"')
+    assert mode == "AVX2"
+    assert (message is not None) == dependent
+
+
+def test_where_a_gpu_multiplies_the_processor_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training on it must not end for the sake of a CPU that it does not use."""
+
+    def refused() -> str:
+        raise ConfigError("other bits in another row")
+
+    monkeypatch.setattr(products, "check", refused)
+    assert products.facts("cuda:0") == {"mode": os.environ[products.MODE], "bits": ""}
+    with pytest.raises(ConfigError):
+        products.facts("cpu")
 
 
 LAWS = """
@@ -98,7 +121,7 @@ laws.test_a_recommendation_does_not_depend_on_the_call("embedding_nn")
 """
 
 
-@pytest.mark.parametrize("branch", ["AVX2", "AVX512", "COMPATIBLE"])
+@pytest.mark.parametrize("branch", ["AUTO", "AVX2,STRICT", "AVX512", "COMPATIBLE"])
 def test_the_laws_of_scoring_hold_in_each_branch(branch: str) -> None:
     """A sample; a branch that the processor lacks is another one."""
     env = {**os.environ, products.MODE: branch}

@@ -128,7 +128,7 @@ def starting_model(config: Config, spec: Spec, prepare: Manifest) -> Recommender
 def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> None:
     """Train this rank's share; rank 0 writes the bundle and history.json, and parts.json where there are parts."""
     config = Config.model_validate_json(spec.config)
-    how = products.facts()
+    how = products.facts(world.device)
     prepare = read_manifest(spec.prepare)
     if not config.model.trained:
         return save_model(config, spec, prepare, starting_model(config, spec, prepare))
