@@ -13,7 +13,7 @@ usage: ./spark-submit.sh JOB --config conf/FILE.yaml [--ds YYYY-MM-DD] [--set se
 
   JOB                     one of: $jobs
   --config FILE.yaml      the configuration of this line
-  --ds YYYY-MM-DD         the night; default today (UTC)
+  --ds YYYY-MM-DD         the night; default today (UTC); nightly takes several: --ds repeated, or --from D1 --to D2
   --allow-future          take a --ds after tomorrow, for a backtest
   --set section.key=value overrides one value of the config; may be repeated
   -- OPTIONS              handed to spark-submit last, so they win: -- --driver-memory 8g --conf spark.ui.enabled=true

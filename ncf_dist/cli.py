@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ncf_dist import gateway, last_line
-from ncf_dist.config import Config, load_config, parse_ds
+from ncf_dist import gateway, last_line, several
+from ncf_dist.config import Config, load_config
 from ncf_dist.errors import ConfigError, ExitCode, NcfError, Preempted
 from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
@@ -36,6 +36,9 @@ VERIFYING = ("publish", "nightly")
 NAMED = ("prepare", "train", "evaluate", "score", "nightly")
 """Jobs whose runs can be an experiment's."""
 
+SEVERAL = ("nightly",)
+"""Jobs that take several nights."""
+
 DRY_RUN = {"score": "forecast"}
 """Jobs that can say what they would take, and the function that does."""
 
@@ -51,7 +54,12 @@ class _Parser(argparse.ArgumentParser):
 def parser(job: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=job, description=f"ncf-dist job {job}")
     parser.add_argument("--config", required=True, metavar="FILE.yaml", help="the configuration of this line")
-    parser.add_argument("--ds", metavar="YYYY-MM-DD", help="the night; default today (UTC)")
+    many = job in SEVERAL
+    more = "; may be repeated, in any order" if many else ""
+    how = "append" if many else "store"
+    parser.add_argument("--ds", metavar="YYYY-MM-DD", action=how, help=f"the night; default today (UTC){more}")
+    if many:
+        several.add_arguments(parser)
     parser.add_argument(
         "--set",
         action="append",
@@ -100,24 +108,27 @@ def run_job(
     # Says good-bye after the last line, which under plain spark-submit shares stdout with the log.
     logging.getLogger("py4j").setLevel(logging.WARNING)
     args = list(sys.argv[1:] if argv is None else argv)
-    start = time.monotonic()
-    report: dict[str, Any] = {
-        "job": job,
-        "ds": None,
-        "run_key": None,
-        "status": "failed",
-        "outputs": {},
-        "metrics": {},
-        "command": [job, *args],
-    }
+    start, report = time.monotonic(), _blank(job, args)
     with listening():
-        exit_code = _run(job, function, args, dry_run, report)
-        report.update(exit_code=int(exit_code), seconds=round(time.monotonic() - start, 3))
-        report = scrub_all(report)
-        sys.stderr.flush()
-        report["details"] = _details(report)
+        exit_code = _run(job, lambda: _outcome(job, function, args, dry_run, report), report)
+        report = _closed(report, exit_code, start)
         print(last_line.line(report), flush=True)
     return int(exit_code)
+
+
+def _blank(job: str, args: Sequence[str]) -> dict[str, Any]:
+    """The report of a job of which nothing is known yet."""
+    report: dict[str, Any] = {"job": job, "ds": None, "run_key": None, "status": "failed"}
+    return report | {"outputs": {}, "metrics": {}, "command": [job, *args]}
+
+
+def _closed(report: dict[str, Any], exit_code: ExitCode, start: float) -> dict[str, Any]:
+    """All that is known of a job that has ended, without secrets; its file of details is written."""
+    report.update(exit_code=int(exit_code), seconds=round(time.monotonic() - start, 3))
+    report = scrub_all(report)
+    sys.stderr.flush()
+    report["details"] = _details(report)
+    return report
 
 
 def _details(report: dict[str, Any]) -> str | None:
@@ -127,13 +138,11 @@ def _details(report: dict[str, Any]) -> str | None:
     return last_line.keep(report, report.pop("night", None), report["work"])
 
 
-def _run(
-    job: str, function: JobFunction, argv: list[str], dry_run: JobFunction | None, report: dict[str, Any]
-) -> ExitCode:
+def _run(job: str, call: Callable[[], Outcome], report: dict[str, Any]) -> ExitCode:
     """The job itself; what is known of it is put into `report`."""
     try:
         with interruptible():
-            outcome = _outcome(job, function, argv, dry_run, report)
+            outcome = call()
         report.update(
             run_key=outcome.run_key,
             status=outcome.status,
@@ -167,7 +176,8 @@ def _outcome(
 ) -> Outcome:
     cut = argv.index("--") if "--" in argv else len(argv)
     args = parser(job).parse_args(argv[:cut])
-    report["ds"] = ds = parse_ds(args.ds, args.allow_future)
+    nights = several.nights(args)
+    report["ds"] = ds = nights[0] if len(nights) == 1 else None
     config = load_config(args.config, overrides(args))
     if config.paths.umask is not None:
         os.umask(int(config.paths.umask, 8))  # Ranks inherit it, and `spark_io.map_in_arrow` hands it on.
@@ -182,7 +192,20 @@ def _outcome(
         function, free = dry_run, True
     report.update(lake=lake.root, work=resolve(config.paths.work))
     if free:
-        return function(config, ds)
+        return function(config, nights[0])
+    if ds is not None:
+        return _night(function, config, lake, ds, report)
+    known = {name: report[name] for name in ("lake", "work")}
+
+    def one_of_them(ds: str) -> dict[str, Any]:
+        start, own = time.monotonic(), {**_blank(job, argv), **known, "ds": ds}
+        return _closed(own, _run(job, lambda: _night(function, config, lake, ds, own), own), start)
+
+    return several.run_each(nights, one_of_them, args.stop)
+
+
+def _night(function: JobFunction, config: Config, lake: Lake, ds: str, report: dict[str, Any]) -> Outcome:
+    """The job for one night, which nobody else gets meanwhile."""
     report["night"] = lake.path("runs", ds)
     with lake.hold(ds):
         return function(config, ds)

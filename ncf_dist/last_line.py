@@ -30,7 +30,16 @@ ERROR_CHARACTERS = 300
 LEAST_CHARACTERS = 20
 """What a text is cut to at the least."""
 MOST = {
-    **{"run_key": 100, "error": 500, "details": 400, "lake": 300, "version": 40, "model_version": 80, "rows": 250},
+    **{
+        "run_key": 100,
+        "error": 500,
+        "nights": 300,
+        "details": 400,
+        "lake": 300,
+        "version": 40,
+        "model_version": 80,
+        "rows": 250,
+    },
     **{"metrics": 130, "warnings": 100, "outputs": 400, "runs": 400},
 }
 """What is wanted most, the first first, and the bytes that each of them may take; metrics and warnings take what is
@@ -39,11 +48,11 @@ HEADLINES = ("{}.ndcg@{}", "{}.hr@{}")
 """Of the protocols `full` and `candidates`, at ten or the largest K there is."""
 RATINGS = ("rating.rmse", "rating.mae")
 ORDER = (
-    *("job", "ds", "run_key", "status", "error", "rows", "metrics", "version", "model_version", "warnings"),
+    *("job", "ds", "run_key", "status", "error", "nights", "rows", "metrics", "version", "model_version", "warnings"),
     *("outputs", "runs", "lake", "details"),
 )
 """Of the line's keys; others follow, and `seconds` is last."""
-FILE_ONLY = {"traceback", "command", "work", "exit_code", "intervals", "comparisons"}
+FILE_ONLY = {"traceback", "command", "work", "exit_code", "intervals", "comparisons", "details_of_nights"}
 PROSE = {"error", "warnings"}
 """What may be cut anywhere. Of the rest, a path for instance, a text is there whole or not at all."""
 _NO_ROOM = object()
