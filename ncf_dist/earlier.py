@@ -4,15 +4,21 @@ model was trained on (`ancestry`), whatever the model is."""
 from __future__ import annotations
 
 import logging
+import posixpath
 from typing import Any
 
 from ncf_dist.ancestry import Index, Line, Sizes, index_sizes
-from ncf_dist.bundle import Bundle
+from ncf_dist.bundle import BUNDLE, Bundle, read_bundle
 from ncf_dist.errors import ContractError
+from ncf_dist.files import list_names, read_json
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 
 log = logging.getLogger(__name__)
+
+GATES = "gates"
+"""Folder of a night in which publish keeps a record a score run: which `train_run` it is ranked by, and the names of
+the gates that `refused` it."""
 
 
 def come_since(lake: Lake, prepare: Manifest, train: Manifest, bundle: Bundle) -> Sizes | None:
@@ -29,6 +35,31 @@ def come_since(lake: Lake, prepare: Manifest, train: Manifest, bundle: Bundle) -
     return Sizes(sizes.users - bundle.n_users, sizes.items - bundle.n_items)
 
 
+def objection(lake: Lake, prepare: Manifest, train: Manifest) -> str | None:
+    """Why the model of an earlier night is not to rank `prepare`'s; None where nothing speaks against it."""
+    try:
+        since = come_since(lake, prepare, train, read_bundle(posixpath.join(train.root, BUNDLE)))
+    except ContractError as error:
+        return str(error)
+    if since is not None and any(since) and prepare.facts.get("feedback") == "explicit":
+        return f"it cannot predict ratings of {since.users:,} users and {since.items:,} items that have come since"
+    return _refused(lake, train)
+
+
+def _refused(lake: Lake, train: Manifest) -> str | None:
+    """What a gate said against the model in its own night, by the record that publish left of it."""
+    folder = lake.path("runs", train.ds, GATES)
+    for name in list_names(folder):
+        try:
+            record = read_json(dict[str, Any], posixpath.join(folder, name))
+        except (OSError, ValueError) as error:
+            log.warning("%s/%s cannot be read (%s): it is passed over", folder, name, error)
+            continue
+        if record.get("train_run") == train.run_key and record.get("refused"):
+            return f"it was refused by {', '.join(map(str, record['refused']))}"
+    return None
+
+
 def earlier_model(train: Manifest, bundle: Bundle, since: Sizes, users: str) -> dict[str, Any]:
     """Facts of a run that ranks by a model of an earlier night, and the warning that it logs and gives on. users: how
     those whom the model does not know are ranked, as a clause."""
@@ -39,6 +70,7 @@ def earlier_model(train: Manifest, bundle: Bundle, since: Sizes, users: str) -> 
     )
     if any(since):
         log.warning("%s", warning)
+    log.info("ranked by the model of %s: %s", train.ds, bundle.model_version)
     known = {"ds": train.ds, "users": bundle.n_users, "items": bundle.n_items, "by_history": bundle.by_history}
     new = {"new_users": since.users, "new_items": since.items}
     return {"earlier_model": known | new, "warnings": [warning] if any(since) else []}
@@ -46,4 +78,5 @@ def earlier_model(train: Manifest, bundle: Bundle, since: Sizes, users: str) -> 
 
 def said(run: Manifest) -> dict[str, Any]:
     """What such a run says in its last line beside its metrics; nothing for a run by a model of its own night."""
-    return {"warnings": run.facts["warnings"]} if "warnings" in run.facts else {}
+    model_of = {"model_of": run.facts["earlier_model"]["ds"]} if "earlier_model" in run.facts else {}
+    return model_of | ({"warnings": run.facts["warnings"]} if "warnings" in run.facts else {})

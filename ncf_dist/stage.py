@@ -10,6 +10,8 @@ A run with a name (`--run NAME`) is an experiment. Production never builds on it
 
 from __future__ import annotations
 
+import datetime as dt
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +19,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ncf_dist import earlier
 from ncf_dist.config import Config, Input
 from ncf_dist.errors import ContractError
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest, run_key
 from ncf_dist.parquet import TableInfo
+
+log = logging.getLogger(__name__)
 
 Tree = Mapping[str, Any]
 Passive = Mapping[str, frozenset[str]]
@@ -53,7 +58,7 @@ LINE: Mapping[str, Rule] = {
         {
             "train": frozenset(
                 {"launcher", "ranks", "nodes", "rendezvous", "device", "checkpoint_steps", "checkpoint_minutes"}
-                | {"timeout_s", "lr_find", "max_model_bytes"}
+                | {"timeout_s", "lr_find", "max_model_bytes", "every"}
             ),
             "loader": frozenset({"backend", "cache", "cache_bytes", "workers"}),
         },
@@ -182,12 +187,47 @@ def find_upstream(
     if not fitting:
         raise ContractError(_what_is_missing(lake, config, ds, wanted[0]))
     nearest = fitting[0]
-    others = {name: lake.stage(ds, name).load(nearest.made_from(name)) for name in LINE[nearest.stage].builds_on}
+    if nearest.ds != ds:  # A model of an earlier night, beside tonight's tables.
+        return {nearest.stage: nearest, "prepare": find_fitting(lake, config, ds, "prepare")[0]}
+    others = {name: load_run(lake, ds, name, nearest.made_from(name)) for name in LINE[nearest.stage].builds_on}
     return {nearest.stage: nearest, **others}
 
 
+def load_run(lake: Lake, ds: str, stage: str, key: str) -> Manifest:
+    """The finished run of this key that a run of `ds` was made from: of the same night, or, of train, of an earlier
+    one. Raises ContractError where there is none."""
+    if stage == "train" and lake.stage(ds, stage).find(key) is None:
+        for night in reversed(lake.nights()):
+            if night < ds and (found := lake.stage(night, stage).find(key)):
+                return found
+    return lake.stage(ds, stage).load(key)
+
+
 def find_fitting(lake: Lake, config: Config, ds: str, stage: str) -> list[Manifest]:
-    """Every finished run of `stage` that fits this config, the newest first; an experiment's own before others."""
+    """Every finished run of `stage` that fits this config, the newest first; an experiment's own before others. Of
+    train, where nothing was trained on tonight's newest tables, before them the one that train.every lets stand in."""
+    found = _fitting_of_night(lake, config, ds, stage)
+    if stage == "train" and config.train.every_days > 1:
+        prepared = find_fitting(lake, config, ds, "prepare")
+        if prepared and all(run.inputs.get("prepare") != prepared[0].run_key for run in found):
+            found = [*filter(None, [model_of_earlier_night(lake, config, prepared[0])]), *found]
+    return found
+
+
+def model_of_earlier_night(lake: Lake, config: Config, prepare: Manifest) -> Manifest | None:
+    """The train run that ranks the night of `prepare`, where train.every lets one of a night before do so: the newest
+    that fits this config and that nothing speaks against."""
+    tonight = dt.date.fromisoformat(prepare.ds)
+    first = (tonight - dt.timedelta(days=config.train.every_days - 1)).isoformat()
+    for night in reversed([night for night in lake.nights() if first <= night < prepare.ds]):
+        for run in _fitting_of_night(lake, config, night, "train"):
+            if (why := earlier.objection(lake, prepare, run)) is None:
+                return run
+            log.info("train.every is %s; not the model of %s: %s", config.train.every, night, why)
+    return None
+
+
+def _fitting_of_night(lake: Lake, config: Config, ds: str, stage: str) -> list[Manifest]:
     unread = not_read(config) if stage == "prepare" else NOTHING
     wanted = decisive(stage, stored(stage, config), unread)
     found = [

@@ -92,6 +92,10 @@ class Train(Section):
     """Stop after this many epochs without a better validation NDCG@10 (explicit feedback: MSE)."""
     pretrained: Pretrained | None = None
     """neumf: start from a trained gmf and a trained mlp."""
+    every: Annotated[str, Field(pattern=r"^[1-9]\d{0,3}d$")] | None = None
+    """How often a model is trained, such as 7d: the nights between are ranked by the newest model of less than so many
+    days before, where it was made with these settings, no gate refused it and tonight's index extends its own. Users
+    and items that have come since are treated as the model's kind allows, and said. Default: every night."""
     warm_start: str | None = None
     """Start from an earlier bundle of the same model, whose users and items may be fewer: its folder, or `previous` for
     that of the latest night before ds (none there: a fresh start)."""
@@ -106,6 +110,11 @@ class Train(Section):
     max_model_bytes: PositiveInt | None = None
     """Refuse a training that needs more than this, all ranks of a machine together;
     default: 80 % of the machine's memory (or of the GPU's)."""
+
+    @property
+    def every_days(self) -> int:
+        """`every` as a number; 1 for every night."""
+        return int(self.every.removesuffix("d")) if self.every else 1
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Train:

@@ -14,7 +14,7 @@ from ncf_dist.errors import ConfigError
 from ncf_dist.files import exists, read_bytes, write_atomic
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
-from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
+from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream, model_of_earlier_night
 from ncf_dist.train.epoch_order import steps_per_epoch
 from ncf_dist.train.figures import of_parts, of_training
 from ncf_dist.train.item_parts import check_parts
@@ -47,6 +47,11 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     if not config.train.lr_find and (done := stage.find()):
         log.info("already trained: %s", done.root)
         return Outcome.of(done, "already-done", warnings=done.facts.get("warnings", []))
+    if not config.train.lr_find and (earlier := model_of_earlier_night(lake, config, prepare)):
+        log.info("nothing is trained tonight (train.every %s): %s ranks", config.train.every, earlier.root)
+        bundle = read_bundle(posixpath.join(earlier.root, BUNDLE))
+        outputs = {"bundle": bundle.path}
+        return Outcome.of(earlier, "already-done", outputs, model_version=bundle.model_version, model_of=earlier.ds)
     check_parts(config, index_sizes(prepare).items)
     if not config.model.trained:
         return _made_of_parts(stage, config, prepare)
