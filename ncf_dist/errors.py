@@ -58,7 +58,7 @@ class GateRefused(NcfError):
 
 
 class StaleRun(NcfError):
-    """A later ds is already published: an older night must not overwrite a newer one."""
+    """What is to be published was overtaken: another run has changed this ds meanwhile, or a rollback took it back."""
 
     exit_code = ExitCode.BUSY_OR_STALE
     status = "refused"

@@ -22,7 +22,7 @@ from ncf_dist.errors import ContractError, ExitCode, GateRefused
 from ncf_dist.files import remove
 from ncf_dist.lake import Lake
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.publish import pipeline, runs, table
+from ncf_dist.publish import commits, pipeline, runs
 from ncf_dist.publish.gates import Comparison, Evaluated, Facts, Figures, Published, judge
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
@@ -237,7 +237,7 @@ def test_a_night_without_a_count_is_said_not_held_against_the_next(
     shutil.rmtree(night.table)
     before = Night(night.root, "2026-01-30")
     with monkeypatch.context() as patch:
-        real = table.CommitProperties
+        real = commits.CommitProperties
 
         def older(custom_metadata: dict[str, Any], **rest: Any) -> Any:
             known = {
@@ -245,7 +245,7 @@ def test_a_night_without_a_count_is_said_not_held_against_the_next(
             }
             return real(custom_metadata=known, **rest)
 
-        patch.setattr(table, "CommitProperties", older)
+        patch.setattr(commits, "CommitProperties", older)
         before.publish()
     assert before.latest()["model_users"] is None
     only_ann(night)

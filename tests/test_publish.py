@@ -1,12 +1,11 @@
-"""What is published: whole audited nights, one atomic commit each, the newest never replaced by an older
-one.
-"""
+"""What is published: whole audited nights in any order, one atomic commit each."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,7 +24,8 @@ from ncf_dist.errors import BusyRun, ContractError, StaleRun
 from ncf_dist.inputs import ids_digest
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
-from ncf_dist.publish import unseen
+from ncf_dist.publish import latest, steps, unseen
+from ncf_dist.publish.log import DeltaLog
 from ncf_dist.publish.table import Publication, PublishedTable
 from tests.published import COLUMNS, HELD_OUT, ITEMS, REQUIRED, SEEN, Night, Row, as_lists, changed, good
 
@@ -426,50 +426,92 @@ def test_different_bytes_under_one_run_key_never_overwrite_published_files(night
     assert night.read() == sorted(changed(0, score=2.0))
 
 
-# ---- the fence ---------------------------------------------------------------------------------------------
+# ---- any night, in any order, and the fence ---------------------------------------------------------------------
 
 
-def test_an_older_ds_is_refused_and_a_published_one_is_left_alone(night: Night) -> None:
+def test_an_older_ds_is_published_and_replaced_and_latest_stays(night: Night) -> None:
+    """A backfill: its own partition in one commit; what is newest is what was newest."""
     older, oldest = Night(night.root, "2026-01-30"), Night(night.root, "2026-01-29")
     for each in (older, night, oldest):
         each.prepare()
         each.score()
     assert [older.publish(), night.publish()] == [("done", 0), ("done", 1)]
-    with pytest.raises(StaleRun, match=r"ds 2026-01-31 is already published .* got 2026-01-29") as caught:
-        oldest.publish()
-    assert caught.value.exit_code == 5
-    assert older.publish() == ("already-done", 0)
+    latest = (night.table / "latest.json").read_bytes()
+    assert oldest.publish() == ("done", 2)
+    assert [older.publish(), oldest.publish(), night.publish()] == [("already-done", n) for n in (0, 2, 1)]
     older.score(good("m2"), key="s2", model_version="m2")
-    with pytest.raises(StaleRun):
-        older.publish()
+    assert older.publish() == ("done", 3)
+    assert [each.read() for each in (oldest, older, night)] == [sorted(good(model)) for model in ("m1", "m2", "m1")]
+    assert (night.table / "latest.json").read_bytes() == latest
     assert night.latest()["ds"] == "2026-01-31"
 
 
+def test_a_run_that_is_published_again_takes_the_place_of_the_one_that_replaced_it(night: Night) -> None:
+    replaced(night)
+    assert night.publish() == ("done", 1)
+    night.score()
+    os.utime(night.lake.stage(night.ds, "score").run_path("s1"))
+    assert night.publish() == ("done", 2)
+    assert (night.read(), night.latest()["version"]) == (sorted(good("m1")), 2)
+
+
+def test_nights_may_come_in_any_order(tmp_path: Path) -> None:
+    """Ten nights, shuffled: ten right, and what latest.json names never goes back."""
+    nights = [Night(tmp_path, f"2026-01-{day:02d}") for day in range(10, 20)]
+    random.Random(1).shuffle(nights)
+    seen = ""
+    for version, each in enumerate(nights):
+        each.prepare()
+        each.score(good(f"m{each.ds}"), model_version=f"m{each.ds}")
+        assert each.publish() == ("done", version)
+        assert each.latest()["ds"] == max(seen, each.ds)
+        seen = each.latest()["ds"]
+    assert all(each.read() == sorted(good(f"m{each.ds}")) for each in nights)
+    assert all(each.publish()[0] == "already-done" for each in nights)
+
+
+def test_a_file_that_stays_is_neither_added_nor_removed(night: Night) -> None:
+    """The same run key with other bytes in its second file: a commit that named the first one twice would lose it for
+    readers that go by the order of its actions."""
+    night.score()
+    night.publish()
+    before = set(night.latest()["files"])
+    night.score(changed(7, score=0.25))
+    assert night.publish() == ("done", 1)
+    assert night.read() == sorted(changed(7, score=0.25))
+    actions = [json.loads(line) for line in (night.table / "_delta_log" / f"{1:020d}.json").open()]
+    named = [action[kind]["path"] for action in actions for kind in ("add", "remove") if kind in action]
+    assert len(named) == len(set(named)) == 2
+    assert len(before & set(night.latest()["files"])) == 1
+    assert night.publish() == ("already-done", 1)
+
+
+@pytest.mark.parametrize("same", [False, True])
 def test_a_publication_that_was_overtaken_after_its_fence_is_refused(
-    night: Night, monkeypatch: pytest.MonkeyPatch
+    night: Night, monkeypatch: pytest.MonkeyPatch, same: bool
 ) -> None:
-    """The window between looking at the log and committing: delta-rs alone would rebase the older ds over the
-    newer one.
-    """
-    first, older = Night(night.root, "2026-01-29"), Night(night.root, "2026-01-30")
-    for each in (first, older, night):
+    """The window between looking at the log and committing: delta-rs alone would rebase it over the other one. Where
+    that one changed this very ds, its run stands; a person decides."""
+    first, other = Night(night.root, "2026-01-29"), Night(night.root, night.ds if same else "2026-01-30")
+    for each in (first, other, night):
         each.prepare()
         each.score()
     first.publish()
-    fence = PublishedTable._fence
 
-    def overtaken(self: PublishedTable, table: DeltaTable, mine: Any, files: set[str]) -> bool:
-        answer = fence(self, table, mine, files)
-        if mine.ds == older.ds and sys._getframe(1).f_code.co_name == "commit":
-            monkeypatch.setattr(PublishedTable, "_fence", fence)
-            night.publish()
-        return answer
+    def overtaken(step: str) -> None:
+        if step == "committing":
+            monkeypatch.setattr(steps, "listener", lambda step: None)
+            if same:
+                other.score(good("m2"), key="s2", model_version="m2")
+            other.publish()
 
-    monkeypatch.setattr(PublishedTable, "_fence", overtaken)
-    with pytest.raises(BusyRun, match="came first"):
-        older.publish()
-    with pytest.raises(StaleRun):
-        older.publish()
+    monkeypatch.setattr(steps, "listener", overtaken)
+    with pytest.raises(StaleRun if same else BusyRun, match="another run changed ds" if same else "came first") as e:
+        night.publish()
+    assert e.value.exit_code == 5
+    assert other.read() == sorted(good("m2" if same else "m1"))
+    if not same:
+        assert night.publish() == ("done", 2)
     assert night.latest()["ds"] == "2026-01-31"
 
 
@@ -478,15 +520,15 @@ def test_latest_names_the_newest_night_whoever_writes_it_last(night: Night, monk
     for each in (night, later):
         each.prepare()
         each.score()
-    describe = PublishedTable._describe
+    describe = latest.describe
 
-    def overtaken(self: PublishedTable, table: DeltaTable, ds: str) -> Any:
-        answer = describe(self, table, ds)
-        monkeypatch.setattr(PublishedTable, "_describe", describe)
+    def overtaken(delta: DeltaLog, table: DeltaTable, ds: str) -> Any:
+        answer = describe(delta, table, ds)
+        monkeypatch.setattr(latest, "describe", describe)
         later.publish()
         return answer
 
-    monkeypatch.setattr(PublishedTable, "_describe", overtaken)
+    monkeypatch.setattr(latest, "describe", overtaken)
     assert night.publish() == ("done", 0)
     assert (night.latest()["ds"], night.latest()["version"]) == ("2026-02-01", 1)
 
@@ -509,7 +551,7 @@ def _night(ds: str) -> Publication:
 RUN = """
 import os, signal, sys
 from ncf_dist.config import Config
-from ncf_dist.publish import table
+from ncf_dist.publish import latest, table
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.stage import stored
 from ncf_dist.errors import NcfError
@@ -533,9 +575,7 @@ if __name__ == "__main__":
         calls = []
         table.write_atomic = lambda *args: (calls.append(real(*args)), len(calls) == 2 and die())
     elif point == "before latest":
-        table.write_atomic = lambda path, data: die() if path.endswith("latest.json") else None
-        from ncf_dist.files import write_atomic as real
-        table.write_atomic = lambda path, data: die() if path.endswith("latest.json") else real(path, data)
+        latest.write_atomic = die
     elif point == "in audit":
         from ncf_dist.publish import unseen
         unseen.Offers.check = die
@@ -600,7 +640,7 @@ def test_a_killed_run_leaves_one_whole_night_and_the_next_run_finishes(
     assert night.read() == sorted(good("m2"))
 
 
-def test_latest_is_mended_also_by_the_night_after(night: Night) -> None:
+def test_latest_is_written_also_by_the_night_after(night: Night) -> None:
     replaced(night)
     assert killed(night, "commit")
     after = Night(night.root, "2026-02-01")

@@ -20,8 +20,8 @@ from deltalake import DeltaTable
 
 from ncf_dist import cli, scratch
 from ncf_dist.errors import ContractError, InputError
+from ncf_dist.publish import latest, table
 from ncf_dist.publish import log as delta_log
-from ncf_dist.publish import table
 from ncf_dist.publish.log import DeltaLog
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.publish.table import PublishedTable
@@ -290,7 +290,7 @@ def nth_write(number: int) -> Callable[[pytest.MonkeyPatch, OSError], None]:
     """The write of that number fails: two files are copied, then comes latest.json."""
 
     def fault(patch: pytest.MonkeyPatch, error: OSError) -> None:
-        real, calls = table.write_atomic, []
+        real, calls = table.write_atomic, list[str]()
 
         def write(path: str, data: bytes) -> None:
             calls.append(path)
@@ -298,7 +298,8 @@ def nth_write(number: int) -> Callable[[pytest.MonkeyPatch, OSError], None]:
                 raise error
             real(path, data)
 
-        patch.setattr(table, "write_atomic", write)
+        for module in (table, latest):
+            patch.setattr(module, "write_atomic", write)
 
     return fault
 

@@ -43,8 +43,8 @@ def parse_ds(text: str | None, allow_future: bool = False) -> str:
             if allow_future or day <= today + dt.timedelta(days=1):
                 return text
             raise ConfigError(
-                f"--ds is {text}, and today is {today} (UTC); needed tomorrow at the latest, as the nights until then "
-                "could not be published any more: correct it, or add --allow-future for a backtest"
+                f"--ds is {text}, and today is {today} (UTC); needed tomorrow at the latest, as readers would take it "
+                "for the newest night until then: correct it, or add --allow-future for a backtest"
             )
     except ValueError:
         pass

@@ -20,10 +20,7 @@ ID_TYPES = {"int": (pa.int64(),), "string": (pa.string(),), None: (pa.int64(), p
 
 def check_ahead(config: Config, ds: str) -> None:
     """Raise what `publish` would raise tonight whatever the stages before it make: the lake, the table or the work
-    folder cannot be written, the table is damaged or has other columns, or a later ds is published.
-
-    A night that is published already passes also where a later one is: it may be found done.
-    """
+    folder cannot be written, or the table is damaged or has other columns."""
     lake = Lake(config.paths.lake)
     lake.check_writable()
     root, work = lake.path(config.publish.table), resolve(config.paths.work)
@@ -41,4 +38,4 @@ def check_ahead(config: Config, ds: str) -> None:
             )
     user_types, item_types = ID_TYPES[config.input.user_type], ID_TYPES[config.input.item_type]
     contracts = [recommendations(user, item, config.score.form) for user in user_types for item in item_types]
-    PublishedTable(root, contracts[0]).check_ahead(ds, contracts)
+    PublishedTable(root, contracts[0]).check_ahead(contracts)

@@ -21,8 +21,8 @@ LEAST_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Published:
-    """The newest night that readers see. model_users: how many the model ranked for; None where nobody knows.
-    interactions: how many its prepare run kept; None where that run is gone."""
+    """The night that readers see in place of this one, or else the last one before it. model_users: how many the model
+    ranked for; None where nobody knows. interactions: how many its prepare run kept; None where that run is gone."""
 
     ds: str
     run_key: str | None

@@ -38,19 +38,47 @@ class Latest:
 
     version: int
     files: list[str]
+    ds: str = ""
+    run_key: str = ""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One commit: what it says about itself, and the files that it added by path with their bytes."""
+    """One commit: what it says about itself, and the actions that added files, by path."""
 
     facts: Mapping[str, Any]
-    added: Mapping[str, int]
+    adds: Mapping[str, Mapping[str, Any]]
 
     @property
     def ds(self) -> str | None:
-        """The night it published; None where the commit is somebody else's."""
+        """The night it published, replaced or took back; None where the commit is somebody else's."""
         return self.facts.get("ncf.ds")
+
+    @property
+    def added(self) -> dict[str, int]:
+        """The files that it added, with their bytes."""
+        return {path: int(add["size"]) for path, add in self.adds.items()}
+
+    @property
+    def files(self) -> dict[str, int]:
+        """All files of its ds once it was made, with their bytes: those that it kept, too."""
+        return {path: int(info["bytes"]) for path, info in self.checksums.items()} or self.added
+
+    @property
+    def undoes(self) -> list[dict[str, Any]]:
+        """What a rollback took back, [{"version", "run_key"}], the newest first."""
+        return list(self.facts.get("ncf.undoes", ()))
+
+    @property
+    def undone_keys(self) -> set[str]:
+        """The run keys among them."""
+        return {str(one["run_key"]) for one in self.undoes}
+
+    @property
+    def restores(self) -> int | None:
+        """The version whose files a rollback put back; None where there was none, and for other commits."""
+        version = self.facts.get("ncf.restores")
+        return None if version is None else int(version)
 
     @property
     def run_key(self) -> str | None:
@@ -71,23 +99,26 @@ class Entry:
 def parse_entry(data: bytes) -> Entry:
     """A commit. Raises one of _UNREADABLE, saying what is wrong with it."""
     facts: dict[str, Any] = {}
-    added: dict[str, int] = {}
+    adds: dict[str, dict[str, Any]] = {}
     actions = [json.loads(line) for line in data.splitlines() if line.strip()]
     if not any(actions):
         raise ValueError("it holds no action")
     for action in actions:
         facts = action.get("commitInfo") or facts
         if add := action.get("add"):
-            added[add["path"]] = int(add["size"])
+            adds[add["path"]] = {**add, "size": int(add["size"])}
             if "ncf.ds" in facts:
                 _check_added(add, facts["ncf.ds"])
     if "ncf.digest" in facts and facts["ncf.digest"] != digest(facts):
         raise ValueError("what it says about itself is not what was written")
-    entry = Entry(facts, added)
+    entry = Entry(facts, adds)
     if "ncf.ds" in facts:
         dt.date.fromisoformat(facts["ncf.ds"])
-        int(facts["ncf.k"]), str(facts["ncf.run_key"]), str(facts["ncf.model_version"]), entry.model_users
-    if "ncf.files" in facts and {path: info["bytes"] for path, info in entry.checksums.items()} != added:
+        [(int(undone["version"]), str(undone["run_key"])) for undone in entry.undoes]
+        if entry.files or "ncf.files" not in facts:  # Else its commit took the night out of the table.
+            int(facts["ncf.k"]), str(facts["ncf.run_key"]), str(facts["ncf.model_version"]), entry.model_users
+    kept = set(facts.get("ncf.kept", ()))
+    if "ncf.files" in facts and {path: size for path, size in entry.files.items() if path not in kept} != entry.added:
         raise ValueError("the files that it adds are not the ones that it says it adds")
     return entry
 
@@ -159,6 +190,39 @@ class DeltaLog:
                 self._refuse(version, f"{type(error).__name__}: {error}")
         return self._entries[version]
 
+    def live(self, version: int | None = None) -> frozenset[str]:
+        """The files that readers of a version (default: the newest) need, relative to the table. Raises ContractError
+        where that version cannot be read any more."""
+        if version is None:
+            table = self.open()
+        else:
+            with self.understood():
+                table = DeltaTable(self.root, version=version)
+        nights = self.nights(table) if table is not None else {}
+        return frozenset(path for files in nights.values() for path, _ in files)
+
+    def history(self, ds: str, until: int | None = None) -> list[tuple[int, Entry]]:
+        """(version, commit) of our commits of `ds` that the log still has, the oldest first; until: the last version
+        that is looked at."""
+        last = self.opened().version() if until is None else until
+        entries = ((version, self.entry(version)) for version in range(max(0, last - LOOK_BACK + 1), last + 1))
+        return [(version, entry) for version, entry in entries if entry is not None and entry.ds == ds]
+
+    def undone(self, until: int | None = None) -> frozenset[tuple[str, str]]:
+        """(ds, run key) of all runs that a rollback took back and nobody has published again since."""
+        entry = self._last_of_ours(until)
+        return frozenset((ds, key) for ds, key in entry.facts.get("ncf.undone", ())) if entry else frozenset()
+
+    def _last_of_ours(self, until: int | None) -> Entry | None:
+        """Our newest commit: what is to outlive the log's older entries is in each of them."""
+        table = self.open() if until is None else None
+        last = until if until is not None else table.version() if table is not None else -1
+        for version in range(last, max(-1, last - LOOK_BACK), -1):
+            entry = self.entry(version)
+            if entry is not None and entry.ds is not None:
+                return entry
+        return None
+
     def explain(self, table: DeltaTable, ds: str) -> tuple[int, Entry] | None:
         """(version, commit) that published the files of `ds` in this snapshot; None where that was not ours."""
         files = {path for path, _ in self.nights(table).get(ds, [])}
@@ -199,14 +263,16 @@ class DeltaLog:
         """Raise ContractError unless each night has the files that our last commit of it added."""
         last: dict[str, int] = {}
         for version, entry in sorted(self._entries.items()):
+            if version > table.version():
+                break
             if entry.ds is None:
                 last = {}  # Somebody else's maintenance; what it did is its own matter.
-            elif version <= table.version():
+            else:
                 last[entry.ds] = version
         # A table without a commit of ours may have other columns: whoever opened it sees to that.
-        for ds, files in self.nights(table).items() if last else ():
-            version = last.get(ds, -1)
-            if version in self._entries and {path for path, _ in files} != self._entries[version].added.keys():
+        nights = self.nights(table) if last else {}
+        for ds, version in last.items():
+            if {path for path, _ in nights.get(ds, ())} != self._entries[version].files.keys():
                 self._refuse(version, f"the log as a whole shows other files for ds {ds} than this commit added")
 
     def _versions(self) -> list[int]:

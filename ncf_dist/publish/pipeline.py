@@ -1,7 +1,8 @@
 """Publish one night: fence → audit → gates → copy → one atomic commit → latest.json.
 
-Readers see the old night or the new one. A run that is stopped anywhere leaves the old night in place, or the
-new one whole; the same command then finishes the job, and says `already-done` where nothing was left to do.
+Any night, in any order: the first run of a ds, another run in its place, or an older ds (a backfill). Readers see the
+old night or the new one. A run that is stopped anywhere leaves the old night in place, or the new one whole; the same
+command then finishes the job, and says `already-done` where nothing was left to do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo
-from ncf_dist.publish import gates, leftovers
+from ncf_dist.publish import gates, leftovers, steps
 from ncf_dist.publish.audit import Audit, Promise, audit, contract_of
 from ncf_dist.publish.repair import restore
 from ncf_dist.publish.runs import Runs, evaluated, find_runs, interactions_of, published_interactions
@@ -32,25 +33,31 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     """Make the score run of `ds` that fits this config what readers see.
 
     Raises ContractError: a rule of the audit is broken, or the table is damaged. GateRefused: the night is not good
-    enough. StaleRun: a later ds is published. BusyRun: another publication came first. InputError: the lake or the work
+    enough. StaleRun: a rollback took this run back, or another run has changed this ds meanwhile. BusyRun: another
+    publication came first. InputError: the lake or the work
     folder cannot be written. What readers see changes in none of these, but for InputError, which says so.
     """
     lake = Lake(config.paths.lake)
     runs = find_runs(lake, config, ds, given)
     score, promise = runs.score, Promise.of(runs.score)
     contract = contract_of(runs.prepare, promise.form)
-    night = Publication(ds, score.run_key, promise.model_version, promise.k)
+    forget = runs.prepare.inputs.get("forget")
+    night = Publication(ds, score.run_key, promise.model_version, promise.k, forget=forget)
     table = PublishedTable(lake.path(config.publish.table), contract)
     infos = {table.path_of(night, info.path, info.sha256): info for info in score.table(contract).files}
     warnings: list[str] = []
     repaired: list[str] = []
     with _stops_named(config, table, night, infos):
+        steps.reached("begun")
         done = table.holds(night, infos)
+        steps.reached("checked")
         if done:
             repaired = _restore(config, table, score, infos)
         else:
             audited = audit(score, runs.prepare, resolve(config.paths.work))
+            steps.reached("audited")
             warnings = _pass_gates(config, table, runs, audited)
+            steps.reached("judged")
             night = replace(night, model_users=audited.model_users)
             table.copy(night, audited.files)
             table.commit(night, audited.files)
@@ -65,10 +72,10 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
 
 def _pass_gates(config: Config, table: PublishedTable, runs: Runs, audited: Audit) -> list[str]:
     """The warnings. Raises GateRefused."""
-    newest = table.newest()
+    earlier = table.before(runs.score.ds)
     before = None
-    if newest is not None:
-        ds, entry = newest
+    if earlier is not None:
+        ds, entry = earlier
         key = entry.run_key if entry else None
         kept = published_interactions(Lake(config.paths.lake), ds, key)
         before = gates.Published(ds, key, entry.model_users if entry else None, kept)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from ncf_dist.errors import ContractError
 from ncf_dist.files import filesystem, make_dirs, read_bytes, write_atomic
 from ncf_dist.parquet import FileInfo
+from ncf_dist.publish import steps
 from ncf_dist.publish.audit import checked_bytes
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def restore(root: str, files: Mapping[str, FileInfo], sources: Mapping[str, str]
             fs.rm(inner, recursive=True)
         make_dirs(posixpath.dirname(target))
         write_atomic(target, data)
+        steps.reached("repaired")
         replaced.append(name)
         log.warning("%s was damaged (%s) and is replaced from the score run", target, what)
     if lost:

@@ -4,10 +4,10 @@
     <table>/_delta_log/N.json                                        the commit, what Delta readers go by
     <table>/latest.json                                              the newest night, for other readers
 
-A commit is a compare-and-swap: it succeeds only as the successor of the very version that the fence was
-checked against (delta-rs' own rebase would let an older night pass a newer one, so its retries are off).
+A commit is a compare-and-swap (`commits`), as the successor of the very version that the fence was checked
+against. Any ds may be published or replaced, in any order: its own partition changes, and no other.
 latest.json is derived from the log, after the commit, by whoever comes last; where a run died in between,
-the next one writes it.
+the next one writes it. It names the newest ds, so an older one that is published moves nothing back.
 
 delta-rs does not fsync: on a local lake the files are synced before the commit and the log entry after it. It
 writes no checkpoints here, because a torn checkpoint would cost readers the table; a night is one small log
@@ -21,23 +21,20 @@ import logging
 import posixpath
 import re
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
-from deltalake.exceptions import DeltaError
-from deltalake.transaction import AddAction, create_table_with_add_actions
+from deltalake import DeltaTable, Schema
+from deltalake.transaction import AddAction
 
 from ncf_dist.contracts import PARTITION, Contract
-from ncf_dist.errors import BusyRun, ContractError, StaleRun
-from ncf_dist.files import exists, is_local, make_dirs, read_bytes, sync, write_atomic
-from ncf_dist.publish import leftovers
+from ncf_dist.errors import ContractError, StaleRun
+from ncf_dist.files import is_local, make_dirs, sync, write_atomic
+from ncf_dist.publish import commits, latest, leftovers, steps
 from ncf_dist.publish.audit import Audited, checked_bytes
-from ncf_dist.publish.log import LATEST, DeltaLog, Entry, digest
-
-_HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
+from ncf_dist.publish.log import DeltaLog, Entry
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +49,28 @@ class Publication:
     k: int
     model_users: int | None = None
     """Users ranked by the model, once they were counted."""
+    forget: str | None = None
+    """Digest of the list of input.forget that its run knew of."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """What the gates measured."""
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """Why it is published all the same, by what speaks against it."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its commit says about it."""
+        optional = {
+            "ncf.model_users": None if self.model_users is None else str(self.model_users),
+            "ncf.forget": self.forget,
+            "ncf.values": dict(self.values) or None,
+            "ncf.overrides": dict(self.overrides) or None,
+        }
+        return {
+            "ncf.run_key": self.run_key,
+            "ncf.model_version": self.model_version,
+            "ncf.k": str(self.k),
+            **{name: value for name, value in optional.items() if value is not None},
+        }
 
 
 class PublishedTable:
@@ -74,15 +93,16 @@ class PublishedTable:
     def holds(self, night: Publication, files: Iterable[str]) -> bool:
         """Whether the log already has exactly these files for this ds.
 
-        Raises StaleRun where a later ds is published, ContractError where the table has other columns.
+        Raises StaleRun where a rollback took this run back, ContractError where the table has other columns.
         """
         table = self.log.open()
         return table is not None and self._fence(table, night, set(files))
 
-    def newest(self) -> tuple[str, Entry | None] | None:
-        """(ds, its commit, where that is ours) of the newest night that readers see; None where there is none."""
+    def before(self, ds: str) -> tuple[str, Entry | None] | None:
+        """(ds, its commit, where that is ours) of the night that a publication of `ds` is compared with: the one that
+        it replaces, or else the last one before it; None where there is none."""
         table = self.log.open()
-        nights = self.log.nights(table) if table is not None else {}
+        nights = [night for night in self.log.nights(table) if night <= ds] if table is not None else []
         if table is None or not nights:
             return None
         found = self.log.explain(table, max(nights))
@@ -94,13 +114,16 @@ class PublishedTable:
         """
         folder = posixpath.join(self.root, f"{PARTITION}={night.ds}")
         make_dirs(folder)
+        steps.reached("folder")
         leftovers.sweep(folder)
         for file in files:
             target = posixpath.join(self.root, self.path_of(night, file.info.path, file.info.sha256))
             write_atomic(target, checked_bytes(file.source, file.info))
+            steps.reached("staged")
         if is_local(self.root):
             for path in (folder, self.root, posixpath.dirname(self.root)):
                 sync(path)
+        steps.reached("durable")
 
     def commit(self, night: Publication, files: Iterable[Audited]) -> None:
         """Replace this ds by `files` for every reader at once. Raises BusyRun where somebody else committed,
@@ -111,68 +134,21 @@ class PublishedTable:
         table = self.log.open()
         if table is not None and self._fence(table, night, {action.path for action in actions}):
             return
-        facts: dict[str, Any] = {
-            "ncf.ds": night.ds,
-            "ncf.run_key": night.run_key,
-            "ncf.model_version": night.model_version,
-            "ncf.k": str(night.k),
-            # In the commit: delta-rs leaves the tags of a file empty, whatever it is given.
-            "ncf.files": {action.path: _checksum(file) for action, file in zip(actions, files, strict=True)},
-            **({} if night.model_users is None else {"ncf.model_users": str(night.model_users)}),
-        }
-        facts["ncf.digest"] = digest(facts)
-        properties = CommitProperties(custom_metadata=facts, max_commit_retries=0)
-        with self.log.understood():
-            try:
-                self._write(table, night.ds, actions, properties)
-            except DeltaError as error:
-                now = self.log.open()
-                if (table.version() if table else -1) == (now.version() if now else -1):
-                    raise
-                raise BusyRun(
-                    f"another publication to {self.root} came first ({' '.join(str(error).split())[:200]}); this "
-                    "one changed nothing: run it again"
-                ) from None
+        # In the commit: delta-rs leaves the tags of a file empty, whatever it is given.
+        checksums = {action.path: _checksum(file) for action, file in zip(actions, files, strict=True)}
+        self._write(table, night.ds, actions, {**night.facts, "ncf.files": checksums})
 
-    def _write(self, table: DeltaTable | None, ds: str, actions: list[AddAction], properties: CommitProperties) -> None:
+    def _write(self, table: DeltaTable | None, ds: str, actions: list[AddAction], facts: dict[str, Any]) -> None:
         """The commit itself, as the successor of `table`."""
         if table is None:
-            create_table_with_add_actions(
-                self.root,
-                self.schema,
-                actions,
-                mode="error",
-                partition_by=[PARTITION],
-                name=self.contract.name,
-                description=self.contract.meaning,
-                commit_properties=properties,
-                post_commithook_properties=_HOOKS,
-            )
+            commits.create(self.log, self.contract, self.schema, ds, actions, facts)
         else:
-            table.create_write_transaction(
-                [*actions],
-                mode="overwrite",
-                schema=self.schema,
-                partition_by=[PARTITION],
-                partition_filters=[(PARTITION, "=", ds)],
-                commit_properties=properties,
-                post_commithook_properties=_HOOKS,
-            )
+            commits.swap(self.log, table, ds, actions, facts)
 
     def settle(self, night: Publication) -> int:
-        """Make the log durable and latest.json true, also after a run that died; returns its version."""
-        while True:
-            table = self.log.opened()
-            self.log.sync(table.version())
-            newest = self._describe(table, max(self.log.nights(table)))
-            body = json.dumps(newest, indent=1).encode()
-            path = posixpath.join(self.root, LATEST)
-            if newest is not None and (not exists(path) or read_bytes(path) != body):
-                write_atomic(path, body)
-            # Whoever committed meanwhile may have written latest.json before us: then ours is the older one.
-            if self.log.opened().version() == table.version():
-                break
-        mine = newest if newest is not None and newest["ds"] == night.ds else self._describe(table, night.ds)
+        """Make the log durable and latest.json true, also after a run that died; the version that published `night`."""
+        table = latest.settle(self.log)
+        mine = latest.describe(self.log, table, night.ds)
         version = int(mine["version"]) if mine is not None else int(table.version())
         self.log.sync(version)
         return version
@@ -187,25 +163,19 @@ class PublishedTable:
             seen = {path for path, _ in self.log.nights(table).get(night.ds, [])} if table is not None else set()
             if table is None or seen != set(files):
                 return "nothing was committed, so readers see what they saw before"
-            latest, version = self.log.latest(), table.version()
-            if latest is not None and latest.version == version:
-                return f"version {version} is committed, and Delta readers and {LATEST} name it"
-            old = f"still names version {latest.version}" if latest is not None else "is not written yet"
-            return f"version {version} is committed and Delta readers see it, while {LATEST} {old}"
+            said = f"version {table.version()} is committed and Delta readers see it"
+            return f"{said}, {latest.standing(self.log, table)}"
         except (OSError, ContractError) as error:
             return f"whether it was committed cannot be told ({' '.join(str(error).split())[:200]})"
 
-    def check_ahead(self, ds: str, contracts: Iterable[Contract]) -> None:
-        """Raise StaleRun or ContractError where no files of any of the `contracts` could be published for `ds`."""
+    def check_ahead(self, contracts: Iterable[Contract]) -> None:
+        """Raise ContractError where no files of any of the `contracts` could be published."""
         table = self.log.open()
         if table is None:
             return
         schemas = [PublishedTable(self.root, contract).schema for contract in contracts]
         if table.schema() not in schemas or table.metadata().partition_columns != [PARTITION]:
             self._refuse_columns(table)
-        nights = self.log.nights(table)
-        if ds not in nights:
-            self._refuse_older(nights, ds, "this night")
 
     def _fence(self, table: DeltaTable, night: Publication, files: set[str]) -> bool:
         if table.schema() != self.schema or table.metadata().partition_columns != [PARTITION]:
@@ -213,7 +183,8 @@ class PublishedTable:
         nights = self.log.nights(table)
         if {path for path, _ in nights.get(night.ds, [])} == files:
             return True
-        self._refuse_older(nights, night.ds, f"run {night.run_key}")
+        if (night.ds, night.run_key) in self.log.undone(table.version()) and commits.UNDONE not in night.overrides:
+            self._refuse_undone(night)
         return False
 
     def _refuse_columns(self, table: DeltaTable) -> NoReturn:
@@ -223,15 +194,17 @@ class PublishedTable:
             "name, or score.form to the form that is published; nothing was changed"
         )
 
-    def _refuse_older(self, nights: Iterable[str], ds: str, who: str) -> None:
-        """Raise StaleRun where a later ds is published."""
-        later = [other for other in nights if other > ds]
-        if later:
-            raise StaleRun(
-                f"ds {max(later)} is already published in {self.root}; needed a ds not before it, got "
-                f"{ds} ({who}): an older night never replaces a newer one, so publish a later "
-                "ds; nothing was changed"
-            )
+    def _refuse_undone(self, night: Publication) -> NoReturn:
+        who = next(
+            (version for version, entry in reversed(self.log.history(night.ds)) if night.run_key in entry.undone_keys),
+            None,
+        )
+        by = "a rollback" if who is None else f"the rollback of version {who}"
+        raise StaleRun(
+            f"run {night.run_key} of ds {night.ds} was taken back by {by}; needed another run: change what made it "
+            f'wrong and run the line again, or publish it all the same with --override {commits.UNDONE} --why "TEXT"; '
+            "nothing was changed"
+        )
 
     def _action(self, night: Publication, file: Audited) -> AddAction:
         stats = {
@@ -242,28 +215,6 @@ class PublishedTable:
         }
         path = self.path_of(night, file.info.path, file.info.sha256)
         return AddAction(path, file.info.bytes, {PARTITION: night.ds}, int(time.time() * 1000), True, json.dumps(stats))
-
-    def _describe(self, table: DeltaTable, ds: str) -> dict[str, Any] | None:
-        """latest.json for `ds`: its files in this snapshot and the facts of their commit; None if not ours."""
-        found = self.log.explain(table, ds)
-        if found is None:
-            log.warning(
-                "%s: no commit of ours explains the files of ds %s, so %s stays as it is", self.root, ds, LATEST
-            )
-            return None
-        version, entry = found
-        files = self.log.nights(table)[ds]
-        return {
-            "ds": ds,
-            "version": version,
-            "model_version": entry.facts["ncf.model_version"],
-            "run_key": entry.run_key,
-            "files": sorted(path for path, _ in files),
-            "rows": sum(rows for _, rows in files),
-            "k": int(entry.facts["ncf.k"]),
-            "model_users": entry.model_users,
-            "checksums": {path: entry.checksums[path] for path in sorted(entry.checksums)},
-        }
 
 
 def _checksum(file: Audited) -> dict[str, Any]:
