@@ -1,15 +1,19 @@
-"""Quality and speed of the model of histories on the NCF paper's files (He et al. 2017), by a committed config.
+"""Quality and speed of the model of histories on MovieLens-1M, by a committed config.
 
-    .venv/bin/python -m benchmarks.history [--config ncf-ml-1m-history] [--seeds 1 2 3] [--shares-only]
+    .venv/bin/python -m benchmarks.history [--config ncf-ml-1m-history] [--seeds 1 2 3] [--set …] [--shares-only]
 
-Each seed prepares the files and then trains and judges, each as its own job: each user's latest item is held out, as
-the files say, and ranked in the whole catalogue but what the user has seen, and among the paper's 99 others. The
-settings were chosen on each user's latest train row (`split.validation: true`); nothing but `evaluate` and the figures
-"without parts" read the test rows: these are of the same model without its item-to-item parts.
+ncf-ml-1m-history: the NCF paper's files (He et al. 2017), from NCF_DATA_DIR/ncf-ml-1m. ml-1m-5core-history: the
+protocol of the sequential papers, from NCF_DATA_DIR/ml-1m.
+
+Each seed prepares the files and then trains and judges, each as its own job: each user's latest item is held out and
+ranked in the whole catalogue but what the user has seen, and among 99 others (the paper's, or drawn ones). The settings
+were chosen on each user's latest train row (`--set split.validation=true`: then what is printed of the parts' weights
+is what counts); nothing but `evaluate` and the figures "without parts" read the test rows: these are of the same model
+without its item-to-item parts. "p" is the paired bootstrap's of "no difference", the largest of the full catalogue's
+HR@10 and NDCG@10.
 
 Then the share of padding, and where a step's time goes, from torch's profiler over some steps of one thread. Prints
-both, mean and standard deviation over seeds, and writes benchmarks/results/history-CONFIG.json. The files come from
-NCF_DATA_DIR/ncf-ml-1m.
+both, mean and standard deviation over seeds, and writes benchmarks/results/history-CONFIG.json.
 """
 
 from __future__ import annotations
@@ -56,10 +60,20 @@ KINDS = {
 """torch's operations (aten::…) by what they do here; the rest is arithmetic on elements, and Python."""
 
 
-def run_seed(config: str, files: Path, seed: int, shares_only: bool) -> dict[str, Any]:
+def sequential_places(files: Path, lake: str, seed: int) -> dict[str, object]:
+    """Settings of a run on GroupLens' own files."""
+    inputs = {"input.path": files / "ratings.dat", "input.items": files / "movies.dat"}
+    return {"paths.lake": lake, "paths.work": f"{lake}/work", **inputs, "seed": seed}
+
+
+DATA = {"ncf-ml-1m-history": ("ncf-ml-1m", places), "ml-1m-5core-history": ("ml-1m", sequential_places)}
+"""By config: the folder of NCF_DATA_DIR, and the settings that name its files."""
+
+
+def run_seed(config: str, files: Path, seed: int, more: dict[str, str], shares_only: bool) -> dict[str, Any]:
     """Wall seconds by job, the figures with parts and without, and where a step's time goes."""
     with tempfile.TemporaryDirectory() as lake:
-        settings = places(files, lake, seed)
+        settings = {**DATA[config][1](files, lake, seed), **more}
         prepared = run("prepare", config, settings)
         manifest = read_manifest(str(Path(lake) / prepared["runs"]["prepare"]))
         given = [f"{name}={value}" for name, value in settings.items()]
@@ -68,12 +82,22 @@ def run_seed(config: str, files: Path, seed: int, shares_only: bool) -> dict[str
         if shares_only:
             return found
         trained = run("train", config, settings)
-        judged = run("evaluate", config, settings)["metrics"]
+        judged = run("evaluate", config, settings)
+        report = json.loads(Path(judged["outputs"]["metrics"]).read_text())
         found["train"] = {"wall": trained["wall"]}
-        found["with parts"] = {name: judged[name] for name in FIGURES}
+        found["parts"] = json.loads(Path(trained["outputs"]["parts"]).read_text())["weights"]
+        found["with parts"] = {name: judged["metrics"][name] for name in FIGURES}
         found["without parts"] = without_parts(manifest, trained["outputs"]["bundle"])
+        for other in report["baselines"]:
+            found[other] = {name: judged["metrics"][f"{other}.{name}"] for name in FIGURES}
+            found[other]["p"] = max(row["p"] for row in report["comparisons"] if compared(row, other))
         print(f"seed {seed}: {found}", file=sys.stderr)
         return found
+
+
+def compared(row: dict[str, Any], other: str) -> bool:
+    """Whether it is one of the comparisons that the model must win."""
+    return row["with"] == other and row["protocol"] == "full" and row["metric"] in ("hr@10", "ndcg@10")
 
 
 # ---- without parts ---------------------------------------------------------------------------------------------------
@@ -147,25 +171,29 @@ def step_shares(config: Config, prepare: Manifest) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--config", default="ncf-ml-1m-history", help="of conf/, without .yaml")
+    parser.add_argument("--config", default="ncf-ml-1m-history", choices=list(DATA), help="of conf/, without .yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings in place of the config's")
+    parser.add_argument("--results", type=Path, help="default: benchmarks/results/history-CONFIG.json")
     parser.add_argument("--shares-only", action="store_true", help="measure a step, train nothing")
     args = parser.parse_args()
-    files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ncf-ml-1m"
+    files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / DATA[args.config][0]
     if not files.is_dir():
-        sys.exit(f"{files} is not there; needed the three files of the NCF paper's repository: set NCF_DATA_DIR")
-    runs = [run_seed(args.config, files, seed, args.shares_only) for seed in args.seeds]
+        sys.exit(f"{files} is not there; needed the files that the top of this script names: set NCF_DATA_DIR")
+    more = dict(setting.split("=", 1) for setting in args.set)
+    runs = [run_seed(args.config, files, seed, more, args.shares_only) for seed in args.seeds]
     machine = f"{cores()} cores, {processor()}"
-    print(f"The NCF paper's MovieLens-1M, conf/{args.config}.yaml, seeds {args.seeds}, {machine}")
+    print(f"MovieLens-1M, conf/{args.config}.yaml {' '.join(args.set)}, seeds {args.seeds}, {machine}")
     for part in runs[0]:
         for name in runs[0][part]:
             values = [run[part][name] for run in runs]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             print(f"{part + ': ' + name:<48} {statistics.mean(values):>10.4f}{spread}")
     if not args.shares_only:
-        results = ROOT / f"benchmarks/results/history-{args.config}.json"
+        results = args.results or ROOT / f"benchmarks/results/history-{args.config}.json"
         results.parent.mkdir(exist_ok=True)
-        results.write_text(json.dumps({"seeds": args.seeds, "machine": machine, "runs": runs}, indent=1) + "\n")
+        body = {"seeds": args.seeds, "machine": machine, "settings": more, "runs": runs}
+        results.write_text(json.dumps(body, indent=1) + "\n")
 
 
 if __name__ == "__main__":

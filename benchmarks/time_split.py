@@ -1,0 +1,91 @@
+"""One moment for all: MovieLens-1M cut by time, its last tenth the test, with every model side by side.
+
+    .venv/bin/python -m benchmarks.time_split [--seeds 1] [--models ncf-ml-1m-history …]
+
+A night knows nothing of the days after it; a split by each user's latest item does not say how a model does then, as it
+trains on what others did later. Here everything up to one moment is train, and what each user did after it and had not
+done before is the test, ranked in the whole catalogue but what the user has seen.
+
+mf, NeuMF and the model of histories have the settings of conf/ncf-ml-1m-*.yaml, which were chosen on another split;
+item_to_item, EASE and the popularities are evaluate's baselines. Each job is run by itself. Prints one table, mean and
+standard deviation over seeds, and writes benchmarks/results/time_split.json. MovieLens comes from NCF_DATA_DIR/ml-1m.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.ncf import run
+from ncf_dist.machine import cores, processor
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/time_split.json"
+HISTORY = "ncf-ml-1m-history"
+MODELS = (HISTORY, "ncf-ml-1m-mf", "ncf-ml-1m-neumf")
+FIGURES = ("hr@10", "ndcg@10", "recall@10", "coverage@10")
+TEST = 0.1
+
+
+def settings_of(files: Path, lake: str, seed: int) -> dict[str, object]:
+    return {
+        "paths.lake": lake,
+        "paths.work": f"{lake}/work",
+        "input.path": files / "ratings.dat",
+        "input.format": "movielens-dat",
+        "split.strategy": "temporal",
+        "split.test_fraction": TEST,
+        "split.test": "null",
+        "split.candidates": "null",
+        "seed": seed,
+    }
+
+
+def run_seed(files: Path, models: list[str], seed: int) -> dict[str, dict[str, float]]:
+    """Figures by model and baseline, the seconds of training among them, and how many users were judged."""
+    found: dict[str, dict[str, float]] = {}
+    for config in models:
+        with tempfile.TemporaryDirectory() as lake:
+            settings = settings_of(files, lake, seed)
+            run("prepare", config, settings)
+            trained = run("train", config, settings)
+            judged = run("evaluate", config, settings)
+            report = json.loads(Path(judged["outputs"]["metrics"]).read_text())
+            name = config.rpartition("-")[2]
+            found[name] = {figure: value for figure, value in report["full"].items() if figure in FIGURES}
+            found[name]["train s"] = trained["wall"]
+            if config == HISTORY:
+                for other, figures in report["baselines"].items():
+                    found[other] = {figure: value for figure, value in figures["full"].items() if figure in FIGURES}
+            print(f"seed {seed}: {found}", file=sys.stderr)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    args = parser.parse_args()
+    files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ml-1m"
+    if not files.is_dir():
+        sys.exit(f"{files} is not there; needed MovieLens-1M: set NCF_DATA_DIR")
+    runs = [run_seed(files, args.models, seed) for seed in args.seeds]
+    machine = f"{cores()} cores, {processor()}"
+    print(f"MovieLens-1M, the last {TEST:.0%} by time held out, whole catalogue, seeds {args.seeds}, {machine}")
+    for name, figures in runs[0].items():
+        line = []
+        for figure in figures:
+            values = [run[name][figure] for run in runs]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            line.append(f"{figure} {statistics.mean(values):.4f}{spread}")
+        print(f"{name:<20} {'   '.join(line)}")
+    RESULTS.write_text(json.dumps({"seeds": args.seeds, "machine": machine, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
