@@ -10,10 +10,13 @@ PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) pytho
 # The folder with ml-1m/, ml-100k/ and so on; tests that need it are skipped, and `make ml-1m` downloads, where it does not exist.
 NCF_DATA_DIR ?= $(CURDIR)/../shared/data
 export NCF_DATA_DIR
+# What `make ml-1m` trains: history, or neumf.
+MODEL ?= history
 # Processes that share the tests, each with a Spark session of its own.
 TEST_WORKERS ?= 2
 
 python := .venv/bin/python
+ml_1m := conf/ml-1m$(if $(filter neumf,$(MODEL)),,-$(MODEL)).yaml
 log := .venv/install.log
 pip = $(python) -m pip --disable-pip-version-check --no-input
 failed = { tail -n 5 $(log); echo "ncf-dist: $(1) failed; the whole story is in $(log). Fix the cause and run make install again."; exit 2; } >&2
@@ -84,11 +87,11 @@ demo: install ## made-up data to published recommendations, in minutes
 	./spark-submit.sh nightly --config conf/demo.yaml
 	$(python) -m ncf_dist.demo --config conf/demo.yaml
 
-ml-1m: install ## the same on MovieLens 1M, from NCF_DATA_DIR or downloaded
+ml-1m: install ## the same on MovieLens 1M, from NCF_DATA_DIR or downloaded; MODEL=neumf: with NeuMF
 	source=(); if [ -d "$$NCF_DATA_DIR/ml-1m" ]; then source=(--set "fetch.from=$$NCF_DATA_DIR/ml-1m"); fi; \
-	./spark-submit.sh fetch --config conf/ml-1m.yaml "$${source[@]}"
-	./spark-submit.sh nightly --config conf/ml-1m.yaml
-	$(python) -m ncf_dist.demo --config conf/ml-1m.yaml
+	./spark-submit.sh fetch --config $(ml_1m) "$${source[@]}"
+	./spark-submit.sh nightly --config $(ml_1m)
+	$(python) -m ncf_dist.demo --config $(ml_1m)
 
 bench: install ## run every script in benchmarks/; those for GPUs where there is one
 	export $(java); gpu=$$($(python) -c 'import torch; print(torch.cuda.is_available())'); \
