@@ -26,7 +26,7 @@ from ncf_dist.stage import Outcome
 from ncf_dist.stopping import Stopped, asked, interruptible, listening
 from ncf_dist.urls import log_to_stderr, scrub_all
 
-JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "doctor")
+JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "rollback", "doctor")
 UNLOCKED = ("fetch", "doctor")
 """Jobs that make nothing for a ds."""
 
@@ -76,6 +76,15 @@ def parser(job: str) -> argparse.ArgumentParser:
             metavar="{quick|deep}",
             dest="overrides",
             help="how the files of a published night are checked; short for --set publish.verify=…",
+        )
+    if job == "rollback":
+        parser.add_argument(
+            "--to",
+            action="append",
+            type="publish.rollback_to={}".format,
+            metavar="{VERSION|PREVIOUS}",
+            dest="overrides",
+            help="the version of the table to go back to; default PREVIOUS, what the last publication replaced",
         )
     if job in NAMED:
         parser.add_argument("--run", metavar="NAME", help="an experiment: production never builds on its runs")

@@ -18,7 +18,8 @@ from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import write_parts
 from ncf_dist.publish.pipeline import publish
-from ncf_dist.stage import stored
+from ncf_dist.rollback.pipeline import rollback
+from ncf_dist.stage import Outcome, stored
 
 ITEMS = ["apple", "bread", "cheese", "dates", "eggs", "figs"]
 SEEN = {"ann": [0, 1], "bob": [2], "cat": [0, 5], "dan": [3, 4]}
@@ -69,10 +70,16 @@ class Night:
         self.config = Config.model_validate({**self.config.model_dump(), **self.sections})
 
     def prepare(
-        self, unseen: tuple[str, ...] = (), strategy: str = "leave-one-out", spread: int = 1, last: int = 0
+        self,
+        unseen: tuple[str, ...] = (),
+        strategy: str = "leave-one-out",
+        spread: int = 1,
+        last: int = 0,
+        forget: str | None = None,
     ) -> Manifest:
         """`unseen`: users of the side table without an index. The last interaction of the n-th user is n days before
-        ds. Of the users' numbers every `spread`-th has one, and the `last` ones have none: the others are forgotten."""
+        ds. Of the users' numbers every `spread`-th has one, and the `last` ones have none: the others are forgotten.
+        forget: digest of the list of people who were."""
         numbers = [number * spread for number in range(len(SEEN))]
         users = {"user_id": [self.id(user) for user in SEEN], "user_idx": numbers}
         items = {"item_id": [self.id(item) for item in ITEMS], "item_idx": list(range(len(ITEMS)))}
@@ -91,7 +98,7 @@ class Night:
         self._made_with(split={"strategy": strategy})
         facts = {"users": len(SEEN) * spread + last, "items": len(ITEMS)}
         filled = {c: [pa.table(t, schema=c.schema)] for c, t in tables.items()}
-        prepare = self._run("prepare", "p1", filled, facts, {})
+        prepare = self._run("prepare", "p1", filled, facts, {} if forget is None else {"forget": forget})
         self._run("train", "t1", {}, {}, {"prepare": "p1"})
         return prepare
 
@@ -158,6 +165,13 @@ class Night:
     def publish(self) -> tuple[str, int]:
         outcome = publish(self.config, self.ds)
         return outcome.status, outcome.extra["version"]
+
+    def offer(self, model: str) -> None:
+        """A run of score whose rows and key say which one it is: `m2` has the key `s2`."""
+        self.score(good(model), key=model.replace("m", "s"), model_version=model)
+
+    def rollback(self, to: int | str = "PREVIOUS") -> Outcome:
+        return rollback(self.configured(rollback_to=to), self.ds)
 
     @property
     def table(self) -> Path:

@@ -221,7 +221,7 @@ def test_an_unknown_job_exits_2_and_lists_the_known_ones(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(arguments) == 2
-    assert "fetch|prepare|train|evaluate|score|publish|nightly|doctor" in capsys.readouterr().err
+    assert "|".join(cli.JOBS) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_examples_in_conf_are_valid(path: Path) -> None:
         ("train.epoch=3", "unknown key train.epoch (did you mean train.epochs?)"),
         ("input.min_ratings=3", "unknown key input.min_ratings (did you mean input.min_rating?)"),
         ("fetch.form=x", "unknown key fetch.form (did you mean fetch.from?)"),
-        ("publish.zzz=3", "unknown key publish.zzz (known here: table, require, verify)"),
+        ("publish.zzz=3", "unknown key publish.zzz (known here: table, require, verify, rollback_to)"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(load: Load, override: str, message: str) -> None:

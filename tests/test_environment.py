@@ -23,7 +23,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "doctor")
+JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "rollback", "doctor")
 INSTALL_FILES = (
     "Makefile",
     "spark-submit.sh",

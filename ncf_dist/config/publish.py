@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ncf_dist.config.section import Section
 
@@ -28,6 +28,10 @@ class Publish(Section):
     verify: Literal["quick", "deep"] = "quick"
     """How the files of a night that is published already are checked: `quick` looks at existence and size · `deep`
     reads all of them and compares SHA-256. What is damaged is replaced from the score run."""
+
+    rollback_to: Annotated[int, Field(ge=0)] | Literal["PREVIOUS"] = "PREVIOUS"
+    """What the job rollback makes of a night again, its `--to`: what it was at a version of the table, or `PREVIOUS`,
+    what its last publication replaced."""
 
     @model_validator(mode="after")
     def _one_plain_name(self) -> Publish:

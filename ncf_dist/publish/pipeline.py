@@ -16,6 +16,7 @@ from typing import Any
 from ncf_dist.config import Config
 from ncf_dist.errors import GateRefused, InputError
 from ncf_dist.files import resolve
+from ncf_dist.inputs import ids_digest, listed_ids
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo
@@ -41,8 +42,9 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     runs = find_runs(lake, config, ds, given)
     score, promise = runs.score, Promise.of(runs.score)
     contract = contract_of(runs.prepare, promise.form)
-    forget = runs.prepare.inputs.get("forget")
-    night = Publication(ds, score.run_key, promise.model_version, promise.k, forget=forget)
+    forget, path = runs.prepare.inputs.get("forget"), config.input.forget
+    listed = ids_digest(listed_ids(path)) if forget is not None and path is not None else None
+    night = Publication(ds, score.run_key, promise.model_version, promise.k, forget=forget, listed=listed)
     table = PublishedTable(lake.path(config.publish.table), contract)
     infos = {table.path_of(night, info.path, info.sha256): info for info in score.table(contract).files}
     warnings: list[str] = []

@@ -12,6 +12,7 @@ STEPS = {
     "repaired": "a damaged file of a night that is published already has been replaced",
     "audited": "every row that is to be published has been read",
     "judged": "the gates have let the night pass",
+    "verified": "every file that is to be readers' again has been read",
     "swept": "something that a killed run had left is gone",
     "folder": "the partition's folder is there",
     "staged": "a file is in place, which nobody reads yet",

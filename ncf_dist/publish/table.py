@@ -51,6 +51,8 @@ class Publication:
     """Users ranked by the model, once they were counted."""
     forget: str | None = None
     """Digest of the list of input.forget that its run knew of."""
+    listed: str | None = None
+    """Digest of that list as it is now."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """What the gates measured."""
     overrides: Mapping[str, str] = field(default_factory=dict)
@@ -185,7 +187,19 @@ class PublishedTable:
             return True
         if (night.ds, night.run_key) in self.log.undone(table.version()) and commits.UNDONE not in night.overrides:
             self._refuse_undone(night)
+        self._refuse_forgotten(night)
         return False
+
+    def _refuse_forgotten(self, night: Publication) -> None:
+        """Raise ContractError where the run may bring people back who were forgotten in this ds."""
+        digests = (entry.facts.get("ncf.forget") for _, entry in reversed(self.log.history(night.ds)))
+        known = next((digest for digest in digests if digest), None)
+        if known not in (None, night.forget) and (night.forget is None or night.forget != night.listed):
+            raise ContractError(
+                f"run {night.run_key} of ds {night.ds} does not know of the list of people to be forgotten (digest "
+                f"{str(known)[:12]}…) that was applied to this ds in {self.root}; needed a run made with input.forget "
+                "as it is now: run the line again from the job prepare on; nothing was changed"
+            )
 
     def _refuse_columns(self, table: DeltaTable) -> NoReturn:
         raise ContractError(
