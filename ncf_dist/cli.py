@@ -14,17 +14,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ncf_dist import gateway, last_line, several
+from ncf_dist import attempts, gateway, last_line, logs, several
 from ncf_dist.config import Config, load_config
 from ncf_dist.errors import ConfigError, ExitCode, NcfError, Preempted
 from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
 from ncf_dist.stage import Outcome
 from ncf_dist.stopping import Stopped, asked, interruptible, listening
-from ncf_dist.urls import log_to_stderr, scrub_all
+from ncf_dist.urls import scrub_all
 
 JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "rollback", "doctor")
 UNLOCKED = ("fetch", "doctor")
@@ -38,6 +39,9 @@ NAMED = ("prepare", "train", "evaluate", "score", "nightly")
 
 SEVERAL = ("nightly",)
 """Jobs that take several nights."""
+
+WHOLE = ("nightly",)
+"""Jobs that run stages, and note each; any other is noted as a stage of its own."""
 
 DRY_RUN = {"score": "forecast"}
 """Jobs that can say what they would take, and the function that does."""
@@ -113,12 +117,12 @@ def run_job(
     argv: the job's arguments; after `--` options for spark-submit.
     dry_run: what runs in place of `function` under --dry-run; it writes nothing, so it holds no night.
     """
-    log_to_stderr("%(name)s")
+    logs.log_to_stderr()
     # Says good-bye after the last line, which under plain spark-submit shares stdout with the log.
     logging.getLogger("py4j").setLevel(logging.WARNING)
     args = list(sys.argv[1:] if argv is None else argv)
     start, report = time.monotonic(), _blank(job, args)
-    with listening():
+    with listening(), logs.saying():
         exit_code = _run(job, lambda: _outcome(job, function, args, dry_run, report), report)
         report = _closed(report, exit_code, start)
         print(last_line.line(report), flush=True)
@@ -163,21 +167,27 @@ def _run(job: str, call: Callable[[], Outcome], report: dict[str, Any]) -> ExitC
         return ExitCode.DONE
     except (Exception, Stopped, KeyboardInterrupt) as error:
         report["traceback"] = traceback.format_exc()
-        # A connection to the JVM that we ended is an OSError, of which a stage may have made an error of its own.
-        ours = isinstance(error, NcfError) and not isinstance(error.__cause__, OSError)
-        if not ours and (not isinstance(error, Exception) or asked()):
-            # Whatever a library made of the interruption, this is what happened.
-            error = Preempted(
-                f"the job {job} was stopped by {asked() or 'SIGINT'}; what it had finished is kept and nothing "
-                f"unfinished is visible: run the same command again"
-            )
-        if isinstance(error, NcfError):
-            report.update(error.extra, status=error.status, error=str(error))
-            log.error("%s", error)
-            return error.exit_code
-        report.update(error=f"{type(error).__name__}: {error}")
+        exit_code, told = _said_of(job, error)
+        if isinstance(told, NcfError):
+            report.update(told.extra, status=told.status, error=str(told))
+            log.error("%s", told)
+            return exit_code
+        report.update(error=f"{type(told).__name__}: {told}")
         log.exception("%s failed unexpectedly", job)
-        return ExitCode.UNEXPECTED
+        return exit_code
+
+
+def _said_of(job: str, error: BaseException) -> tuple[ExitCode, BaseException]:
+    """The exit code of what a job has raised, and the error that a person is told of."""
+    # A connection to the JVM that we ended is an OSError, of which a stage may have made an error of its own.
+    ours = isinstance(error, NcfError) and not isinstance(error.__cause__, OSError)
+    if not ours and (not isinstance(error, Exception) or asked()):
+        # Whatever a library made of the interruption, this is what happened.
+        error = Preempted(
+            f"the job {job} was stopped by {asked() or 'SIGINT'}; what it had finished is kept and nothing "
+            f"unfinished is visible: run the same command again"
+        )
+    return (error.exit_code if isinstance(error, NcfError) else ExitCode.UNEXPECTED), error
 
 
 def _outcome(
@@ -188,6 +198,7 @@ def _outcome(
     nights = several.nights(args)
     report["ds"] = ds = nights[0] if len(nights) == 1 else None
     config = load_config(args.config, overrides(args))
+    logs.say(format=config.log.format)
     if config.paths.umask is not None:
         os.umask(int(config.paths.umask, 8))  # Ranks inherit it, and `spark_io.map_in_arrow` hands it on.
     if cut < len(argv):
@@ -203,21 +214,28 @@ def _outcome(
     if free:
         return function(config, nights[0])
     if ds is not None:
-        return _night(function, config, lake, ds, report)
+        return _night(job, function, config, lake, ds, report)
     known = {name: report[name] for name in ("lake", "work")}
 
     def one_of_them(ds: str) -> dict[str, Any]:
         start, own = time.monotonic(), {**_blank(job, argv), **known, "ds": ds}
-        return _closed(own, _run(job, lambda: _night(function, config, lake, ds, own), own), start)
+        with logs.saying():
+            return _closed(own, _run(job, lambda: _night(job, function, config, lake, ds, own), own), start)
 
     return several.run_each(nights, one_of_them, args.stop)
 
 
-def _night(function: JobFunction, config: Config, lake: Lake, ds: str, report: dict[str, Any]) -> Outcome:
+def _night(job: str, function: JobFunction, config: Config, lake: Lake, ds: str, report: dict[str, Any]) -> Outcome:
     """The job for one night, which nobody else gets meanwhile."""
     report["night"] = lake.path("runs", ds)
-    with lake.hold(ds):
-        return function(config, ds)
+    with lake.hold(ds), attempts.begun(lake, ds, job, config.run, partial(_said_of, job)) as attempt:
+        if job in WHOLE:
+            outcome = function(config, ds)
+        else:
+            with attempts.stage(job) as took:
+                took(outcome := function(config, ds))
+        attempt.ended(outcome)
+        return outcome
 
 
 def _submit(job: str, options: list[str], args: list[str]) -> NoReturn:

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ncf_dist import earlier
+from ncf_dist import earlier, logs
 from ncf_dist.config import Config, Input
 from ncf_dist.errors import ContractError
 from ncf_dist.lake import Lake
@@ -80,6 +80,7 @@ class StageRun:
         self.key = run_key(stage, ds, decisive(stage, self.config) | named, inputs)
         self.runs = Lake(config.paths.lake).stage(ds, stage)
         self._began = time.monotonic()
+        logs.say(ds=ds, stage=stage, run_key=self.key)
 
     @property
     def seconds(self) -> float:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
-
-from ncf_dist.stopping import asked
 
 SECRETS = "NCF_URL_SECRETS"
 """A JSON object: public URL → of each of its parts [user info, query]. Of a folder or a glob, all that is under it has
@@ -148,22 +145,3 @@ def scrub_all(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {key: scrub_all(value) for key, value in tree.items()}
     return [scrub_all(value) for value in tree] if isinstance(tree, list | tuple) else tree
-
-
-class Formatter(logging.Formatter):
-    """Log lines with date and time, and without secrets."""
-
-    def __init__(self, form: str) -> None:
-        super().__init__(form, "%Y-%m-%d %H:%M:%S")
-
-    def format(self, record: logging.LogRecord) -> str:
-        return scrub(super().format(record))
-
-
-def log_to_stderr(who: str) -> None:
-    """Have this process log to stderr as all of ours do; who: what follows the level."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(Formatter(f"%(asctime)s %(levelname)s {who}: %(message)s"))
-    # Once this process was asked to stop, Spark's JVM is gone, which is no news.
-    handler.addFilter(lambda record: not (asked() and "py4j" in record.pathname))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])

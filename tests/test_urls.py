@@ -19,7 +19,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncf_dist import last_line, urls
+from ncf_dist import last_line, logs, urls
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config
 from ncf_dist.files import filesystem, resolve
@@ -150,7 +150,7 @@ def test_the_last_line_and_the_log_hold_no_secret_of_an_error(
     url = f"http://me:{PASSWORD}@host/x?token={TOKEN}"
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({"paths": {"lake": str(tmp_path / "lake")}, "input": {"path": url}}))
-    formatter = urls.Formatter("%(message)s")
+    formatter = logs.Formatter()
     for error in (OSError(f"404 at {url}"), ValueError(f"login me {PASSWORD} refused; {TOKEN}")):
         assert run_job("prepare", raises(error), ["--config", str(path), "--ds", "2026-01-01"]) == 1
         out = capsys.readouterr().out

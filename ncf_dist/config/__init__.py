@@ -13,6 +13,7 @@ from ncf_dist.config.input import Columns, IdType, Input, InputFormat, Place, Si
 from ncf_dist.config.layout import Layout
 from ncf_dist.config.load import load_config, parse_ds
 from ncf_dist.config.loader import Loader
+from ncf_dist.config.log import Log
 from ncf_dist.config.model import Model, embedding_size
 from ncf_dist.config.negatives import Negatives
 from ncf_dist.config.parts import Counts, Ease, Parts
@@ -43,6 +44,7 @@ __all__ = [
     "InputFormat",
     "Layout",
     "Loader",
+    "Log",
     "Model",
     "Negatives",
     "NonNegativeInt",

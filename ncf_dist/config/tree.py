@@ -12,6 +12,7 @@ from ncf_dist.config.fetch import Fetch
 from ncf_dist.config.input import Input
 from ncf_dist.config.layout import Layout
 from ncf_dist.config.loader import Loader
+from ncf_dist.config.log import Log
 from ncf_dist.config.model import Model
 from ncf_dist.config.negatives import Negatives
 from ncf_dist.config.parts import Counts, Parts
@@ -43,6 +44,7 @@ class Config(Section):
     score: Score = Score()
     publish: Publish = Publish()
     spark: Spark = Spark()
+    log: Log = Log()
     seed: Annotated[int, Field(ge=1)] = 1
     """The one seed; every stream is derived from it by name, epoch and rank."""
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from ncf_dist import attempts
 from ncf_dist.config import Config
 from ncf_dist.errors import NcfError
 from ncf_dist.evaluate.pipeline import evaluate
@@ -65,7 +66,8 @@ class _Night:
     def take(self, name: str, config: Config, ds: str) -> None:
         """Run a stage and gather what it says. An error of ours leaves with what those before it have said."""
         try:
-            outcome = STAGES[name](config, ds, self.made)
+            with attempts.stage(name) as took:
+                took(outcome := STAGES[name](config, ds, self.made))
         except NcfError as error:
             said = {"outputs": self.outputs, "metrics": self.metrics, "runs": self.runs, **self.extra}
             last: Any = error.extra.get("warnings", ())

@@ -24,12 +24,12 @@ import time
 from collections.abc import Iterator
 
 from ncf_dist.errors import NcfError, TrainingFailed
+from ncf_dist.logs import log_to_stderr
 from ncf_dist.machine import cores
 from ncf_dist.train.launchers import rank_environment
 from ncf_dist.train.network import LISTENING, STORE, bound_to, interface_facing, interface_of, listen, split
 from ncf_dist.train.processes import die_with_parent
 from ncf_dist.train.reports import report
-from ncf_dist.urls import log_to_stderr
 
 log = logging.getLogger(__name__)
 

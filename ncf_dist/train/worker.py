@@ -29,6 +29,7 @@ from ncf_dist.contracts import Contract
 from ncf_dist.errors import ExitCode, NcfError
 from ncf_dist.files import exists, read_bytes, write_atomic
 from ncf_dist.item_item.part import Part
+from ncf_dist.logs import log_to_stderr
 from ncf_dist.manifests import Manifest, read_manifest
 from ncf_dist.models import NeuMF, Recommender, build_model
 from ncf_dist.train import checkpoints
@@ -43,7 +44,6 @@ from ncf_dist.train.validation import Validator
 from ncf_dist.train.waiting import Waiting
 from ncf_dist.train.windows import WindowLoader, window_length
 from ncf_dist.train.world import World
-from ncf_dist.urls import log_to_stderr
 
 log = logging.getLogger(__name__)
 
