@@ -34,6 +34,9 @@ UNLOCKED = ("fetch", "doctor")
 VERIFYING = ("publish", "nightly")
 """Jobs that check what is published already."""
 
+REPAIRING = ("publish",)
+"""Jobs with a function `repair` beside their own, which makes nothing for a ds."""
+
 NAMED = ("prepare", "train", "evaluate", "score", "nightly")
 """Jobs whose runs can be an experiment's."""
 
@@ -80,6 +83,12 @@ def parser(job: str) -> argparse.ArgumentParser:
             metavar="{quick|deep}",
             dest="overrides",
             help="how the files of a published night are checked; short for --set publish.verify=…",
+        )
+    if job in REPAIRING:
+        parser.add_argument(
+            "--repair",
+            action="store_true",
+            help="publish nothing; make latest.json anew from the log, and damaged files from the runs",
         )
     if job == "rollback":
         parser.add_argument(
@@ -210,6 +219,8 @@ def _outcome(
     if bool(vars(args).get("dry_run")):
         assert dry_run is not None
         function, free = dry_run, True
+    if bool(vars(args).get("repair")):
+        function, free = importlib.import_module(f"ncf_dist.{job}.pipeline").repair, True
     report.update(lake=lake.root, work=resolve(config.paths.work))
     if free:
         return function(config, nights[0])

@@ -20,7 +20,7 @@ from deltalake import DeltaTable
 
 from ncf_dist import cli, scratch
 from ncf_dist.errors import ContractError, InputError
-from ncf_dist.publish import latest, table
+from ncf_dist.publish import latest, pipeline, table
 from ncf_dist.publish import log as delta_log
 from ncf_dist.publish.log import DeltaLog
 from ncf_dist.publish.pipeline import publish
@@ -453,3 +453,44 @@ def test_what_is_published_has_the_modes_that_were_asked_for(night: Night, capsy
     assert {mode for name, mode in modes.items() if "." not in name} == {0o750}
     assert len(modes) == 2 + 2 + 1 + 1, "two files, their folder, the log, its entry, latest.json"
     assert set(night.table.rglob("*")) == known
+
+
+# ---- publish --repair ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["gone", "torn", "of another night"])
+def test_latest_is_made_anew_from_the_log(night: Night, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    conf, path = night.root / "conf.yaml", night.table / "latest.json"
+    conf.write_text(night.config.model_dump_json(by_alias=True))
+    whole = path.read_bytes()
+    args = ["--config", str(conf), "--repair"]
+    assert cli.run_job("publish", publish, args) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "already-done"
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(whole[:100] if damage == "torn" else whole.replace(b'"version": 2', b'"version": 1'))
+    assert cli.run_job("publish", publish, args) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["status"], report["version"], report["repaired"]) == ("done", 2, ["latest.json"])
+    assert path.read_bytes() == whole
+
+
+def test_every_night_is_repaired_and_what_cannot_be_is_named(night: Night) -> None:
+    files = {path: path.read_bytes() for path in night.table.rglob("*.parquet")}
+    seen = [night.table / path for path in DeltaLog(str(night.table)).live()]
+    for path in seen:
+        path.write_bytes(b"PAR1")
+    outcome = pipeline.repair(night.config, "2026-12-31")
+    assert sorted(outcome.extra["repaired"]) == sorted(str(path.relative_to(night.table)) for path in seen)
+    assert {path: path.read_bytes() for path in files} == files
+    shutil.rmtree(night.lake.stage("2026-01-30", "score").root)
+    lost = next(path for path in seen if "2026-01-30" in str(path))
+    lost.unlink()
+    with pytest.raises(ContractError, match=f"{lost.name}: it is gone .*run the line again for ds 2026-01-30"):
+        pipeline.repair(night.config, "2026-12-31")
+
+
+def test_there_is_nothing_to_repair_without_a_table(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no published night"):
+        pipeline.repair(Night(tmp_path).config, "2026-01-31")

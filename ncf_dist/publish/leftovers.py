@@ -15,6 +15,7 @@ import time
 
 from ncf_dist.contracts import PARTITION
 from ncf_dist.files import is_local, list_names, remove
+from ncf_dist.publish import steps
 from ncf_dist.publish.log import DeltaLog
 from ncf_dist.scratch import sweep_temporary
 
@@ -36,6 +37,7 @@ def sweep(folder: str) -> None:
         path = posixpath.join(folder, name)
         if _HALF_WRITTEN.search(name) and _age(path) > STALE_SECONDS:
             remove(path)
+            steps.reached("swept")
 
 
 def sweep_table(delta: DeltaLog) -> None:
@@ -62,8 +64,10 @@ def _sweep_staged(root: str, night: str, needed: set[str]) -> None:
         if name.endswith(".parquet") and f"{night}/{name}" not in needed and _age(path) > STAGED_SECONDS:
             log.info("removed %s, which was staged and never published", path)
             remove(path)
+            steps.reached("swept")
     if old and not list_names(folder):
         os.rmdir(folder)
+        steps.reached("swept")
 
 
 def _ever_added(delta: DeltaLog) -> set[str] | None:

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import posixpath
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from ncf_dist.config import Config
 from ncf_dist.errors import GateRefused, InputError
-from ncf_dist.files import resolve
+from ncf_dist.files import exists, read_bytes, resolve
 from ncf_dist.inputs import ids_digest, listed_ids
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo
-from ncf_dist.publish import gates, leftovers, steps
+from ncf_dist.publish import gates, latest, leftovers, steps
 from ncf_dist.publish.audit import Audit, Promise, audit, contract_of
-from ncf_dist.publish.repair import restore
+from ncf_dist.publish.log import LATEST, DeltaLog
+from ncf_dist.publish.repair import restore, restore_all
 from ncf_dist.publish.runs import Runs, evaluated, find_runs, interactions_of, published_interactions
 from ncf_dist.publish.table import Publication, PublishedTable
 from ncf_dist.stage import Outcome, Upstream
@@ -70,6 +72,30 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     status = "already-done" if done and not repaired else "done"
     extra = {"version": version, "warnings": warnings, **({"repaired": repaired} if repaired else {})}
     return Outcome(status, score.run_key, {contract.name: table.root}, {}, extra)
+
+
+def repair(config: Config, ds: str) -> Outcome:
+    """Make latest.json anew from the log, and damaged published files from the score runs, of every night: `--repair`.
+    Nothing is published, so `ds` does not matter. Raises InputError, ContractError."""
+    lake = Lake(config.paths.lake)
+    delta = DeltaLog(lake.path(config.publish.table))
+    path = posixpath.join(delta.root, LATEST)
+    try:
+        if delta.open() is None:
+            raise InputError(f"{delta.root} has no published night; look at paths.lake and publish.table")
+        before = read_bytes(path) if exists(path) else None
+        version = latest.settle(delta).version()
+        written = before != (read_bytes(path) if exists(path) else None)
+        repaired = [*([LATEST] if written else []), *restore_all(lake, delta, config.publish.verify == "deep")]
+        leftovers.sweep_table(delta)
+    except OSError as error:
+        raise InputError(
+            f"the repair of {delta.root} stopped: {' '.join(str(error).split())}; needed to read and write it: fix "
+            "that and run this again"
+        ) from error
+    log.info("%s, version %d: repaired %s", delta.root, version, ", ".join(repaired) or "nothing, as all is whole")
+    extra = {"version": version, "repaired": repaired}
+    return Outcome("done" if repaired else "already-done", None, {config.publish.table: delta.root}, {}, extra)
 
 
 def _pass_gates(config: Config, table: PublishedTable, runs: Runs, audited: Audit) -> list[str]:

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 
 from ncf_dist.errors import ContractError
 from ncf_dist.files import filesystem, make_dirs, read_bytes, write_atomic
+from ncf_dist.lake import Lake
 from ncf_dist.parquet import FileInfo
 from ncf_dist.publish import steps
 from ncf_dist.publish.audit import checked_bytes
+from ncf_dist.publish.log import DeltaLog
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,26 @@ def damage(path: str, info: FileInfo, deep: bool) -> str | None:
     return None
 
 
+def restore_all(lake: Lake, delta: DeltaLog, deep: bool) -> list[str]:
+    """Check the files of every night that readers see, as `restore` does; those of another's commits are left alone."""
+    table = delta.opened()
+    replaced = []
+    for ds in sorted(delta.nights(table)):
+        found = delta.explain(table, ds)
+        if found is None or not found[1].checksums:
+            continue
+        version, entry = found
+        files = {path: FileInfo(path, 0, 1, info["bytes"], info["sha256"]) for path, info in entry.checksums.items()}
+        score = lake.stage(ds, "score").find(str(entry.run_key))
+        infos = score.tables["recommendations"].files if score is not None else ()
+        made = dict(zip((info.sha256 for info in infos), score.files("recommendations") if score else (), strict=True))
+        nowhere = f"a score run {entry.run_key} of ds {ds}"
+        sources = {path: made.get(info.sha256, nowhere) for path, info in files.items()}
+        remedy = f"put them back from a backup, or run the line again for ds {ds} (version {version} published it)"
+        replaced += restore(delta.root, files, sources, deep, remedy)
+    return replaced
+
+
 def restore(root: str, files: Mapping[str, FileInfo], sources: Mapping[str, str], deep: bool, remedy: str) -> list[str]:
     """Check the published `files` and replace what is damaged; the paths that were replaced.
 
@@ -59,7 +81,9 @@ def restore(root: str, files: Mapping[str, FileInfo], sources: Mapping[str, str]
         fs, inner = filesystem(target)
         if fs.isdir(inner):
             fs.rm(inner, recursive=True)
+            steps.reached("cleared")
         make_dirs(posixpath.dirname(target))
+        steps.reached("folder")
         write_atomic(target, data)
         steps.reached("repaired")
         replaced.append(name)

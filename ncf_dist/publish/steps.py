@@ -9,6 +9,7 @@ from __future__ import annotations
 STEPS = {
     "begun": "nothing has been looked at",
     "checked": "the log is whole and the fence has let this run pass",
+    "cleared": "a folder that stood in a published file's place is gone",
     "repaired": "a damaged file of a night that is published already has been replaced",
     "audited": "every row that is to be published has been read",
     "judged": "the gates have let the night pass",

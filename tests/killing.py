@@ -1,0 +1,122 @@
+"""Real processes that are killed at a named step, or at any moment, at the cost of a fork each.
+
+One process imports everything and uses nothing of it (delta-rs dies in the fork of a process that has used it); for
+each request it forks a child that runs one job and kills itself where it is told to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ncf_dist.config import Config
+
+REPO = Path(__file__).parents[1]
+KILLED = -signal.SIGKILL
+SERVER = """
+import importlib, json, os, signal, sys, time
+
+from ncf_dist.config import Config
+from ncf_dist.errors import NcfError
+from ncf_dist.publish import steps
+
+functions = {}
+for name in sys.argv[1:]:
+    module, function = name.split(":")
+    functions[function] = getattr(importlib.import_module(module), function)
+
+def run(job, config, ds, step, nth):
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1), os.dup2(null, 2)
+    left = [nth]
+    def listener(name):
+        if name == step:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    steps.listener = listener
+    try:
+        functions[job](Config.model_validate(config), ds)
+    except NcfError as error:
+        os._exit(int(error.exit_code))
+    except BaseException:
+        os._exit(99)
+    os._exit(0)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    delay = asked.pop("delay")
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        run(**asked)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print(json.dumps([os.waitstatus_to_exitcode(status), time.monotonic() - began]), flush=True)
+"""
+
+
+class Killer:
+    """The process that forks. jobs: their functions, as `module:function`."""
+
+    def __init__(self, *jobs: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, *jobs],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(REPO)},
+        )
+        assert self._said() == "ready"
+
+    def run(
+        self, job: str, config: Config, ds: str, step: str = "", nth: int = 1, delay: float | None = None
+    ) -> tuple[int, float]:
+        """(exit code, seconds) of one job that is killed when it reaches `step` for the nth time, or after `delay`
+        seconds; else it runs to its end."""
+        tree = config.model_dump(mode="json", by_alias=True)
+        asked = {"job": job, "config": tree, "ds": ds, "step": step, "nth": nth, "delay": delay}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        code, seconds = json.loads(self._said())
+        return int(code), float(seconds)
+
+    def _said(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._process.communicate()
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def killer(*jobs: str) -> Iterator[Killer]:
+    made = Killer(*jobs)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def shown(run: list[tuple[str, Any]]) -> list[tuple[str, int]]:
+    """The steps of a run as (name, how many times until then)."""
+    counts: dict[str, int] = {}
+    found = []
+    for kind, name in run:
+        if kind == "step":
+            counts[name] = counts.get(name, 0) + 1
+            found.append((name, counts[name]))
+    return found
