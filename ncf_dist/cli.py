@@ -27,9 +27,9 @@ from ncf_dist.stage import Outcome
 from ncf_dist.stopping import Stopped, asked, interruptible, listening
 from ncf_dist.urls import scrub_all
 
-JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "rollback", "doctor")
-UNLOCKED = ("fetch", "doctor")
-"""Jobs that make nothing for a ds."""
+JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "rollback", "doctor", "clean")
+UNLOCKED = ("fetch", "doctor", "clean")
+"""Jobs that make nothing for a ds; clean holds the nights that it changes, one at a time."""
 
 VERIFYING = ("publish", "nightly")
 """Jobs that check what is published already."""
@@ -46,8 +46,8 @@ SEVERAL = ("nightly",)
 WHOLE = ("nightly",)
 """Jobs that run stages, and note each; any other is noted as a stage of its own."""
 
-DRY_RUN = {"score": "forecast"}
-"""Jobs that can say what they would take, and the function that does."""
+DRY_RUN = {"score": "forecast", "clean": "forecast"}
+"""Jobs that can say what they would take, or remove, and the function that does."""
 
 JobFunction = Callable[[Config, str], Outcome]
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def parser(job: str) -> argparse.ArgumentParser:
     parser.add_argument("--allow-future", action="store_true", help="take a --ds after tomorrow, for a backtest")
     if job in DRY_RUN:
         parser.add_argument(
-            "--dry-run", action="store_true", help="write nothing; say what the job would take, from a sample"
+            "--dry-run", action="store_true", help="change nothing; say what the job would take, or remove"
         )
     return parser
 

@@ -5,11 +5,14 @@ The only module that imports fsspec. Drivers, tasks and ranks read and write thr
 
 from __future__ import annotations
 
+import contextlib
+import datetime as dt
 import hashlib
 import json
 import os
 import posixpath
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 
@@ -73,6 +76,32 @@ def list_names(path: str) -> list[str]:
     if not fs.exists(inner):
         return []
     return sorted(posixpath.basename(str(p).rstrip("/")) for p in fs.ls(inner, detail=False))
+
+
+class Size(NamedTuple):
+    """Of a stored file; modified: seconds since 1970, None where its store does not say."""
+
+    bytes: int
+    modified: float | None
+
+
+def sizes(path: str) -> dict[str, Size]:
+    """Every file below a folder, by its path from there on; of a file itself, by "."."""
+    fs, inner = filesystem(path)
+    with contextlib.suppress(FileNotFoundError):
+        found = fs.find(inner, detail=True)
+        return {
+            posixpath.relpath(name, inner): Size(int(info["size"] or 0), _modified(info))
+            for name, info in found.items()
+        }
+    return {}
+
+
+def _modified(info: Mapping[str, Any]) -> float | None:
+    for name in ("mtime", "LastModified", "last_modified", "created"):
+        if (found := info.get(name)) is not None:
+            return float(found.timestamp() if isinstance(found, dt.datetime) else found)
+    return None
 
 
 def read_bytes(path: str) -> bytes:

@@ -19,6 +19,7 @@ from ncf_dist.config.negatives import Negatives
 from ncf_dist.config.parts import Counts, Ease, Parts
 from ncf_dist.config.paths import Paths
 from ncf_dist.config.publish import RESERVED, Gate, Publish
+from ncf_dist.config.retention import Retention
 from ncf_dist.config.score import IdList, Score
 from ncf_dist.config.section import NonNegativeInt, PositiveInt, Section
 from ncf_dist.config.sequences import Sequences
@@ -54,6 +55,7 @@ __all__ = [
     "PositiveInt",
     "Pretrained",
     "Publish",
+    "Retention",
     "Score",
     "Section",
     "Sequences",

@@ -18,6 +18,7 @@ from ncf_dist.config.negatives import Negatives
 from ncf_dist.config.parts import Counts, Parts
 from ncf_dist.config.paths import Paths
 from ncf_dist.config.publish import Publish
+from ncf_dist.config.retention import Retention
 from ncf_dist.config.score import Score
 from ncf_dist.config.section import Section
 from ncf_dist.config.sequences import Sequences
@@ -43,6 +44,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     score: Score = Score()
     publish: Publish = Publish()
+    retention: Retention = Retention()
     spark: Spark = Spark()
     log: Log = Log()
     seed: Annotated[int, Field(ge=1)] = 1

@@ -157,7 +157,7 @@ class DeltaLog:
                 table = DeltaTable(self.root)  # Somebody's first commit came in between.
             if known is not None and known > table.version():
                 self._refuse(known, f"it is gone: {LATEST} names version {known}, the log ends at {table.version()}")
-            for version in range(max(0, table.version() - LOOK_BACK + 1), table.version() + 1):
+            for version in self._back_from(table.version()):
                 self.entry(version)
             self._check_snapshot(table)
         return table
@@ -205,7 +205,7 @@ class DeltaLog:
         """(version, commit) of our commits of `ds` that the log still has, the oldest first; until: the last version
         that is looked at."""
         last = self.opened().version() if until is None else until
-        entries = ((version, self.entry(version)) for version in range(max(0, last - LOOK_BACK + 1), last + 1))
+        entries = ((version, self.entry(version)) for version in reversed(self._back_from(last)))
         return [(version, entry) for version, entry in entries if entry is not None and entry.ds == ds]
 
     def undone(self, until: int | None = None) -> frozenset[tuple[str, str]]:
@@ -217,7 +217,7 @@ class DeltaLog:
         """Our newest commit: what is to outlive the log's older entries is in each of them."""
         table = self.open() if until is None else None
         last = until if until is not None else table.version() if table is not None else -1
-        for version in range(last, max(-1, last - LOOK_BACK), -1):
+        for version in self._back_from(last):
             entry = self.entry(version)
             if entry is not None and entry.ds is not None:
                 return entry
@@ -226,7 +226,7 @@ class DeltaLog:
     def explain(self, table: DeltaTable, ds: str) -> tuple[int, Entry] | None:
         """(version, commit) that published the files of `ds` in this snapshot; None where that was not ours."""
         files = {path for path, _ in self.nights(table).get(ds, [])}
-        for version in range(table.version(), max(-1, table.version() - LOOK_BACK), -1):
+        for version in self._back_from(table.version()):
             entry = self.entry(version)
             if entry is not None and entry.ds == ds and files and all(f"-{entry.run_key}-" in path for path in files):
                 return version, entry
@@ -274,6 +274,11 @@ class DeltaLog:
         for ds, version in last.items():
             if {path for path, _ in nights.get(ds, ())} != self._entries[version].files.keys():
                 self._refuse(version, f"the log as a whole shows other files for ds {ds} than this commit added")
+
+    def _back_from(self, version: int) -> list[int]:
+        """The entries up to a version that are looked at, the newest first; where the log was cleaned, few are left."""
+        there = set(self._versions()) | self._entries.keys()
+        return sorted((at for at in there if version - LOOK_BACK < at <= version), reverse=True)
 
     def _versions(self) -> list[int]:
         names = list_names(posixpath.join(self.root, "_delta_log"))

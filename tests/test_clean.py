@@ -1,0 +1,517 @@
+"""The job clean: what goes, what stays because somebody needs it, and a lake that is whole at every moment."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from deltalake import DeltaTable
+
+from ncf_dist import cli
+from ncf_dist import config as settings
+from ncf_dist.ancestry import DIGESTS
+from ncf_dist.bundle import read_bundle, version_of
+from ncf_dist.clean import checkpoint, nights, removal
+from ncf_dist.clean.keep import what_stays
+from ncf_dist.clean.pipeline import clean, forecast
+from ncf_dist.clean.runs import removals
+from ncf_dist.config import Config
+from ncf_dist.errors import ContractError
+from ncf_dist.files import sizes
+from ncf_dist.manifests import Manifest
+from ncf_dist.publish.log import DeltaLog, digest
+from ncf_dist.stage import LINE, Outcome
+from tests.published import Night, good
+
+FIRST = dt.date(2026, 1, 1)
+AT_ONCE = {"days": 0, "nights": 3, "versions": 3, "published": 5}
+
+
+def day(number: int) -> str:
+    return (FIRST + dt.timedelta(days=number)).isoformat()
+
+
+def published(root: Path, number: int) -> Night:
+    """The night of that number, made and published."""
+    night = Night(root, day(number))
+    night.prepare()
+    night.score(good(f"m{number}"), model_version=f"m{number}")
+    assert night.publish()[0] == "done"
+    return night
+
+
+def kept(night: Night, **retention: Any) -> Config:
+    """The night's config with these settings of retention."""
+    found = settings.Retention.model_validate({**AT_ONCE, **retention})
+    return night.config.model_copy(update={"retention": found})
+
+
+def cleaned(night: Night, **retention: Any) -> Outcome:
+    return clean(kept(night, **retention), night.ds)
+
+
+def below(path: Path) -> int:
+    return sum(size.bytes for size in sizes(str(path)).values())
+
+
+def names(path: Path) -> list[str]:
+    return sorted(found.name for found in path.iterdir())
+
+
+def runs_of(night: Night, stage: str) -> list[str]:
+    """The nights that have something of this stage."""
+    return sorted(found.parent.name for found in Path(night.lake.root, "runs").glob(f"*/{stage}"))
+
+
+def files_of(night: Night, number: int) -> list[str]:
+    """Published files of the night of that number, whatever version needs them."""
+    return names(night.table / f"ds={day(number)}")
+
+
+def readable(night: Night, *versions: int) -> set[Path]:
+    """The files that these versions of the table have."""
+    return {Path(name) for version in versions for name in DeltaTable(str(night.table), version=version).file_uris()}
+
+
+# ---- what goes, and what stays -----------------------------------------------------------------------------
+
+
+def test_the_latest_nights_and_versions_stay_and_the_others_go(tmp_path: Path) -> None:
+    night = [published(tmp_path, number) for number in range(10)][-1]
+    outcome = cleaned(night)
+    assert outcome.extra["removed"]["night"]["count"] == 5
+    assert outcome.extra["removed"]["run"]["count"] == 7 * 3
+    assert runs_of(night, "score") == [day(n) for n in (7, 8, 9)]
+    shown = {f"ds={day(n)}/{name}" for n in range(5, 10) for name in files_of(night, n)}
+    assert DeltaLog(str(night.table)).live() == shown
+    assert all(files_of(night, n) for n in range(10)), "readers were shown these nights until just now"
+    for number in (10, 11):
+        night = published(tmp_path, number)
+        cleaned(night)
+    # Versions 14, 16 and 18 stay, from which an old night has gone, and those before them as they were published.
+    assert set(night.table.glob("ds=*/*")) == readable(night, *range(14, 19))
+    night = published(tmp_path, 12)
+    cleaned(night)
+    assert set(night.table.glob("ds=*/*")) == readable(night, *range(16, 21))
+    assert [path.name for path in sorted(night.table.glob("ds=*"))] == [f"ds={day(n)}" for n in range(6, 13)]
+    assert night.read() == sorted(good("m12"))
+    assert night.publish() == ("already-done", 19)
+
+
+def test_what_is_recent_stays_whatever_the_other_bounds_say(tmp_path: Path) -> None:
+    night = [published(tmp_path, number) for number in range(6)][-1]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    outcome = cleaned(night, days=1, nights=1, versions=1, published=1)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before.keys() - after.keys() == set()
+    assert all(after[path] == data for path, data in before.items())
+    assert outcome.metrics == {"clean.bytes": 0, "clean.removed": 0}
+
+
+def disk(root: Path, nights: int) -> list[int]:
+    """Bytes of the lake after each night and its clean."""
+    found = []
+    for number in range(nights):
+        cleaned(published(root, number))
+        found.append(below(root))
+    return found
+
+
+def assert_bounded(found: list[int]) -> None:
+    third = len(found) // 3
+    assert max(found[-third:]) < 1.1 * max(found[third:-third]), found
+
+
+def test_disk_is_bounded_over_nights(tmp_path: Path) -> None:
+    assert_bounded(disk(tmp_path, 24))
+
+
+@pytest.mark.soak
+def test_disk_is_bounded_over_sixty_nights(tmp_path: Path) -> None:
+    found = disk(tmp_path, 60)
+    print("KiB after each night:", [size // 1024 for size in found])
+    assert_bounded(found)
+    assert len(names(tmp_path / "lake" / "recommendations" / "_delta_log")) < 20
+
+
+# ---- what somebody needs -----------------------------------------------------------------------------------
+
+
+class Lakeful:
+    """A lake of runs without tables, each of which clean could take for an old one."""
+
+    def __init__(self, root: Path, nights: int = 6) -> None:
+        self.night = Night(root)
+        self.lake = self.night.lake
+        for number in range(nights):
+            base = {"ds": day(number - 1), "run_key": f"p{number - 1}"} if number else None
+            self.run(number, "prepare", f"p{number}", {"index": base})
+            self.run(number, "train", f"t{number}", {"prepare": f"p{number}"}, model={"name": "mf"})
+            self.run(number, "evaluate", f"e{number}", {"train": f"t{number}", "prepare": f"p{number}"})
+            self.run(number, "score", f"s{number}", {"train": f"t{number}", "prepare": f"p{number}"})
+
+    def run(
+        self, number: int, stage: str, key: str, inputs: dict[str, Any], name: str | None = None, **config: Any
+    ) -> str:
+        runs = self.lake.stage(day(number), stage)
+        root = runs.begin(key)
+        facts = {"model_version": f"of-{inputs.get('train')}"}
+        made = Manifest(stage=stage, ds=day(number), run_key=key, root=root, config=config, inputs=inputs, facts=facts)
+        runs.finish(dataclasses.replace(made, name=name))
+        return root
+
+    def left(self, *, shown: list[tuple[str, str]] | None = None, **sections: Any) -> set[str]:
+        """Keys of the runs that stay. shown: in place of what is published."""
+        tree = {**self.night.config.model_dump(), "retention": {**AT_ONCE, "nights": 1}}
+        for name, values in sections.items():
+            tree[name] = {**tree[name], **values}
+        config = Config.model_validate(tree)
+        kept = what_stays(self.lake, config, shown or [])
+        for gone in [one for ds in self.lake.nights() for one in removals(self.lake, ds, kept, time.time(), True)]:
+            gone.carry_out()
+        return {
+            run.run_key for ds in self.lake.nights() for stage in LINE for run in self.lake.stage(ds, stage).finished()
+        }
+
+
+LAST = {"p5", "t5", "e5", "s5", "p4"}
+"""Of the newest night, and the index that its own extends."""
+
+
+@pytest.fixture
+def lakeful(tmp_path: Path) -> Lakeful:
+    return Lakeful(tmp_path)
+
+
+def test_the_newest_night_and_the_index_that_it_extends_stay(lakeful: Lakeful) -> None:
+    assert lakeful.left() == LAST
+
+
+def test_the_runs_of_the_published_night_stay_however_old_it_is(lakeful: Lakeful) -> None:
+    assert lakeful.left(shown=[(day(1), "s1")]) == LAST | {"s1", "t1", "p1", "e1", "p0"}
+
+
+@pytest.mark.parametrize("setting", ["train", "compare", "pretrained"])
+def test_what_the_config_names_stays(lakeful: Lakeful, setting: str) -> None:
+    bundle = lakeful.lake.stage(day(2), "train").run_path("t2") + "/bundle"
+    of_train = LAST | {"t2", "p2", "e2", "p1"}
+    if setting == "train":
+        assert lakeful.left(train={"warm_start": bundle}) == of_train
+    elif setting == "pretrained":
+        both = {"gmf": bundle, "mlp": bundle}
+        assert lakeful.left(train={"pretrained": both}, model={"name": "neumf"}) == of_train
+    else:
+        run = lakeful.lake.stage(day(2), "evaluate").run_path("e2")
+        assert lakeful.left(evaluate={"compare": run}) == of_train
+
+
+@pytest.mark.parametrize("compare", [day(2), "of-t2"])
+def test_an_evaluation_to_compare_with_may_be_named_by_its_ds_or_its_model(lakeful: Lakeful, compare: str) -> None:
+    assert lakeful.left(evaluate={"compare": compare}) == LAST | {"t2", "p2", "e2", "p1"}
+
+
+def test_the_newest_model_of_each_kind_stays_for_a_warm_start(lakeful: Lakeful) -> None:
+    lakeful.run(1, "train", "other", {"prepare": "p1"}, model={"name": "gmf"})
+    lakeful.run(2, "train", "named", {"prepare": "p2"}, model={"name": "mlp"}, name="trial")
+    assert lakeful.left() == LAST | {"other", "p1", "p0"}, "an experiment's is never started from"
+
+
+def test_the_newest_index_stays_where_later_nights_have_only_begun(lakeful: Lakeful) -> None:
+    for number in range(6, 12):
+        lakeful.lake.stage(day(number), "prepare").begin("died")
+    lakeful.run(12, "prepare", "trial", {"index": None}, name="trial")
+    assert lakeful.left() == LAST | {"trial"}
+
+
+def test_indexes_stay_as_far_as_a_model_that_has_no_digest_of_its_own(lakeful: Lakeful) -> None:
+    path = lakeful.lake.stage(day(2), "train").run_path("t2")
+    old = read_bundle(str(stored_bundle(Path(path), day(2), "p2")))
+    assert DIGESTS not in old.facts
+    assert lakeful.left(shown=[(day(2), "s2")]) == LAST | {"s2", "t2", "p2", "e2", "p1"} | {"p3", "p4"}
+
+
+def stored_bundle(run: Path, ds: str, prepare: str) -> Path:
+    """A card as the first versions wrote it."""
+    model, sha256 = settings.Model(name="mf"), "0" * 64
+    (run / "bundle").mkdir()
+    card = {
+        "model": model.model_dump(mode="json"),
+        "model_version": version_of(model, sha256),
+        "n_users": 1,
+        "n_items": 1,
+        "sha256": sha256,
+        "facts": {"ds": ds, "prepare_run": prepare},
+    }
+    (run / "bundle" / "bundle.json").write_text(json.dumps(card))
+    return run / "bundle"
+
+
+def test_checkpoints_go_with_the_end_of_a_training_and_attempts_with_their_night(lakeful: Lakeful) -> None:
+    trained = Path(lakeful.lake.stage(day(5), "train").run_path("t5"), "checkpoints", "step-000000001")
+    trained.mkdir(parents=True)
+    attempts = {n: Path(lakeful.lake.stage(day(n), "train").begin("died"), "checkpoints") for n in (2, 5)}
+    for attempt in attempts.values():
+        attempt.mkdir()
+        (attempt / "tensors").write_bytes(b"t")
+    lakeful.left()
+    assert not trained.exists()
+    assert not attempts[2].exists()
+    assert (attempts[5] / "tensors").exists(), "it may be gone on with"
+
+
+def test_what_jobs_said_stays_longer_than_what_they_made(tmp_path: Path) -> None:
+    for number in range(8):
+        night = published(tmp_path, number)
+        said = tmp_path / "lake" / "runs" / night.ds / "jobs"
+        said.mkdir()
+        (said / "nightly.json").write_text("{}")
+    cleaned(night, nights=2, records=5)
+    assert runs_of(night, "score") == [day(n) for n in (6, 7)]
+    assert runs_of(night, "jobs") == [day(n) for n in (3, 4, 5, 6, 7)]
+
+
+def test_the_published_night_that_latest_json_names_stays_in_the_table(tmp_path: Path) -> None:
+    """A night before the newest one may be what readers of latest.json see."""
+    first = published(tmp_path, 0)
+    latest = first.latest()
+    night = [published(tmp_path, number) for number in range(1, 8)][-1]
+    (night.table / "latest.json").write_text(json.dumps(latest))
+    for _ in range(3):
+        cleaned(night, versions=1, published=2)
+    assert all((night.table / path).exists() for path in latest["files"])
+    assert first.read() == sorted(good("m0"))
+    assert runs_of(night, "score") == [day(n) for n in (0, 5, 6, 7)]
+
+
+def test_a_night_that_another_run_holds_is_passed_over_and_said(tmp_path: Path) -> None:
+    night = [published(tmp_path, number) for number in range(6)][-1]
+    with night.lake.hold(day(0)):
+        outcome = cleaned(night)
+    assert runs_of(night, "score") == [day(n) for n in (0, 3, 4, 5)]
+    assert outcome.extra["warnings"] == [f"passed over, as another run holds it: ds {day(0)}"] * 2
+    assert cleaned(night).extra["warnings"] == []
+    assert runs_of(night, "score") == [day(n) for n in (3, 4, 5)]
+
+
+def test_staged_files_of_a_run_that_died_go(tmp_path: Path) -> None:
+    night = published(tmp_path, 0)
+    staged = [night.table / f"ds={ds}" / "m-part-s-0.parquet" for ds in (day(0), day(1))]
+    for path in staged:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"staged")
+    outcome = cleaned(night)
+    assert outcome.extra["removed"] == {"file": {"count": 2, "bytes": 12}}
+    assert not any(path.exists() for path in staged)
+    assert not staged[1].parent.exists()
+    assert night.read() == sorted(good("m0"))
+
+
+# ---- the log -----------------------------------------------------------------------------------------------
+
+
+def committed(night: Night, count: int) -> None:
+    """So many more entries in the log, of thirty other nights, as `publish` would have written them."""
+    log, there = night.table / "_delta_log", len(list((night.table / "_delta_log").glob("*.json")))
+    actions = [json.loads(line) for line in (log / f"{0:020d}.json").read_text().splitlines()]
+    info = next(action["commitInfo"] for action in actions if "commitInfo" in action)
+    adds = [action["add"] for action in actions if "add" in action]
+    last: dict[str, list[dict[str, Any]]] = {}
+    for version in range(there, there + count):
+        ds, key = day(1 + version % 30), f"r{version}"
+        new = [json.loads(json.dumps(add).replace(night.ds, ds).replace("-s1-", f"-{key}-")) for add in adds]
+        files = {add["path"]: {"bytes": add["size"], "sha256": "0"} for add in new}
+        facts = {**info, "ncf.ds": ds, "ncf.run_key": key, "ncf.files": files}
+        removed = [{"path": add["path"], "dataChange": True, "deletionTimestamp": 0} for add in last.get(ds, ())]
+        lines = [{"commitInfo": {**facts, "ncf.digest": digest(facts)}}, *({"add": add} for add in new)]
+        lines += [{"remove": one} for one in removed]
+        (log / f"{version:020d}.json").write_text("\n".join(map(json.dumps, lines)))
+        last[ds] = new
+
+
+def test_the_log_stays_short_after_four_hundred_commits(tmp_path: Path) -> None:
+    night = published(tmp_path, 0)
+    committed(night, 400)
+    log = DeltaLog(str(night.table))
+    before, nights = log.live(), log.nights(log.opened())
+    explained = {ds: log.explain(log.opened(), ds) for ds in nights}
+    old = {version: DeltaLog(str(night.table)).live(version) for version in range(391, 401)}
+    cleaned(night, versions=10, published=None)
+    assert len(names(night.table / "_delta_log")) == 401 + 2, "a reader may have listed the log just now"
+    cleaned(night, versions=10, published=None)
+    # The versions that stay, what explains the nights of the oldest of them, a checkpoint, and the file that names it.
+    assert len(names(night.table / "_delta_log")) == 10 + 30 + 1 + 1
+    again = DeltaLog(str(night.table))
+    assert again.live() == before
+    assert again.nights(again.opened()) == nights
+    assert {ds: again.explain(again.opened(), ds) for ds in nights} == explained
+    assert len(explained) == 31
+    assert None not in explained.values()
+    assert {version: again.live(version) for version in old} == old
+    assert night.publish()[0] == "already-done"
+    later = published(tmp_path, 50)
+    assert later.read() == sorted(good("m50"))
+
+
+def test_a_checkpoint_that_says_something_else_is_not_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night = [published(tmp_path, number) for number in range(6)][-1]
+    says = checkpoint._says
+    monkeypatch.setattr(checkpoint, "_says", lambda root, version: (root, says(root, version)))
+    before = names(night.table / "_delta_log")
+    with pytest.raises(ContractError, match="a checkpoint of version 3 of .* does not say what the log says"):
+        cleaned(night, published=None)
+    assert names(night.table / "_delta_log") == before
+
+
+def test_a_log_with_checkpoints_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    night = [published(tmp_path, number) for number in range(6)][-1]
+    other = f"{2:020d}.checkpoint.0000000001.0000000002.parquet"
+    DeltaTable(str(night.table), version=2).create_checkpoint()
+    log = night.table / "_delta_log"
+    (log / f"{2:020d}.checkpoint.parquet").rename(log / other)
+    (log / "_last_checkpoint").unlink()
+    before = names(log)
+    for _ in range(2):
+        cleaned(night, published=None)
+    assert names(log) == before
+
+
+def test_a_damaged_log_is_named_and_nothing_goes(tmp_path: Path) -> None:
+    night = [published(tmp_path, number) for number in range(6)][-1]
+    entry = night.table / "_delta_log" / f"{2:020d}.json"
+    entry.write_bytes(entry.read_bytes()[:-40])
+    before = sizes(str(tmp_path)).keys()
+    with pytest.raises(ContractError, match="00000000000000000002.json of the Delta log is damaged"):
+        cleaned(night)
+    assert sizes(str(tmp_path)).keys() == before
+
+
+# ---- whole at every moment ---------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def whole(night: Night, rows: list[Any]) -> None:
+    """Readers see every version that stays, and no finished run lacks one that it was made from."""
+    assert night.read() == rows
+    log = DeltaLog(str(night.table))
+    newest = log.opened().version()
+    for version in range(newest - 2, newest + 1):
+        assert all(path.exists() for path in readable(night, version)), version
+    assert all((night.table / path).exists() for path in night.latest()["files"])
+    for ds in night.lake.nights():
+        for stage in LINE:
+            for run in night.lake.stage(ds, stage).finished():
+                for above in LINE[stage].builds_on:
+                    assert night.lake.stage(ds, above).find(str(run.inputs[above])), f"{stage} of {ds} lacks {above}"
+
+
+def state(root: Path) -> set[str]:
+    """Names of all files but locks, those of Parquet and JSON by what stays the same from lake to lake."""
+    return {name for name in sizes(str(root / "lake")) if not name.endswith(".lock")}
+
+
+def test_a_clean_that_is_killed_at_any_change_leaves_a_whole_lake_and_the_next_one_finishes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "template"
+    night = [published(template / "n", number) for number in range(6)][-1]
+    cleaned(night)
+    night = [published(template / "n", number) for number in (6, 7)][-1]
+    changes = [(removal, "remove"), (checkpoint, "write_atomic"), (nights, "swap")]
+    undisturbed, at = None, 0
+    while True:
+        root = tmp_path / str(at)
+        shutil.copytree(template, root)
+        night = Night(root / "n", day(7))
+        left = [at]
+        with monkeypatch.context() as patched:
+            for module, name in changes:
+                patched.setattr(module, name, killing(getattr(module, name), left))
+            try:
+                cleaned(night)
+            except Killed:
+                pass
+            else:
+                break
+        whole(night, sorted(good("m7")))
+        cleaned(night)
+        whole(night, sorted(good("m7")))
+        cleaned(night)
+        undisturbed = undisturbed or runs_and_files(night)
+        assert runs_and_files(night) == undisturbed
+        at += 1
+    assert at > 12
+
+
+def runs_and_files(night: Night) -> tuple[set[str], set[str]]:
+    runs, table = (sizes(f"{night.lake.root}/{name}") for name in ("runs", "recommendations"))
+    return {n for n in runs if not n.endswith(".lock")}, {n for n in table if n.endswith(".parquet") and "ds=" in n}
+
+
+def killing(function: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+    """`function`, which half does it, or not at all, when so many changes have been made; then nothing more happens."""
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if left[0] <= 0:
+            raise Killed
+        left[0] -= 1
+        return function(*args, **kwargs)
+
+    return killed
+
+
+def test_readers_lose_nothing_while_nights_are_published_and_cleaned(tmp_path: Path) -> None:
+    """Each read holds on to its snapshot while two more nights are published and cleaned."""
+    night, held = published(tmp_path, 0), list[tuple[int, set[Path], dict[str, Any]]]()
+    for number in range(1, 16):
+        held = [*held[-2:], (number, readable(night, DeltaLog(str(night.table)).opened().version()), night.latest())]
+        night = published(tmp_path, number)
+        cleaned(night, versions=4)
+        for when, files, latest in held:
+            assert all(path.exists() for path in files), (when, number)
+            assert all((night.table / path).exists() for path in latest["files"]), (when, number)
+
+
+# ---- the job -----------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_lists_what_a_clean_then_removes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    night = [published(tmp_path, number) for number in range(6)][-1]
+    cleaned(night)
+    night = published(tmp_path, 6)
+    config = tmp_path / "clean.yaml"
+    tree = {**night.config.model_dump(mode="json"), "retention": {**AT_ONCE, "published": None}}
+    config.write_text(yaml.safe_dump({name: tree[name] for name in ("paths", "input", "retention", "publish")}))
+    before = sizes(str(night.lake.root))
+    assert cli.main(["clean", "--config", str(config), "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    would = json.loads(out.splitlines()[-1])
+    assert sizes(str(night.lake.root)) == before
+    assert would["metrics"]["clean.bytes"] > 0
+    assert "would remove" in err
+    assert f"run          {night.lake.root}/runs/{day(3)}/score/s1" in err
+    assert cli.main(["clean", "--config", str(config)]) == 0
+    did = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert did["removed"] == would["would_remove"]
+    assert did["metrics"] == would["metrics"]
+    assert did["status"] == "done"
+
+
+def test_a_lake_without_anything_is_clean(tmp_path: Path) -> None:
+    night = Night(tmp_path)
+    assert cleaned(night).metrics == {"clean.bytes": 0, "clean.removed": 0}
+    assert forecast(night.config, night.ds).metrics == {"clean.bytes": 0, "clean.removed": 0}
