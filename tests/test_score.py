@@ -540,7 +540,7 @@ def test_mutant_inactive_users_are_refused(line: Line, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(pipeline, "users_to_rank", everybody)
     score(line.config(active_since=3), DS)
-    assert "is unknown; needed a user who is due" in refused(line, active_since=3)
+    assert "a user is unknown to prepare; needed one who is due" in refused(line, active_since=3)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

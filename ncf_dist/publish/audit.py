@@ -215,8 +215,8 @@ def _long(file: str, stored: pa.Table) -> pa.Table:
         return stored
     empty = pc.equal(pc.list_value_length(stored["items"]), 0)
     if pc.any(empty).as_py():
-        user = stored["user_id"].filter(empty)[0].as_py()
-        _refuse(file, f"user {user!r}: an empty list", "no row for a user without items")
+        at = pc.index(empty, True).as_py()
+        _refuse(file, f"row {at}: an empty list", "no row for a user without items")
     rows = in_long_form(stored)
     _no_nulls(file, rows)
     return rows
@@ -229,33 +229,35 @@ def _statistics(info: FileInfo, path: str, rows: pa.Table) -> Audited:
 
 
 class _Rules:
-    """The rules within a user, over whole users: the last one of a file waits for the next file."""
+    """The rules within a user, over whole users: the last one of a file waits for the next file. Messages say the place
+    of a row, from 0, and never the user's id: they end in logs."""
 
     def __init__(
         self, promise: Promise, items: pa.Array, permitted: np.ndarray, names: list[str], offers: Offers
     ) -> None:
         self.promise, self.items, self.permitted, self.names, self.offers = promise, items, permitted, names, offers
-        self._waiting: list[tuple[int, pa.Table]] = []
+        self._waiting: list[tuple[np.ndarray, np.ndarray, pa.Table]] = []
+        """Of rows: the number of the file of each, its place there, and the rows."""
 
     def add(self, file: int, rows: pa.Table) -> None:
         """`file`: the number of the file that `rows` are, in the manifest's order."""
-        self._waiting.append((file, rows))
-        whole = pa.concat_tables([table for _, table in self._waiting]).combine_chunks()
-        files = np.repeat([number for number, _ in self._waiting], [table.num_rows for _, table in self._waiting])
+        self._waiting.append((np.full(rows.num_rows, file), np.arange(rows.num_rows), rows))
+        whole = pa.concat_tables([table for _, _, table in self._waiting]).combine_chunks()
+        files, places = (np.concatenate([part[of] for part in self._waiting]) for of in (0, 1))
         starts = _starts(whole["user_id"])
         last = int(starts[-1]) if len(starts) else 0
-        self._check(whole.slice(0, last), files[:last], starts[:-1])
-        self._waiting = [(file, whole.slice(last))]
+        self._check(whole.slice(0, last), files[:last], places[:last], starts[:-1])
+        self._waiting = [(files[last:], places[last:], whole.slice(last))]
         if whole.num_rows - last > self.promise.k:
             self.close()
 
     def close(self) -> None:
         """Check the user that was still waiting."""
-        for file, rows in self._waiting:
-            self._check(rows, np.full(rows.num_rows, file), _starts(rows["user_id"]))
+        for files, places, rows in self._waiting:
+            self._check(rows, files, places, _starts(rows["user_id"]))
         self._waiting = []
 
-    def _check(self, rows: pa.Table, files: np.ndarray, starts: np.ndarray) -> None:
+    def _check(self, rows: pa.Table, files: np.ndarray, places: np.ndarray, starts: np.ndarray) -> None:
         if not rows.num_rows:
             return
         rows = rows.combine_chunks()
@@ -266,6 +268,8 @@ class _Rules:
         score = rows["score"].to_numpy()
         rises = np.concatenate([[False], score[1:] > score[:-1]]) & (due > 1)
 
+        word = "row" if self.promise.form == "long" else "offer"
+
         def none(bad: np.ndarray, found: str, needed: str) -> None:
             at = int(np.argmax(bad))
             if bad[at]:
@@ -273,7 +277,7 @@ class _Rules:
                 what = found.format(**row, count=counts[run[at]])
                 _refuse(
                     self.names[files[at]],
-                    f"user {row['user_id']!r}: {what}",
+                    f"{word} {places[at]}: {what}",
                     needed.format(due=due[at], k=self.promise.k),
                 )
 

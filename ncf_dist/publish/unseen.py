@@ -18,7 +18,7 @@ import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -178,8 +178,8 @@ class Offers:
         again = _contains(past, _pairs(rows, len(self.items)))
         if again.any():
             row = rows.slice(int(np.argmax(again)), 1).to_pylist()[0]
-            user_id, item_id = self._name_of(row["user_idx"]), self.items[row["item_idx"]].as_py()
-            what = f"user {user_id!r} is offered item {item_id!r}, seen by {' or '.join(self.masked)} of history"
+            name, item_id = self._name_of(row["user_idx"]), self.items[row["item_idx"]].as_py()
+            what = f"{name} is offered item {item_id!r}, seen by {' or '.join(self.masked)} of history"
             self._refuse(row["file"], f"{what}; needed only unseen items")
         permitted = past[self.rules.permitted[past % len(self.items)]]
         left = int(self.rules.permitted.sum()) - np.bincount(self._place(permitted // len(self.items)), minlength=n)
@@ -197,8 +197,8 @@ class Offers:
             if n and bad[at]:
                 file = rows["file"][int(np.argmax(user == at))].as_py() if found[at] else None
                 words = {"found": found[at], "due": due[at]}
-                user_id = self._name_of(number + at * self.count)
-                self._refuse(file, f"user {user_id!r} {what.format(**words)}; needed {needed.format(**words)}")
+                name = self._name_of(number + at * self.count)
+                self._refuse(file, f"{name} {what.format(**words)}; needed {needed.format(**words)}")
 
         active = f"with an interaction since {self.rules.active_since}" if recent is not None else "of history"
         none((found > 0) & ~wanted, "has rows", f"none but for users {active}, with train rows or with a fallback")
@@ -265,12 +265,14 @@ class Offers:
                 user = counts[0].filter(twice)[0]
                 last = begins.filter(pc.equal(begins["user_id"], user))["file"].to_pylist()
                 places = ", ".join(self.names[file] for file in last)
-                what = f"user {user.as_py()!r} begins {len(last)} times (files {places})"
+                of = known["user_idx"].filter(pc.equal(known["user_id"], user)).to_pylist()
+                name = self._name_of(of[0]) if of else "a user whom prepare does not know"
+                what = f"{name} begins {len(last)} times (files {places})"
                 self._refuse(last[-1], f"{what}; needed once, with all rows together")
             at = pc.index_in(rows["user_id"], value_set=known["user_id"])
             if at.null_count:
                 row = rows.filter(pc.is_null(at)).slice(0, 1).to_pylist()[0]
-                self._refuse(row["file"], f"user {row['user_id']!r} is unknown; needed a user who is due")
+                self._refuse(row["file"], "a user is unknown to prepare; needed one who is due")
             user_idx = known["user_idx"].take(at)
             offered = pa.table({"user_idx": user_idx, **{name: rows[name] for name in OFFER}})
             dealt.add(offered, user_idx.to_numpy() % self.count)
@@ -297,16 +299,10 @@ class Offers:
     def _buckets(self, name: str, **columns: pa.DataType) -> Buckets:
         return Buckets(self._folder, name, pa.schema(columns), self.count)
 
-    def _name_of(self, user_idx: int) -> Any:
-        """The customer's id of a user: only looked up to say what is wrong."""
+    def _name_of(self, user_idx: int) -> str:
+        """What a user is called in messages, which end in logs: never the customer's id."""
         if user_idx >= self._indexed:
-            unseen = pa.concat_tables([read_table(path) for path in self._unseen])
-            return unseen["user_id"][user_idx - self._indexed].as_py()
-        for path in self.prepare.files(USER_INDEX):
-            table = read_table(path)
-            hit = table.filter(pc.equal(table["user_idx"], user_idx))
-            if hit.num_rows:
-                return hit["user_id"][0].as_py()
+            return f"row {user_idx - self._indexed} of {UNSEEN_USERS}"
         return f"user_idx {user_idx}"
 
     def _refuse(self, file: int | None, what: str) -> NoReturn:

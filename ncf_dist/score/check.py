@@ -56,7 +56,7 @@ def check_pass(spec: ScorePass, user_ids: dict[int, Any], files: tuple[str, ...]
             may = allowed.copy()
             may[[item for column in spec.masked for item in user[column]]] = False
             if problem := _problem(spec, mine, all_scores(model, parts, described, known), may, ids):
-                yield pa.RecordBatch.from_pydict({"problem": [f"user {user_id!r}: {problem}"]})
+                yield pa.RecordBatch.from_pydict({"problem": [f"user_idx {user['user_idx']}: {problem}"]})
 
     return run
 
