@@ -34,8 +34,12 @@ UNLOCKED = ("fetch", "doctor", "clean")
 VERIFYING = ("publish", "nightly")
 """Jobs that check what is published already."""
 
-REPAIRING = ("publish",)
-"""Jobs with a function `repair` beside their own, which makes nothing for a ds."""
+INSTEAD = {
+    "publish": ("repair", "publish nothing; make latest.json anew from the log, and damaged files from the runs"),
+    "clean": ("forget", "take people on the list of input.forget out of every published night, and clean nothing"),
+}
+"""Jobs with another function beside their own, which an option of its name asks for and which makes nothing for a
+ds; and what it does."""
 
 NAMED = ("prepare", "train", "evaluate", "score", "nightly")
 """Jobs whose runs can be an experiment's."""
@@ -84,12 +88,9 @@ def parser(job: str) -> argparse.ArgumentParser:
             dest="overrides",
             help="how the files of a published night are checked; short for --set publish.verify=…",
         )
-    if job in REPAIRING:
-        parser.add_argument(
-            "--repair",
-            action="store_true",
-            help="publish nothing; make latest.json anew from the log, and damaged files from the runs",
-        )
+    if job in INSTEAD:
+        option, what = INSTEAD[job]
+        parser.add_argument(f"--{option}", action="store_true", help=what)
     if job == "rollback":
         parser.add_argument(
             "--to",
@@ -219,8 +220,8 @@ def _outcome(
     if bool(vars(args).get("dry_run")):
         assert dry_run is not None
         function, free = dry_run, True
-    if bool(vars(args).get("repair")):
-        function, free = importlib.import_module(f"ncf_dist.{job}.pipeline").repair, True
+    if job in INSTEAD and vars(args)[INSTEAD[job][0]]:
+        function, free = getattr(importlib.import_module(f"ncf_dist.{job}.pipeline"), INSTEAD[job][0]), True
     report.update(lake=lake.root, work=resolve(config.paths.work))
     if free:
         return function(config, nights[0])

@@ -102,14 +102,20 @@ def write_parts(parts: Iterable[pa.Table], run: str, contract: Contract) -> Tabl
     return TableInfo(contract.name, contract.fingerprint, tuple(files))
 
 
+def encoded(table: pa.Table) -> bytes:
+    """`table` as the bytes of a file with one row group."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, row_group_size=max(1, table.num_rows), compression="zstd", write_statistics=True)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
 def write_parquet(table: pa.Table, folder: str, name: str) -> FileInfo:
     """Write `table` as one file with one row group, zstd, and say what was written.
 
     The same table gives the same bytes, so a task that is retried, or runs twice, replaces a file by its equal.
     """
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, row_group_size=max(1, table.num_rows), compression="zstd", write_statistics=True)
-    data = sink.getvalue().to_pybytes()
+    data = encoded(table)
     make_dirs(folder)
     write_atomic(posixpath.join(folder, name), data)
     return FileInfo(name, table.num_rows, 1, len(data), hashlib.sha256(data).hexdigest())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime as dt
+import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from deltalake import DeltaTable
@@ -21,15 +24,18 @@ from ncf_dist.ancestry import DIGESTS
 from ncf_dist.bundle import read_bundle, version_of
 from ncf_dist.clean import checkpoint, nights, removal
 from ncf_dist.clean.keep import what_stays
-from ncf_dist.clean.pipeline import clean, forecast
+from ncf_dist.clean.pipeline import clean, forecast, forget
 from ncf_dist.clean.runs import removals
 from ncf_dist.config import Config
-from ncf_dist.errors import ContractError
+from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.files import sizes
+from ncf_dist.inputs import ids_digest
 from ncf_dist.manifests import Manifest
 from ncf_dist.publish.log import DeltaLog, digest
+from ncf_dist.publish.pipeline import repair
+from ncf_dist.rollback.pipeline import rollback
 from ncf_dist.stage import LINE, Outcome
-from tests.published import Night, good
+from tests.published import SEEN, Night, Row, good
 
 FIRST = dt.date(2026, 1, 1)
 AT_ONCE = {"days": 0, "nights": 3, "versions": 3, "published": 5}
@@ -515,3 +521,103 @@ def test_a_lake_without_anything_is_clean(tmp_path: Path) -> None:
     night = Night(tmp_path)
     assert cleaned(night).metrics == {"clean.bytes": 0, "clean.removed": 0}
     assert forecast(night.config, night.ds).metrics == {"clean.bytes": 0, "clean.removed": 0}
+
+
+# ---- people who are to be forgotten ------------------------------------------------------------------------
+
+
+def forgetting(night: Night, *people: str) -> Config:
+    listed = night.root / "forget.txt"
+    listed.write_text("\n".join(str(night.id(person)) for person in people))
+    return night.config.model_copy(update={"input": night.config.input.model_copy(update={"forget": str(listed)})})
+
+
+def without(rows: list[Row], *people: str) -> list[Row]:
+    return sorted(row for row in rows if row[0] not in people)
+
+
+@pytest.mark.parametrize("form", ["long", "lists"])
+def test_people_who_are_to_be_forgotten_leave_every_published_night(
+    tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    for number in range(3):
+        night = Night(tmp_path, day(number))
+        night.prepare()
+        night.score(good(f"m{number}"), form=form, model_version=f"m{number}")
+        night.publish()
+    before = DeltaLog(str(night.table)).live()
+    outcome = forget(forgetting(night, "bob", "nobody"), night.ds)
+    rows = 2 if form == "long" else 1
+    assert outcome.extra["forgotten_rows"] == {day(number): rows for number in range(3)}
+    log = DeltaLog(str(night.table))
+    assert log.opened().version() == 5
+    for number in range(3):
+        assert people_of(night, day(number)) == {"ann", "cat", "dan"}
+        found = log.explain(log.opened(), day(number))
+        assert found is not None
+        assert found[1].run_key == "s1"
+        assert found[1].facts["ncf.forget"] == ids_digest(["bob", "nobody"])
+    assert len(log.live() & before) == 3, "files that do not name them stay as they are"
+    latest = night.latest()
+    assert (latest["ds"], latest["version"]) == (day(2), 5)
+    assert {f"{night.table}/{path}" for path in latest["files"]} == {
+        uri for uri in DeltaTable(str(night.table)).file_uris() if f"ds={day(2)}" in uri
+    }
+    for path, sums in latest["checksums"].items():
+        data = (night.table / path).read_bytes()
+        assert sums == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    said = caplog.text + json.dumps(outcome.extra) + (night.table / "_delta_log" / f"{5:020d}.json").read_text()
+    assert not re.search(r"\b(bob|nobody)\b", said)
+    assert forget(forgetting(night, "bob", "nobody"), night.ds).status == "already-done"
+    assert DeltaLog(str(night.table)).opened().version() == 5
+
+
+def people_of(night: Night, ds: str) -> set[str]:
+    paths = [str(night.table / path) for path in DeltaLog(str(night.table)).live() if path.startswith(f"ds={ds}/")]
+    return {user for path in paths for user in pq.ParquetFile(path).read(columns=["user_id"])["user_id"].to_pylist()}
+
+
+def test_people_do_not_come_back_by_publish_rollback_or_repair(tmp_path: Path) -> None:
+    night = published(tmp_path, 0)
+    config = forgetting(night, "bob")
+    assert forget(config, night.ds).status == "done"
+    with pytest.raises(ContractError, match="does not know of the list of people to be forgotten"):
+        night.publish()
+    with pytest.raises(ContractError, match="people on the list of input.forget"):
+        rollback(config.model_copy(update={"publish": config.publish.model_copy(update={"rollback_to": 0})}), night.ds)
+    repair(config, night.ds)
+    assert night.read() == without(good("m0"), "bob")
+    for number in range(1, 6):
+        published(tmp_path, number)
+        cleaned(night, versions=2, nights=9, published=None)
+    assert night.read() == without(good("m0"), "bob")
+    with pytest.raises(ContractError, match="does not know of the list of people to be forgotten"):
+        night.publish()
+    assert not [path for path in night.table.glob(f"ds={day(0)}/*") if "bob" in str(pq.read_table(path)["user_id"])]
+
+
+def test_ids_that_are_numbers_are_forgotten_and_a_night_may_lose_all_its_people(tmp_path: Path) -> None:
+    for number in range(2):
+        night = Night(tmp_path, day(number), numbers=True)
+        night.prepare()
+        night.score()
+        night.publish()
+    assert forget(forgetting(night, "ann", "bob"), night.ds).status == "done"
+    assert {row[0] for row in night.read()} == {night.id("cat"), night.id("dan")}
+    assert forget(forgetting(night, *SEEN), night.ds).status == "done"
+    assert DeltaLog(str(night.table)).live() == frozenset()
+
+
+def test_forgetting_needs_a_list_and_whole_files_and_passes_over_busy_nights(tmp_path: Path) -> None:
+    night = [published(tmp_path, number) for number in range(3)][-1]
+    with pytest.raises(ConfigError, match="clean --forget without input.forget; needed the path of a list"):
+        forget(night.config, night.ds)
+    damaged = next(iter((night.table / f"ds={day(1)}").iterdir()))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with night.lake.hold(day(0)), pytest.raises(ContractError, match="1 published nights may still name .* damaged"):
+        forget(forgetting(night, "ann", "dan"), night.ds)
+    assert [people_of(night, day(n)) >= {"ann", "dan"} for n in (0, 2)] == [True, False]
+    assert repair(night.config, night.ds).extra["repaired"] == [f"ds={day(1)}/{damaged.name}"]
+    assert forget(forgetting(night, "ann", "dan"), night.ds).status == "done"
+    assert [people_of(night, day(n)) for n in range(3)] == [{"bob", "cat"}] * 3

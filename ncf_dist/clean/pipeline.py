@@ -8,6 +8,7 @@ exist before its files go, readers' files are looked up under the night's lock, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 import time
@@ -15,15 +16,18 @@ from collections.abc import Iterable, Iterator
 
 from ncf_dist.charts.text import bytes_text
 from ncf_dist.clean import checkpoint
+from ncf_dist.clean.forget import forget_in
 from ncf_dist.clean.keep import Kept, what_stays
 from ncf_dist.clean.nights import drop, night_of
 from ncf_dist.clean.removal import Removal, totals
 from ncf_dist.clean.runs import removals, remove_empty
 from ncf_dist.clean.versions import Published
 from ncf_dist.config import Config
-from ncf_dist.errors import BusyRun, StaleRun
+from ncf_dist.errors import BusyRun, ConfigError, ContractError, StaleRun
 from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
+from ncf_dist.prepare.forget import Forget
+from ncf_dist.publish import latest
 from ncf_dist.publish.log import DeltaLog
 from ncf_dist.stage import Outcome
 
@@ -69,6 +73,34 @@ def forecast(config: Config, ds: str) -> Outcome:
     print(f"would remove {_in_words(found)}", file=sys.stderr, flush=True)
     listed = [{"kind": removal.kind, "path": removal.path, "bytes": removal.bytes} for removal in found]
     return Outcome("done", None, {}, _metrics(found), {"would_remove": totals(found), "removals": listed})
+
+
+def forget(config: Config, ds: str) -> Outcome:
+    """clean --forget: take the people on the list of input.forget out of every night that readers see, a commit a
+    night. Raises ConfigError without a list; ContractError where a night could not be read or is not ours, once all
+    others are done."""
+    path, lake = config.input.forget, Lake(config.paths.lake)
+    if path is None:
+        raise ConfigError("clean --forget without input.forget; needed the path of a list of people to be forgotten")
+    delta = DeltaLog(lake.path(config.publish.table))
+    table, done, busy, wrong = delta.open(), dict[str, int](), list[str](), list[str]()
+    for night in sorted(delta.nights(table)) if table is not None else ():
+        with _passing_over(busy, night), lake.hold(night):
+            try:
+                done[night] = forget_in(delta, night, functools.partial(Forget.read, path))
+            except ContractError as error:
+                log.error("%s", error)
+                wrong.append(str(error))
+    if any(done.values()):
+        latest.settle(delta)
+    if wrong:
+        raise ContractError(f"{len(wrong)} published nights may still name people of input.forget: {'; '.join(wrong)}")
+    changed = {night: rows for night, rows in done.items() if rows}
+    log.info("took %d rows of people on the list out of %d nights", sum(changed.values()), len(changed))
+    warnings = [f"passed over, as another run holds it: ds {night}; run this again" for night in busy]
+    status = "done" if changed else "already-done"
+    extra = {"forgotten_rows": changed, "warnings": warnings}
+    return Outcome(status, None, {}, {"clean.forgotten_rows": sum(changed.values())}, extra)
 
 
 class _Clean:

@@ -75,7 +75,7 @@ def roll_back(root: str, ds: str, to: To, listed: Listed | None) -> Undone:
     if target is not None:
         _check(delta, history, target, ds, listed)
         actions = [_again(history, root, path) for path in target[1].files]
-        facts |= {name: value for name, value in target[1].facts.items() if _of_the_run(name)}
+        facts |= {name: value for name, value in target[1].facts.items() if of_the_run(name)}
     steps.reached("verified")
     commits.swap(delta, table, ds, actions, facts)
     return _settled(delta, "done", table.version() + 1, target and target[1], facts["ncf.undoes"])
@@ -131,7 +131,8 @@ def _previous(
     return next((found for found in reversed(history) if found[1].files and found[1].run_key not in gone), None)
 
 
-def _of_the_run(fact: str) -> bool:
+def of_the_run(fact: str) -> bool:
+    """Whether a commit says this about the run that it publishes."""
     return fact.startswith("ncf.") and fact not in _OF_ITS_OWN
 
 
