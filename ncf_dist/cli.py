@@ -27,8 +27,8 @@ from ncf_dist.stage import Outcome
 from ncf_dist.stopping import Stopped, asked, interruptible, listening
 from ncf_dist.urls import scrub_all
 
-JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "rollback", "doctor", "clean")
-UNLOCKED = ("fetch", "doctor", "clean")
+JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "rollback", "doctor", "clean", "status")
+UNLOCKED = ("fetch", "doctor", "clean", "status")
 """Jobs that make nothing for a ds; clean holds the nights that it changes, one at a time."""
 
 VERIFYING = ("publish", "nightly")
@@ -99,6 +99,14 @@ def parser(job: str) -> argparse.ArgumentParser:
             metavar="{VERSION|PREVIOUS}",
             dest="overrides",
             help="the version of the table to go back to; default PREVIOUS, what the last publication replaced",
+        )
+    if job == "status":
+        parser.add_argument(
+            "--json",
+            action="append_const",
+            const="status.format=json",
+            dest="overrides",
+            help="one JSON object on stdout, before the last line, in place of the table",
         )
     if job in NAMED:
         parser.add_argument("--run", metavar="NAME", help="an experiment: production never builds on its runs")

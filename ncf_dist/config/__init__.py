@@ -25,6 +25,7 @@ from ncf_dist.config.section import NonNegativeInt, PositiveInt, Section
 from ncf_dist.config.sequences import Sequences
 from ncf_dist.config.spark import MEMORY_PATTERN, Spark
 from ncf_dist.config.split import Split
+from ncf_dist.config.status import Status
 from ncf_dist.config.train import Pretrained, Train
 from ncf_dist.config.tree import Config
 
@@ -63,6 +64,7 @@ __all__ = [
     "SideTable",
     "Spark",
     "Split",
+    "Status",
     "Train",
     "embedding_size",
     "load_config",

@@ -24,6 +24,7 @@ from ncf_dist.config.section import Section
 from ncf_dist.config.sequences import Sequences
 from ncf_dist.config.spark import Spark
 from ncf_dist.config.split import Split
+from ncf_dist.config.status import Status
 from ncf_dist.config.train import LOSSES, OF_ALL_ITEMS, Loss, Train
 
 
@@ -45,6 +46,7 @@ class Config(Section):
     score: Score = Score()
     publish: Publish = Publish()
     retention: Retention = Retention()
+    status: Status = Status()
     spark: Spark = Spark()
     log: Log = Log()
     seed: Annotated[int, Field(ge=1)] = 1

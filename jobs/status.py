@@ -1,0 +1,11 @@
+"""spark-submit jobs/status.py --config conf/FILE.yaml [--json] [--set section.key=value]…"""
+
+import sys
+
+from ncf_dist.stopping import listen
+
+if __name__ == "__main__":
+    listen()  # Before the large imports: a request to stop counts from the first moment.
+    from ncf_dist.cli import main
+
+    sys.exit(main(["status", *sys.argv[1:]]))

@@ -1,0 +1,14 @@
+"""The section `status`: what the job status shows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ncf_dist.config.section import PositiveInt, Section
+
+
+class Status(Section):
+    nights: PositiveInt = 30
+    """So many of the latest nights are shown."""
+    format: Literal["table", "json"] = "table"
+    """`table`: for people, on stderr · `json`: one object on stdout, before the last line."""
