@@ -79,6 +79,22 @@ def parser(job: str) -> argparse.ArgumentParser:
         dest="overrides",
         help="overrides one value of the config",
     )
+    _add_short_ones(parser, job)
+    if job in INSTEAD:
+        option, what = INSTEAD[job]
+        parser.add_argument(f"--{option}", action="store_true", help=what)
+    if job in NAMED:
+        parser.add_argument("--run", metavar="NAME", help="an experiment: production never builds on its runs")
+    parser.add_argument("--allow-future", action="store_true", help="take a --ds after tomorrow, for a backtest")
+    if job in DRY_RUN:
+        parser.add_argument(
+            "--dry-run", action="store_true", help="change nothing; say what the job would take, or remove"
+        )
+    return parser
+
+
+def _add_short_ones(parser: argparse.ArgumentParser, job: str) -> None:
+    """Options that are short for a setting."""
     if job in VERIFYING:
         parser.add_argument(
             "--verify",
@@ -88,9 +104,6 @@ def parser(job: str) -> argparse.ArgumentParser:
             dest="overrides",
             help="how the files of a published night are checked; short for --set publish.verify=…",
         )
-    if job in INSTEAD:
-        option, what = INSTEAD[job]
-        parser.add_argument(f"--{option}", action="store_true", help=what)
     if job == "rollback":
         parser.add_argument(
             "--to",
@@ -108,14 +121,6 @@ def parser(job: str) -> argparse.ArgumentParser:
             dest="overrides",
             help="one JSON object on stdout, before the last line, in place of the table",
         )
-    if job in NAMED:
-        parser.add_argument("--run", metavar="NAME", help="an experiment: production never builds on its runs")
-    parser.add_argument("--allow-future", action="store_true", help="take a --ds after tomorrow, for a backtest")
-    if job in DRY_RUN:
-        parser.add_argument(
-            "--dry-run", action="store_true", help="change nothing; say what the job would take, or remove"
-        )
-    return parser
 
 
 def overrides(args: argparse.Namespace) -> list[str]:

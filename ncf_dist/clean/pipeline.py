@@ -7,23 +7,19 @@ exist before its files go, readers' files are looked up under the night's lock, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import sys
-import time
-from collections.abc import Iterable, Iterator
 
 from ncf_dist.charts.text import bytes_text
 from ncf_dist.clean import checkpoint
 from ncf_dist.clean.forget import forget_in
-from ncf_dist.clean.keep import Kept, what_stays
 from ncf_dist.clean.nights import drop, night_of
 from ncf_dist.clean.removal import Removal, totals
-from ncf_dist.clean.runs import removals, remove_empty
-from ncf_dist.clean.versions import Published
+from ncf_dist.clean.runs import remove_empty
+from ncf_dist.clean.work import Work, carried_out, passing_over
 from ncf_dist.config import Config
-from ncf_dist.errors import BusyRun, ConfigError, ContractError, StaleRun
+from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
 from ncf_dist.prepare.forget import Forget
@@ -32,29 +28,28 @@ from ncf_dist.publish.log import DeltaLog
 from ncf_dist.stage import Outcome
 
 log = logging.getLogger(__name__)
-DAY = 86_400
 
 
 def clean(config: Config, ds: str) -> Outcome:
     """Remove what `retention` does not keep. Raises ContractError where the published table is damaged, and then
     removes nothing."""
-    work = _Clean(config)
+    work = Work(config)
     done, busy = list[Removal](), list[str]()
     for removal in work.leaving():
-        with _passing_over(busy, night_of(removal)), work.lake.hold(night_of(removal)):
+        with passing_over(busy, night_of(removal)), work.lake.hold(night_of(removal)):
             drop(work.delta, night_of(removal))
             done.append(removal)
     published = work.published()
     for night in work.nights:
         if any(work.of_night(night, published)):
-            with _passing_over(busy, night), work.lake.hold(night):
+            with passing_over(busy, night), work.lake.hold(night):
                 # Once more, now that nobody else can change this night.
-                done += _carried_out(work.of_night(night, work.published()))
+                done += carried_out(work.of_night(night, work.published()))
                 remove_empty(work.lake, night, f"{work.delta.root}/ds={night}")
     if (published := work.published()) is not None:
         if checkpoint.is_due(published):
             checkpoint.write(published, resolve(config.paths.work))
-        done += _carried_out(checkpoint.outdated(published, work.before))
+        done += carried_out(checkpoint.outdated(published, work.before))
     log.info("removed %s", _in_words(done))
     warnings = [f"passed over, as another run holds it: ds {night}" for night in busy]
     return Outcome("done", None, {}, _metrics(done), {"removed": totals(done), "warnings": warnings})
@@ -62,7 +57,7 @@ def clean(config: Config, ds: str) -> Outcome:
 
 def forecast(config: Config, ds: str) -> Outcome:
     """What `clean` would remove, to stderr; nothing is written."""
-    work = _Clean(config)
+    work = Work(config)
     found = list(work.leaving())
     published = work.published()
     found += [removal for night in work.nights for removal in work.of_night(night, published)]
@@ -85,7 +80,7 @@ def forget(config: Config, ds: str) -> Outcome:
     delta = DeltaLog(lake.path(config.publish.table))
     table, done, busy, wrong = delta.open(), dict[str, int](), list[str](), list[str]()
     for night in sorted(delta.nights(table)) if table is not None else ():
-        with _passing_over(busy, night), lake.hold(night):
+        with passing_over(busy, night), lake.hold(night):
             try:
                 done[night] = forget_in(delta, night, functools.partial(Forget.read, path))
             except ContractError as error:
@@ -101,60 +96,6 @@ def forget(config: Config, ds: str) -> Outcome:
     status = "done" if changed else "already-done"
     extra = {"forgotten_rows": changed, "warnings": warnings}
     return Outcome(status, None, {}, {"clean.forgotten_rows": sum(changed.values())}, extra)
-
-
-class _Clean:
-    """What is there, and what of it goes."""
-
-    def __init__(self, config: Config) -> None:
-        self.config, self.now = config, time.time()
-        self.before = self.now - config.retention.days * DAY
-        self.lake = Lake(config.paths.lake)
-        self.delta = DeltaLog(self.lake.path(config.publish.table))
-        published = self.published()
-        self.kept = self._what_stays(published)
-        runs = self.lake.nights()
-        self.recorded = set(runs[-config.retention.records :])
-        self.nights = sorted({*runs, *(published.nights() if published is not None else ())})
-        """Every night that has a run, or files in the published table."""
-
-    def published(self) -> Published | None:
-        return Published.open(self.delta, self.config.retention, self.before)
-
-    def leaving(self) -> Iterator[Removal]:
-        """Nights that leave the published table."""
-        published = self.published()
-        for night in published.leaving() if published is not None else ():
-            yield Removal("night", f"{self.delta.root}/ds={night}", 0)
-
-    def of_night(self, ds: str, published: Published | None) -> Iterator[Removal]:
-        """published: the table as it is now, where nobody else may change this night."""
-        yield from removals(self.lake, ds, self.kept, self.before, ds in self.recorded)
-        if published is not None:
-            yield from published.unneeded(ds, self.now)
-
-    def _what_stays(self, published: Published | None) -> Kept:
-        shown = {night: published.explained(night) for night in published.shown} if published is not None else {}
-        keys = [(night, str(found[1].run_key)) for night, found in shown.items() if found is not None]
-        return what_stays(self.lake, self.config, keys)
-
-
-def _carried_out(found: Iterable[Removal]) -> list[Removal]:
-    gone = list(found)  # All of it is looked up before the first thing goes.
-    for removal in gone:
-        log.info("removing %s %s (%s)", removal.kind, removal.path, bytes_text(removal.bytes))
-        removal.carry_out()
-    return gone
-
-
-@contextlib.contextmanager
-def _passing_over(busy: list[str], night: str) -> Iterator[None]:
-    """A night that somebody else works on is left to the next clean."""
-    try:
-        yield
-    except (BusyRun, StaleRun) as error:
-        log.warning("ds %s is passed over: %s", night, error)
-        busy.append(night)
 
 
 def _metrics(found: list[Removal]) -> dict[str, int]:
