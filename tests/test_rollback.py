@@ -205,6 +205,20 @@ def test_a_version_that_the_log_has_lost_is_refused(night: Night) -> None:
     assert night.read() == rows("m2")
 
 
+def test_where_earlier_runs_were_cleaned_away_the_night_stays(night: Night) -> None:
+    """It may have had one: only a night that is known to have had none goes."""
+    later = Night(night.root, "2026-02-01")
+    later.prepare()
+    later.offer("m1")
+    assert later.publish() == ("done", 4)
+    DeltaTable(str(night.table), version=3).create_checkpoint()
+    for version in range(3):
+        (night.table / "_delta_log" / f"{version:020d}.json").unlink()
+    refused(night, ContractError, "what ds 2026-01-31 was before version 3 is not known any more")
+    assert later.rollback().run_key is None
+    assert later.read() == []
+
+
 def test_files_that_somebody_else_rewrote_are_undone_by_their_version_only(night: Night) -> None:
     DeltaTable(str(night.table)).restore(1)
     refused(night, ContractError, "are of no commit of ours .* name the version with --to")

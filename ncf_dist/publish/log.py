@@ -155,8 +155,7 @@ class DeltaLog:
                 if not self._versions():
                     return None
                 table = DeltaTable(self.root)  # Somebody's first commit came in between.
-            if known is not None and known > table.version():
-                self._refuse(known, f"it is gone: {LATEST} names version {known}, the log ends at {table.version()}")
+            self._check_end(table, known)
             for version in self._back_from(table.version()):
                 self.entry(version)
             self._check_snapshot(table)
@@ -258,6 +257,11 @@ class DeltaLog:
                 f"the Delta log {self.root}/_delta_log cannot be read ({type(error).__name__}: {said}), though each "
                 f"entry by itself looks whole; nothing was changed: {_remedy(self.root)}"
             ) from error
+
+    def _check_end(self, table: DeltaTable, known: int | None) -> None:
+        """Raise ContractError where the log ends before the version that latest.json names."""
+        if known is not None and known > table.version():
+            self._refuse(known, f"it is gone: {LATEST} names version {known}, the log ends at {table.version()}")
 
     def _check_snapshot(self, table: DeltaTable) -> None:
         """Raise ContractError unless each night has the files that our last commit of it added."""

@@ -15,7 +15,7 @@ import posixpath
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +64,7 @@ def roll_back(root: str, ds: str, to: To, listed: Listed | None) -> Undone:
     history = delta.history(ds, table.version())
     live = {path for path, _ in delta.nights(table).get(ds, [])}
     head = history[-1][1] if history else None
-    if head is not None and "ncf.undoes" in head.facts and to == "PREVIOUS" and live == head.files.keys():
+    if head is not None and to == "PREVIOUS" and _is_rolled_back(head, live):
         log.info("ds %s is rolled back already, by version %d; --to VERSION goes further", ds, history[-1][0])
         return _settled(delta, "already-done", history[-1][0], head)
     target = _at(delta, table, history, ds, to) if to != "PREVIOUS" else _previous(delta, table, history, live, ds)
@@ -89,6 +89,11 @@ def _settled(
     return Undone(status, version, entry.run_key if entry is not None and entry.files else None, sorted(keys))
 
 
+def _is_rolled_back(head: Entry, live: set[str]) -> bool:
+    """Whether what readers see is what a rollback has made: the same command again must not go a step further."""
+    return "ncf.undoes" in head.facts and live == head.files.keys()
+
+
 def _at(
     delta: DeltaLog, table: DeltaTable, history: list[tuple[int, Entry]], ds: str, version: int
 ) -> tuple[int, Entry] | None:
@@ -107,11 +112,15 @@ def _at(
     if not found or not found[-1][1].files:
         return None
     if (ds, str(found[-1][1].run_key)) in delta.undone(table.version()):
-        raise StaleRun(
-            f"run {found[-1][1].run_key} of ds {ds}, which version {version} has, was itself undone; needed another "
-            f'version: choose one, or publish that run with --override {commits.UNDONE} --why "TEXT"'
-        )
+        _refuse_redo(found[-1], ds)
     return found[-1]
+
+
+def _refuse_redo(target: tuple[int, Entry], ds: str) -> NoReturn:
+    raise StaleRun(
+        f"run {target[1].run_key} of ds {ds}, which version {target[0]} has, was itself undone; needed another: choose "
+        f'one, or publish that run with --override {commits.UNDONE} --why "TEXT"'
+    )
 
 
 def _previous(
@@ -128,7 +137,25 @@ def _previous(
             f"needed to know what is undone: name the version with --to; those of this ds are {_shown(history)}"
         )
     gone = {key for night, key in delta.undone(table.version()) if night == ds} | {history[-1][1].run_key}
-    return next((found for found in reversed(history) if found[1].files and found[1].run_key not in gone), None)
+    found = next((each for each in reversed(history) if each[1].files and each[1].run_key not in gone), None)
+    if found is None:
+        _check_beginning(delta, history, ds)
+    return found
+
+
+def _check_beginning(delta: DeltaLog, history: list[tuple[int, Entry]], ds: str) -> None:
+    """Raise ContractError unless `ds` had no files before the first commit of it that the log still has."""
+    first = history[0][0]
+    try:
+        before = delta.live(first - 1) if first else frozenset[str]()
+    except ContractError:
+        before = None
+    if before is None or any(path.startswith(f"{PARTITION}={ds}/") for path in before):
+        raise ContractError(
+            f"what ds {ds} was before version {first} is not known any more, as clean has shortened the log of "
+            f"{delta.root}; needed an earlier run that still stands, or to know that there was none: name a version "
+            f"with --to (those of this ds are {_shown(history)}), or run the line again; nothing was changed"
+        )
 
 
 def of_the_run(fact: str) -> bool:

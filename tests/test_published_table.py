@@ -1,0 +1,460 @@
+"""The published table as a state machine: whatever is published, run again, killed, filled in, resumed too late,
+damaged and taken back, in any order, readers see what a dict says. Each guard, taken away, is missed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deltalake import DeltaTable
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from ncf_dist.errors import BusyRun, ContractError, InputError, NcfError, StaleRun
+from ncf_dist.files import read_bytes
+from ncf_dist.publish import commits, latest, pipeline, repair, steps, table, undo
+from ncf_dist.publish.log import DeltaLog
+from ncf_dist.publish.pipeline import publish
+from ncf_dist.publish.table import Publication, PublishedTable
+from tests.published import Night, good
+
+NIGHTS = ("2026-01-29", "2026-01-30", "2026-01-31")
+MODELS = ("m1", "m2", "m3")
+ORDER = ("begun", "checked", "audited", "judged", "folder", "staged", "durable", "verified", "committing")
+AFTER = ("committed", "logged", "described", "settled")
+"""Steps before and after what readers of the log see of a change."""
+nights, models = st.sampled_from(NIGHTS), st.sampled_from(MODELS)
+
+
+class Killed(BaseException):
+    """What a process that is killed does: nothing more."""
+
+
+class Table(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp())
+        self.nights = {ds: Night(self.root, ds) for ds in NIGHTS}
+        for night in self.nights.values():
+            night.prepare()
+        self.live: dict[str, str] = {}
+        self.past: dict[str, list[tuple[int, str | None, bool]]] = {ds: [] for ds in NIGHTS}
+        """Of each night: the version, the model that readers saw since, and whether it was a rollback."""
+        self.undone: set[tuple[str, str]] = set()
+        self.version = -1
+        self.latest: tuple[str, str] | None = None
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.root)
+
+    # ---- the model of it ----
+
+    def commits(self, ds: str, model: str | None, undoes: frozenset[str] | None = None) -> None:
+        self.version += 1
+        self.past[ds].append((self.version, model, undoes is not None))
+        self.undone |= {(ds, each) for each in undoes or ()}
+        self.live.pop(ds, None)
+        if model is not None:
+            self.live[ds] = model
+            self.undone.discard((ds, model))
+
+    def settles(self) -> None:
+        newest = max(self.live, default=None)
+        self.latest = (newest, self.live[newest]) if newest is not None else None
+
+    def target(self, ds: str) -> tuple[int, str | None]:
+        """What a rollback goes back to."""
+        for version, model, _ in reversed(self.past[ds]):
+            if model is not None and model != self.live[ds] and (ds, model) not in self.undone:
+                return version, model
+        return -1, None
+
+    def undoes(self, ds: str, since: int, model: str | None) -> frozenset[str]:
+        return frozenset(m for version, m, _ in self.past[ds] if version > since and m is not None and m != model)
+
+    def is_rolled_back(self, ds: str) -> bool:
+        return bool(self.past[ds]) and self.past[ds][-1][2]
+
+    # ---- the rules ----
+
+    @rule(ds=nights, model=models)
+    def publishes(self, ds: str, model: str) -> None:
+        """The first run of a night, an older night, another run of one, or the same again."""
+        self.nights[ds].offer(model)
+        if self.live.get(ds) == model:
+            assert self.nights[ds].publish()[0] == "already-done"
+        elif (ds, model) in self.undone:
+            with pytest.raises(StaleRun):
+                self.nights[ds].publish()
+            return
+        else:
+            self.commits(ds, model)
+            assert self.nights[ds].publish() == ("done", self.version)
+        self.settles()
+
+    @rule(ds=nights, model=models)
+    def publishes_in_spite_of_a_rollback(self, ds: str, model: str) -> None:
+        if (ds, model) not in self.undone:
+            return
+        self.nights[ds].offer(model)
+        self.commits(ds, model)
+        with replaced(pipeline, "Publication", functools.partial(Publication, overrides={"undone": "why"})):
+            assert self.nights[ds].publish() == ("done", self.version)
+        self.settles()
+
+    @rule(ds=nights, model=models, step=st.sampled_from([*ORDER[:-2], *AFTER]))
+    def is_killed_while_publishing(self, ds: str, model: str, step: str) -> None:
+        if self.live.get(ds) == model or (ds, model) in self.undone:
+            return
+        self.nights[ds].offer(model)
+        with pytest.raises(Killed), at(step, dies):
+            self.nights[ds].publish()
+        self.was_killed(step, ds, model)
+
+    @rule(ds=nights, step=st.sampled_from(["begun", "checked", "verified", "committing", *AFTER]))
+    def is_killed_while_rolling_back(self, ds: str, step: str) -> None:
+        if ds not in self.live or self.is_rolled_back(ds):
+            return
+        since, model = self.target(ds)
+        with pytest.raises(Killed), at(step, dies):
+            self.nights[ds].rollback()
+        self.was_killed(step, ds, model, self.undoes(ds, since, model))
+
+    def was_killed(self, step: str, ds: str, model: str | None, undoes: frozenset[str] | None = None) -> None:
+        if step in AFTER:
+            self.commits(ds, model, undoes)
+        if step in AFTER[2:]:
+            self.settles()
+
+    @rule(ds=nights, model=models, other=nights, others=models, step=st.sampled_from(["judged", "committing"]))
+    def resumes_too_late(self, ds: str, model: str, other: str, others: str, step: str) -> None:
+        """Another publication comes between the fence and the commit. Up to the look at the log that the commit is
+        checked against it is simply the one before; after that it is in the way."""
+        if self.live.get(ds) == model or self.live.get(other) == others or {(ds, model), (other, others)} & self.undone:
+            return
+        self.nights[ds].offer(model)
+
+        def overtakes() -> None:
+            if ds == other and model == others:
+                assert self.nights[ds].publish()[0] == "done"
+                return
+            night = Night(self.root, other)
+            night.sections = self.nights[other].sections
+            night.config = self.nights[other].config
+            night.offer(others)
+            assert night.publish()[0] == "done"
+
+        with at(step, overtakes):
+            if step == "committing":
+                with pytest.raises(StaleRun if ds == other else BusyRun):
+                    self.nights[ds].publish()
+            else:
+                assert self.nights[ds].publish()[0] == "done"
+        self.commits(other, others)
+        if step != "committing" and (ds, model) != (other, others):
+            self.commits(ds, model)
+        self.settles()
+
+    @rule(ds=nights, model=models, other=nights, others=models)
+    def another_publishes_before_latest_is_written(self, ds: str, model: str, other: str, others: str) -> None:
+        if ds == other or self.live.get(ds) == model or self.live.get(other) == others:
+            return
+        if {(ds, model), (other, others)} & self.undone:
+            return
+        for each, its in ((ds, model), (other, others)):
+            self.nights[each].offer(its)
+            self.commits(each, its)
+        with between_reading_and_writing(lambda: self.nights[other].publish()):
+            assert self.nights[ds].publish()[0] == "done"
+        self.settles()
+
+    @rule(ds=nights)
+    def rolls_back(self, ds: str) -> None:
+        if self.is_rolled_back(ds):
+            assert self.nights[ds].rollback().status == "already-done"
+        elif ds not in self.live:
+            with pytest.raises(InputError):
+                self.nights[ds].rollback()
+            return
+        else:
+            since, model = self.target(ds)
+            undoes = self.undoes(ds, since, model)
+            self.commits(ds, model, undoes)
+            outcome = self.nights[ds].rollback()
+            assert (outcome.status, outcome.extra["undone"]) == ("done", sorted(m.replace("m", "s") for m in undoes))
+        self.settles()
+
+    @precondition(lambda self: self.version > 0)
+    @rule(ds=nights, data=st.data())
+    def rolls_back_to(self, ds: str, data: st.DataObject) -> None:
+        version = data.draw(st.integers(0, self.version - 1))
+        before = [(number, model) for number, model, _ in self.past[ds] if number <= version]
+        since, model = before[-1] if before else (-1, None)
+        if model is not None and (ds, model) in self.undone:
+            with pytest.raises(StaleRun):
+                self.nights[ds].rollback(version)
+            return
+        if model == self.live.get(ds):
+            assert self.nights[ds].rollback(version).status == "already-done"
+        else:
+            self.commits(ds, model, self.undoes(ds, since, model))
+            assert self.nights[ds].rollback(version).status == "done"
+        self.settles()
+
+    @rule(ds=nights, which=st.integers(0, 1), at_byte=st.integers(4, 200))
+    def is_damaged_and_repaired(self, ds: str, which: int, at_byte: int) -> None:
+        if ds not in self.live:
+            return
+        night = self.nights[ds]
+        night.offer(self.live[ds])
+        path = self.files(ds)[which]
+        flip(path, at_byte)
+        night.config = night.configured(verify="deep")
+        outcome = publish(night.config, ds)
+        assert (outcome.status, outcome.extra.get("repaired")) == ("done", [str(path.relative_to(night.table))])
+        self.settles()
+
+    @rule(ds=nights, at_byte=st.integers(4, 200))
+    def does_not_go_back_to_a_damaged_file(self, ds: str, at_byte: int) -> None:
+        if ds not in self.live or self.is_rolled_back(ds) or self.target(ds)[1] is None:
+            return
+        delta = DeltaLog(str(self.nights[ds].table))
+        entry = delta.entry(self.target(ds)[0])
+        assert entry is not None
+        path = self.nights[ds].table / min(entry.files)
+        whole = path.read_bytes()
+        flip(path, at_byte)
+        with pytest.raises(ContractError):
+            self.nights[ds].rollback()
+        path.write_bytes(whole)
+
+    @rule(ds=nights, model=models)
+    def does_not_publish_what_changed_since_its_audit(self, ds: str, model: str) -> None:
+        if self.live.get(ds) == model or (ds, model) in self.undone:
+            return
+        self.nights[ds].offer(model)
+        run = self.nights[ds].lake.stage(ds, "score").find(model.replace("m", "s"))
+        assert run is not None
+        path = Path(run.files("recommendations")[0])
+        with at("audited", lambda: flip(path, 50)), pytest.raises(ContractError):
+            self.nights[ds].publish()
+
+    @precondition(lambda self: bool(self.live))
+    @rule(ds=nights)
+    def loses_the_end_of_its_log(self, ds: str) -> None:
+        """What latest.json names is not in the log: said, and nothing is done."""
+        night = self.nights[ds]
+        self.repaired()
+        version = night.latest()["version"]
+        delta = night.table / "_delta_log"
+        lost = [delta / f"{number:020d}.json" for number in range(version, self.version + 1)]
+        for path in lost:
+            path.rename(path.with_suffix(".lost"))
+        night.offer("m9")
+        with pytest.raises(ContractError, match=r"is gone|no log"):
+            night.publish()
+        for path in lost:
+            path.with_suffix(".lost").rename(path)
+
+    @precondition(lambda self: self.version >= 0)
+    @rule()
+    def repaired(self) -> None:
+        assert pipeline.repair(self.nights[NIGHTS[0]].config, NIGHTS[0]).extra["version"] == self.version
+        self.settles()
+
+    # ---- what readers see ----
+
+    def files(self, ds: str) -> list[Path]:
+        delta = DeltaLog(str(self.nights[ds].table))
+        return sorted(self.nights[ds].table / path for path in delta.live() if path.startswith(f"ds={ds}/"))
+
+    @invariant()
+    def readers_see_what_was_published(self) -> None:
+        root = self.nights[NIGHTS[0]].table
+        if self.version < 0:
+            assert not DeltaTable.is_deltatable(str(root))
+            return
+        delta = DeltaTable(str(root))
+        assert delta.version() == self.version
+        assert {partition["ds"] for partition in delta.partitions()} == self.live.keys()
+        for ds, model in self.live.items():
+            assert self.nights[ds].read() == sorted(good(model))
+        assert DeltaLog(str(root)).undone() == {(ds, model.replace("m", "s")) for ds, model in self.undone}
+        if self.latest is None:
+            assert not (root / "latest.json").exists()
+            return
+        named = self.nights[NIGHTS[0]].latest()
+        assert (named["ds"], named["model_version"]) == self.latest
+        assert all((root / path).is_file() for path in named["files"])
+
+
+def dies() -> None:
+    raise Killed
+
+
+def flip(path: Path, at_byte: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at_byte] ^= 1
+    path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def at(step: str, what: Callable[[], Any]) -> Iterator[None]:
+    """Do something once, when a step is reached."""
+
+    before: Any = steps.listener
+
+    def listener(name: str) -> None:
+        if name == step:
+            steps.__dict__["listener"] = before
+            what()
+
+    with replaced(steps, "listener", listener):
+        yield
+
+
+@contextlib.contextmanager
+def between_reading_and_writing(what: Callable[[], Any]) -> Iterator[None]:
+    """Do something once, when the log was read and latest.json is about to be written."""
+    real = latest._body
+
+    def body(*args: Any) -> Any:
+        made = real(*args)
+        latest._body = real
+        what()
+        return made
+
+    with replaced(latest, "_body", body):
+        yield
+
+
+COMMON: dict[str, Any] = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+    "phases": (Phase.generate,),
+    "print_blob": False,
+}
+
+
+def test_readers_see_what_a_dict_says() -> None:
+    run_state_machine_as_test(
+        Table, settings=settings(max_examples=12, stateful_step_count=15, derandomize=True, **COMMON)
+    )
+
+
+@pytest.mark.soak
+def test_readers_see_what_a_dict_says_for_long() -> None:
+    run_state_machine_as_test(Table, settings=settings(max_examples=300, stateful_step_count=30, **COMMON))
+
+
+# ---- each guard is missed ------------------------------------------------------------------------------------------
+
+Guard = tuple[Any, str, Callable[[Any], Any]]
+
+
+def no_carry(real: Any) -> Any:
+    def facts(delta: Any, table: Any, ds: Any, facts: Any, kept: Any) -> Any:
+        return real(delta, table if "ncf.undoes" in facts else None, ds, facts, kept)
+
+    return facts
+
+
+def one_look(real: Any) -> Any:
+    """latest.json is written once, whatever is committed meanwhile."""
+
+    def settle(delta: DeltaLog) -> DeltaTable:
+        made = delta.opened()
+        body = latest._body(delta, made)
+        path = Path(delta.root, "latest.json")
+        path.unlink(missing_ok=True) if body is None else path.write_bytes(body)
+        return made
+
+    return settle
+
+
+def the_last_commit(real: Any) -> Any:
+    """latest.json names the night that was published last."""
+
+    def body(delta: DeltaLog, made: DeltaTable) -> bytes | None:
+        last = delta._last_of_ours(made.version())
+        nights = delta.nights(made)
+        kept = {last.ds: nights[last.ds]} if last is not None and last.ds in nights else nights
+        with replaced(delta, "nights", lambda table: kept):
+            return real(delta, made)
+
+    return body
+
+
+def retries(real: Any) -> Any:
+    return lambda custom_metadata, max_commit_retries: real(custom_metadata=custom_metadata, max_commit_retries=5)
+
+
+def always_busy(real: Any) -> Any:
+    def say(delta: Any, before: Any, ds: str, error: Exception) -> None:
+        raise BusyRun(str(error))
+
+    return say
+
+
+def not_found_done(real: Any) -> Any:
+    return lambda self, found, night, files: real(self, found, night, files) and False
+
+
+def always(value: Any) -> Callable[[Any], Any]:
+    return lambda real: lambda *args, **kwargs: value
+
+
+GUARDS: dict[str, Guard] = {
+    "delta-rs does not rebase a commit": (commits, "CommitProperties", retries),
+    "who lost its own ds is told so": (commits, "_say_who_won", always_busy),
+    "a run that is published is found": (PublishedTable, "_fence", not_found_done),
+    "what was undone is refused": (PublishedTable, "_refuse_undone", always(None)),
+    "what was undone is carried on": (commits, "_facts", no_carry),
+    "a second rollback goes no further": (undo, "_is_rolled_back", always(False)),
+    "a rollback reads the files first": (undo, "_whole", always(b"")),
+    "a rollback does not redo": (undo, "_refuse_redo", always(None)),
+    "what is copied is what was audited": (table, "checked_bytes", lambda real: lambda path, info: read_bytes(path)),
+    "published files are looked at": (repair, "damage", always(None)),
+    "latest.json is looked at again": (latest, "settle", one_look),
+    "latest.json names the newest night": (latest, "_body", the_last_commit),
+    "latest.json goes with the last night": (latest, "remove", always(None)),
+    "the log reaches what latest.json names": (DeltaLog, "_check_end", always(None)),
+}
+
+
+def is_missed(guard: str) -> None:
+    owner, name, without = GUARDS[guard]
+    few = settings(max_examples=150, stateful_step_count=20, derandomize=True, report_multiple_bugs=False, **COMMON)
+    with (
+        replaced(owner, name, without(getattr(owner, name))),
+        pytest.raises((AssertionError, NcfError, pytest.fail.Exception)),
+    ):
+        run_state_machine_as_test(Table, settings=few)
+
+
+def test_a_guard_that_is_taken_away_is_missed() -> None:
+    is_missed("a run that is published is found")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("guard", GUARDS)
+def test_every_guard_that_is_taken_away_is_missed(guard: str) -> None:
+    is_missed(guard)
