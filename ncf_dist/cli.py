@@ -27,8 +27,12 @@ from ncf_dist.stage import Outcome
 from ncf_dist.stopping import Stopped, asked, interruptible, listening
 from ncf_dist.urls import scrub_all
 
-JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "rollback", "doctor", "clean", "status")
-UNLOCKED = ("fetch", "doctor", "clean", "status")
+LOOKING = ("status", "runs")
+"""Jobs that show what is there."""
+
+STAGES = ("fetch", "prepare", "train", "evaluate", "score", "publish")
+JOBS = (*STAGES, "nightly", "rollback", "doctor", "clean", *LOOKING)
+UNLOCKED = ("fetch", "doctor", "clean", *LOOKING)
 """Jobs that make nothing for a ds; clean holds the nights that it changes, one at a time."""
 
 VERIFYING = ("publish", "nightly")
@@ -113,7 +117,7 @@ def _add_short_ones(parser: argparse.ArgumentParser, job: str) -> None:
             dest="overrides",
             help="the version of the table to go back to; default PREVIOUS, what the last publication replaced",
         )
-    if job == "status":
+    if job in LOOKING:
         parser.add_argument(
             "--json",
             action="append_const",

@@ -251,7 +251,7 @@ def _what_is_missing(lake: Lake, config: Config, ds: str, stage: str) -> str:
     newest = next((run for run in runs.finished() if run.name in (None, config.run)), None)
     if newest is None:
         return runs.what_is_missing() + (f" (with --run {config.run}, or without it)" if config.run else "")
-    found, wanted = (_flat(decisive(stage, tree)) for tree in (newest.config, stored(stage, config)))
+    found, wanted = (flat_settings(decisive(stage, tree)) for tree in (newest.config, stored(stage, config)))
     differing = [key for key in [*wanted, *found] if wanted.get(key) != found.get(key)]
     if not differing:
         return (
@@ -270,11 +270,13 @@ def _shown(flat: Tree, key: str) -> str:
     return repr(flat[key]) if key in flat else "its default"
 
 
-def _flat(tree: Tree, above: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}"""
+def flat_settings(tree: Tree, above: str = "") -> dict[str, Any]:
+    """Settings by their whole names: {"a": {"b": 1}} → {"a.b": 1}"""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
+        flat |= (
+            flat_settings(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
+        )
     return flat
 
 

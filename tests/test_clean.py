@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shutil
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +31,14 @@ from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.files import sizes
 from ncf_dist.inputs import ids_digest
+from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.publish.log import DeltaLog, digest
 from ncf_dist.publish.pipeline import repair
 from ncf_dist.rollback.pipeline import rollback
+from ncf_dist.runs.leaderboard import leaderboard
 from ncf_dist.stage import LINE, Outcome
+from ncf_dist.status.nights import last_nights
 from tests.published import SEEN, Night, Row, good
 
 FIRST = dt.date(2026, 1, 1)
@@ -621,3 +625,28 @@ def test_forgetting_needs_a_list_and_whole_files_and_passes_over_busy_nights(tmp
     assert repair(night.config, night.ds).extra["repaired"] == [f"ds={day(1)}/{damaged.name}"]
     assert forget(forgetting(night, "ann", "dan"), night.ds).status == "done"
     assert [people_of(night, day(n)) for n in range(3)] == [{"bob", "cat"}] * 3
+
+
+# ---- lakes of earlier versions -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", sorted(Path(__file__).parent.glob("lakes/*.tar.gz")), ids=lambda path: path.name)
+def test_the_lake_of_an_earlier_version_is_shown_and_cleaned(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tarfile.open(stored) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    config = settings.load_config("config.yaml", [f"retention.{name}={value}" for name, value in AT_ONCE.items()])
+    lake, ds = Lake(config.paths.lake), "2026-01-31"
+    (model,) = leaderboard(lake, ds)
+    assert model.value is not None
+    (shown,) = last_nights(lake, config.publish.table, 7)
+    assert shown.published is not None
+    before = {run.root for stage in LINE for run in lake.stage(ds, stage).finished()}
+    live = DeltaLog(lake.path(config.publish.table)).live()
+    for _ in range(2):
+        assert clean(config, ds).status == "done"
+    assert {run.root for stage in LINE for run in lake.stage(ds, stage).finished()} == before
+    assert DeltaLog(lake.path(config.publish.table)).live() == live
+    assert all((Path(lake.path(config.publish.table)) / path).exists() for path in live)

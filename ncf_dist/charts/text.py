@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 NAMES = {
     "popularity": "Popular",
@@ -131,3 +131,17 @@ def bytes_text(count: float) -> str:
             break
         count /= 1024
     return f"{count:,.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
+
+
+def aligned(head: Iterable[str], rows: Sequence[Sequence[str]], to_the_left: Collection[str]) -> str:
+    """A table for a terminal: a line a row, columns as wide as their widest cell; `to_the_left`: names of columns of
+    words, the others being figures."""
+    names = list(head)
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        parts = zip(names, cells, widths, strict=True)
+        padded = (cell.ljust(width) if name in to_the_left else cell.rjust(width) for name, cell, width in parts)
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(map(line, (names, *rows)))

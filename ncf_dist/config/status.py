@@ -1,4 +1,4 @@
-"""The section `status`: what the job status shows."""
+"""The section `status`: what the jobs status and runs show."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from ncf_dist.config.section import PositiveInt, Section
 
 class Status(Section):
     nights: PositiveInt = 30
-    """So many of the latest nights are shown."""
+    """status: so many of the latest nights are shown."""
     format: Literal["table", "json"] = "table"
     """`table`: for people, on stderr · `json`: one object on stdout, before the last line."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ncf_dist.charts.text import (
     NONE,
+    aligned,
     bytes_text,
     called,
     count_text,
@@ -78,12 +79,4 @@ TO_THE_LEFT = {"ds", "outcome", "stopped by"}
 
 def text_table(nights: Sequence[Night]) -> str:
     written = columns(nights)
-    rows = [list(written), *([write(night) for write in written.values()] for night in nights)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if name in TO_THE_LEFT else cell.rjust(width)
-            for name, cell, width in zip(written, row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    )
+    return aligned(written, [[write(night) for write in written.values()] for night in nights], TO_THE_LEFT)
