@@ -45,6 +45,9 @@ INSTEAD = {
 """Jobs with another function beside their own, which an option of its name asks for and which makes nothing for a
 ds; and what it does."""
 
+JUDGING = ("publish", "nightly")
+"""Jobs that gates may refuse."""
+
 NAMED = ("prepare", "train", "evaluate", "score", "nightly")
 """Jobs whose runs can be an experiment's."""
 
@@ -117,6 +120,17 @@ def _add_short_ones(parser: argparse.ArgumentParser, job: str) -> None:
             dest="overrides",
             help="the version of the table to go back to; default PREVIOUS, what the last publication replaced",
         )
+    if job in JUDGING:
+        parser.add_argument(
+            "--override", action="append", default=[], metavar="GATE", help="publish this night in spite of a gate"
+        )
+        parser.add_argument(
+            "--why",
+            action="append",
+            default=[],
+            metavar="TEXT",
+            help="the reason, kept with the night: one an --override",
+        )
     if job in LOOKING:
         parser.add_argument(
             "--json",
@@ -128,9 +142,21 @@ def _add_short_ones(parser: argparse.ArgumentParser, job: str) -> None:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """What the command line changes of the config, as `section.key=value`."""
-    name = vars(args).get("run")
-    return [*args.overrides, f"run={json.dumps(name)}"] if name is not None else list(args.overrides)
+    """What the command line changes of the config, as `section.key=value`. Raises ConfigError unless each --override
+    has its --why."""
+    known = vars(args)
+    gates, reasons = known.get("override") or [], known.get("why") or []
+    if len(gates) != len(reasons):
+        raise ConfigError(
+            f"{len(gates)} --override and {len(reasons)} --why; needed one --why TEXT for each --override GATE, in the "
+            "same order: the reason is kept with the night"
+        )
+    made = list(args.overrides)
+    if gates:
+        made.append(f"gates.overrides={json.dumps(dict(zip(gates, reasons, strict=True)))}")
+    if known.get("run") is not None:
+        made.append(f"run={json.dumps(known['run'])}")
+    return made
 
 
 def run_job(

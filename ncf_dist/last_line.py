@@ -52,7 +52,7 @@ ORDER = (
     *("outputs", "runs", "lake", "details"),
 )
 """Of the line's keys; others follow, and `seconds` is last."""
-FILE_ONLY = {"traceback", "command", "work", "exit_code", "intervals", "comparisons", "details_of_nights"}
+FILE_ONLY = {"traceback", "command", "work", "exit_code", "intervals", "comparisons", "gates", "details_of_nights"}
 PROSE = {"error", "warnings"}
 """What may be cut anywhere. Of the rest, a path for instance, a text is there whole or not at all."""
 _NO_ROOM = object()

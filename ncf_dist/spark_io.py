@@ -107,6 +107,11 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
             spark.stop()
 
 
+def open_session() -> SparkSession | None:
+    """The session that is open in this process; None where there is none."""
+    return _open[-1] if _open else None
+
+
 def _start_context(app: str, options: Mapping[str, Any], config: settings.Spark) -> None:
     """The JVM, where there is none yet, and Spark's context in it."""
     from pyspark import SparkConf, SparkContext

@@ -76,10 +76,11 @@ class Night:
         spread: int = 1,
         last: int = 0,
         forget: str | None = None,
+        **more: Any,
     ) -> Manifest:
         """`unseen`: users of the side table without an index. The last interaction of the n-th user is n days before
         ds. Of the users' numbers every `spread`-th has one, and the `last` ones have none: the others are forgotten.
-        forget: digest of the list of people who were."""
+        forget: digest of the list of people who were. more: facts."""
         numbers = [number * spread for number in range(len(SEEN))]
         users = {"user_id": [self.id(user) for user in SEEN], "user_idx": numbers}
         items = {"item_id": [self.id(item) for item in ITEMS], "item_idx": list(range(len(ITEMS)))}
@@ -96,7 +97,7 @@ class Night:
             contracts.unseen_users(self.id_type): {"user_id": [self.id(user) for user in unseen]},
         }
         self._made_with(split={"strategy": strategy})
-        facts = {"users": len(SEEN) * spread + last, "items": len(ITEMS)}
+        facts = {"users": len(SEEN) * spread + last, "items": len(ITEMS), **more}
         filled = {c: [pa.table(t, schema=c.schema)] for c, t in tables.items()}
         prepare = self._run("prepare", "p1", filled, facts, {} if forget is None else {"forget": forget})
         self._run("train", "t1", {}, {}, {"prepare": "p1"})

@@ -22,7 +22,7 @@ from ncf_dist.errors import ContractError, ExitCode, GateRefused
 from ncf_dist.files import remove
 from ncf_dist.lake import Lake
 from ncf_dist.prepare.pipeline import prepare
-from ncf_dist.publish import commits, pipeline, runs
+from ncf_dist.publish import commits, judging, runs
 from ncf_dist.publish.gates import Comparison, Evaluated, Facts, Figures, Published, judge
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
@@ -171,11 +171,16 @@ def refusal(night: Night, match: str) -> GateRefused:
     assert {path: path.read_bytes() for path in night.table.rglob("*") if path.is_file()} == before
     assert caught.value.exit_code == ExitCode.GATE_REFUSED
     assert caught.value.status == "refused"
+    gates: Any = caught.value.extra.pop("gates")
+    refused: Any = caught.value.extra["refused"]
+    assert {gate for gate, of in gates.items() if of["outcome"] == "refused"} == {*refused}
     return caught.value
 
 
 def test_a_good_night_replaces_the_one_before(night: Night) -> None:
     outcome = publish(night.config, night.ds)
+    gates = outcome.extra.pop("gates")  # type: ignore[attr-defined]
+    assert {of["outcome"] for of in gates.values()} == {"passed", "unknown"}
     assert (outcome.status, outcome.extra) == ("done", {"version": 1, "warnings": []})
 
 
@@ -206,7 +211,7 @@ def test_a_night_of_few_interactions_is_refused(night: Night, monkeypatch: pytes
         asked.append(which[1:])
         return 2 * known + 1
 
-    monkeypatch.setattr(pipeline, "published_interactions", twice_and_one)
+    monkeypatch.setattr(judging, "published_interactions", twice_and_one)
     error = refusal(
         night, f"interactions: prepare kept {known} interactions for score run s1; needed {known + 1}, half"
     )

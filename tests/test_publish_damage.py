@@ -390,9 +390,11 @@ def test_scratch_and_half_written_files_of_a_killed_run_go_with_the_next(tmp_pat
     assert [path.name.startswith("publish-") for path in (tmp_path / "work").iterdir()] == [True]
     assert killed(night, "in a write")
     assert len(list(night.table.rglob(f"*{scratch.TEMPORARY}"))) == 1
+    assert killed(night, "in the blessing")
+    assert len(list((tmp_path / "lake/runs").rglob(f"*{scratch.TEMPORARY}"))) == 1
     assert night.publish() == ("done", 1)
     assert list((tmp_path / "work").iterdir()) == []
-    assert list(night.table.rglob(f"*{scratch.TEMPORARY}")) == []
+    assert list((tmp_path / "lake").rglob(f"*{scratch.TEMPORARY}")) == []
 
 
 def test_files_that_were_staged_and_never_published_go_after_a_day(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ncf_dist.config.evaluate import Evaluate
 from ncf_dist.config.fetch import Dataset, Fetch
+from ncf_dist.config.gates import UNDONE, Gates
 from ncf_dist.config.input import Columns, IdType, Input, InputFormat, Place, SideColumn, SideTable
 from ncf_dist.config.layout import Layout
 from ncf_dist.config.load import load_config, parse_ds
@@ -32,6 +33,7 @@ from ncf_dist.config.tree import Config
 __all__ = [
     "MEMORY_PATTERN",
     "RESERVED",
+    "UNDONE",
     "Columns",
     "Config",
     "Counts",
@@ -40,6 +42,7 @@ __all__ = [
     "Evaluate",
     "Fetch",
     "Gate",
+    "Gates",
     "IdList",
     "IdType",
     "Input",

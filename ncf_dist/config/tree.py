@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from ncf_dist import urls
 from ncf_dist.config.evaluate import Evaluate
 from ncf_dist.config.fetch import Fetch
+from ncf_dist.config.gates import Gates
 from ncf_dist.config.input import Input
 from ncf_dist.config.layout import Layout
 from ncf_dist.config.loader import Loader
@@ -45,6 +46,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     score: Score = Score()
     publish: Publish = Publish()
+    gates: Gates = Gates()
     retention: Retention = Retention()
     status: Status = Status()
     spark: Spark = Spark()

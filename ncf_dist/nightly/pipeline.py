@@ -3,7 +3,9 @@ skipped, so a night that died goes on where it stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.manifests import Manifest
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.ahead import check_ahead
+from ncf_dist.publish.data import check as check_data
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
 from ncf_dist.stage import Outcome, Upstream
@@ -46,6 +49,8 @@ def nightly(config: Config, ds: str) -> Outcome:
     for number, name in enumerate(names, 1):
         log.info("── %d/%d %s ──", number, len(names), name)
         night.take(name, config, ds)
+        if name == "prepare" and "publish" in names:
+            night.judge_data(config, ds)
     if config.run is not None:
         log.info("an experiment is not published: %s", config.run)
     return night.outcome()
@@ -64,20 +69,9 @@ class _Night:
     warnings: list[str] = field(default_factory=list)
 
     def take(self, name: str, config: Config, ds: str) -> None:
-        """Run a stage and gather what it says. An error of ours leaves with what those before it have said."""
-        try:
-            with attempts.stage(name) as took:
-                took(outcome := STAGES[name](config, ds, self.made))
-        except NcfError as error:
-            said = {"outputs": self.outputs, "metrics": self.metrics, "runs": self.runs, **self.extra}
-            last: Any = error.extra.get("warnings", ())
-            error.extra = {
-                **said,
-                **error.extra,
-                "warnings": [*self.warnings, *last],
-                "stages": {**self.stages, name: error.status},
-            }
-            raise
+        """Run a stage and gather what it says."""
+        with self._told(name), attempts.stage(name) as took:
+            took(outcome := STAGES[name](config, ds, self.made))
         if outcome.manifest:
             self.made[name] = outcome.manifest
         self.stages[name], self.run_key = outcome.status, outcome.run_key
@@ -85,6 +79,28 @@ class _Night:
         self.metrics |= outcome.metrics
         self.warnings += outcome.extra.get("warnings", ())
         self.extra |= outcome.extra
+
+    def judge_data(self, config: Config, ds: str) -> None:
+        """Refuse a night whose data publish would refuse, before a model is trained on it."""
+        if (prepared := self.made.get("prepare")) is not None:
+            with self._told("publish"):
+                check_data(config, ds, prepared)
+
+    @contextlib.contextmanager
+    def _told(self, stage: str) -> Iterator[None]:
+        """An error of ours leaves with what the stages before it have said."""
+        try:
+            yield
+        except NcfError as error:
+            said = {"outputs": self.outputs, "metrics": self.metrics, "runs": self.runs, **self.extra}
+            last: Any = error.extra.get("warnings", ())
+            error.extra = {
+                **said,
+                **error.extra,
+                "warnings": [*self.warnings, *last],
+                "stages": {**self.stages, stage: error.status},
+            }
+            raise
 
     @property
     def runs(self) -> dict[str, str]:

@@ -29,6 +29,7 @@ from ncf_dist.prepare.ingest import ingest
 from ncf_dist.prepare.item_tables import write_item_stats
 from ncf_dist.prepare.layout import write_sequences_table, write_train_table
 from ncf_dist.prepare.next_items import write_next_items
+from ncf_dist.prepare.profile import PROFILE, last_published, profile
 from ncf_dist.prepare.run_inputs import RunInputs
 from ncf_dist.prepare.sequences import sequence_facts
 from ncf_dist.prepare.side_tables import write_side_tables
@@ -59,9 +60,11 @@ def prepare(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
 
     run = stage.begin()
     until = config.input.until or dt.date.fromisoformat(ds)
+    before = last_published(Lake(config.paths.lake), config.publish.table, base, ds)
     try:
         with spark_session("ncf-prepare", config.spark) as spark:
-            tables, facts, warnings = make_tables(Workspace(spark, run), config, until, inputs, ids, forget, base)
+            made = make_tables(Workspace(spark, run), config, ds, until, inputs, ids, forget, base, before)
+            tables, facts, warnings = made
     finally:
         remove(posixpath.join(run, STAGING))
     facts["warnings"] = list(warnings)
@@ -73,14 +76,16 @@ def prepare(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
 def make_tables(
     space: Workspace,
     config: Config,
+    ds: str,
     until: dt.date,
     inputs: RunInputs,
     ids: IdTypes,
     forget: Forget,
     base: Manifest | None,
+    before: Manifest | None,
 ) -> tuple[Mapping[str, TableInfo], dict[str, Any], Sequence[str]]:
     """(every table of the contracts, the facts of the run, what a person should know). until: the first day whose rows
-    are left for later nights; base: the run whose indexes this one extends."""
+    are left for later nights; base: the run whose indexes this one extends; before: the last published night's."""
     # Type every row; write the bad ones to the quarantine.
     ingested = ingest(space, config.input, inputs, ids, forget, until, places=config.split.ties == "file")
     # Remove what the config's filters leave out.
@@ -107,6 +112,7 @@ def make_tables(
     made = {"quarantine": ingested.quarantine, **indexes.tables, **users.tables, "train": train, **ordered}
     facts = account(ingested, filtered, indexes, users, forget, config.input.feedback)
     facts |= sequence_facts(config.sequences, users.counts)
+    facts[PROFILE] = profile(space, ds, ingested, indexes, users.tables, base, before)
     tables = {**made, "item_stats": item_stats, **sides.tables}
     return tables, {**facts, **split_facts(rule), **sides.facts}, ingested.warnings
 

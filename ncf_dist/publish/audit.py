@@ -96,10 +96,14 @@ class Audited:
 
 @dataclass(frozen=True)
 class Audit:
-    """A night that passed: its files in the manifest's order, and how many users were ranked by the model."""
+    """A night that passed: its files in the manifest's order; how many users were ranked by the model, and how many at
+    all; the recommendations; and the share of the items that may be offered that anybody is."""
 
     files: list[Audited]
     model_users: int
+    users: int = 0
+    rows: int = 0
+    coverage: float = 0.0
 
 
 def contract_of(prepare: Manifest, form: Form = "long") -> Contract:
@@ -148,7 +152,7 @@ def audit(score: Manifest, prepare: Manifest, work: str) -> Audit:
     ):
         if found != said:
             _refuse("*", f"{found} users{what}", f"the {said} that score counted")
-    return Audit(passed, by_model)
+    return Audit(passed, by_model, users, rules.rows, int(rules.offered.sum()) / max(1, int(permitted.sum())))
 
 
 def _permitted(items: pa.Array, lists: ItemLists, score: Manifest) -> np.ndarray:
@@ -236,6 +240,7 @@ class _Rules:
         self, promise: Promise, items: pa.Array, permitted: np.ndarray, names: list[str], offers: Offers
     ) -> None:
         self.promise, self.items, self.permitted, self.names, self.offers = promise, items, permitted, names, offers
+        self.rows, self.offered = 0, np.zeros(len(items), dtype=bool)
         self._waiting: list[tuple[np.ndarray, np.ndarray, pa.Table]] = []
         """Of rows: the number of the file of each, its place there, and the rows."""
 
@@ -294,6 +299,7 @@ class _Rules:
         unknown = ~by_model & pc.not_equal(rows["reason"], POPULAR).to_numpy(zero_copy_only=False)
         none(unknown, "reason {reason!r}", f"{MODEL!r} or {POPULAR!r}")
         none(by_model != by_model[starts][run], "reason {reason!r} at rank {rank}", "the user's first reason")
+        self.rows, self.offered[item] = self.rows + rows.num_rows, True
         self.offers.add(files, rows["user_id"], item, due == 1, by_model)
 
 

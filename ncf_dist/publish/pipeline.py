@@ -1,4 +1,4 @@
-"""Publish one night: fence → audit → gates → copy → one atomic commit → latest.json.
+"""Publish one night: fence → audit → gates → copy → canary → one atomic commit → latest.json.
 
 Any night, in any order: the first run of a ds, another run in its place, or an older ds (a backfill). Readers see the
 old night or the new one. A run that is stopped anywhere leaves the old night in place, or the new one whole; the same
@@ -14,18 +14,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ncf_dist.config import Config
-from ncf_dist.errors import GateRefused, InputError
+from ncf_dist.config import UNDONE, Config
+from ncf_dist.errors import InputError
 from ncf_dist.files import exists, read_bytes, resolve
 from ncf_dist.inputs import ids_digest, listed_ids
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo
-from ncf_dist.publish import gates, latest, leftovers, steps
-from ncf_dist.publish.audit import Audit, Promise, audit, contract_of
+from ncf_dist.publish import latest, leftovers, steps
+from ncf_dist.publish.audit import Promise, audit, contract_of
+from ncf_dist.publish.canary import canary
+from ncf_dist.publish.judging import judge
 from ncf_dist.publish.log import LATEST, DeltaLog
 from ncf_dist.publish.repair import restore, restore_all
-from ncf_dist.publish.runs import Runs, evaluated, find_runs, interactions_of, published_interactions
+from ncf_dist.publish.runs import Runs, find_runs
 from ncf_dist.publish.table import Publication, PublishedTable
 from ncf_dist.stage import Outcome, Upstream
 
@@ -46,11 +48,14 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     contract = contract_of(runs.prepare, promise.form)
     forget, path = runs.prepare.inputs.get("forget"), config.input.forget
     listed = ids_digest(listed_ids(path)) if forget is not None and path is not None else None
-    night = Publication(ds, score.run_key, promise.model_version, promise.k, forget=forget, listed=listed)
+    said = {name: why for name, why in config.gates.overrides.items() if name == UNDONE}
+    named = (ds, score.run_key, promise.model_version, promise.k)
+    night = Publication(*named, forget=forget, listed=listed, overrides=said)
     table = PublishedTable(lake.path(config.publish.table), contract)
     infos = {table.path_of(night, info.path, info.sha256): info for info in score.table(contract).files}
     warnings: list[str] = []
     repaired: list[str] = []
+    judged: dict[str, Any] = {}
     with _stops_named(config, table, night, infos):
         steps.reached("begun")
         done = table.holds(night, infos)
@@ -58,20 +63,40 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         if done:
             repaired = _restore(config, table, score, infos)
         else:
-            audited = audit(score, runs.prepare, resolve(config.paths.work))
-            steps.reached("audited")
-            warnings = _pass_gates(config, table, runs, audited)
-            steps.reached("judged")
-            night = replace(night, model_users=audited.model_users)
-            table.copy(night, audited.files)
-            table.commit(night, audited.files)
+            warnings, judged = _make_visible(config, table, runs, night, infos)
         version = table.settle(night)
         leftovers.sweep_table(table.log)
-    said = "repaired" if repaired else "already published" if done else "published"
-    log.info("%s: %s, ds %s, version %d, %s rows", said, table.root, ds, version, f"{table.rows(ds):,}")
+    what = "repaired" if repaired else "already published" if done else "published"
+    log.info("%s: %s, ds %s, version %d, %s rows", what, table.root, ds, version, f"{table.rows(ds):,}")
     status = "already-done" if done and not repaired else "done"
-    extra = {"version": version, "warnings": warnings, **({"repaired": repaired} if repaired else {})}
+    extra = {"version": version, "warnings": warnings, **judged, **({"repaired": repaired} if repaired else {})}
     return Outcome(status, score.run_key, {contract.name: table.root}, {}, extra)
+
+
+def _make_visible(
+    config: Config, table: PublishedTable, runs: Runs, night: Publication, infos: dict[str, FileInfo]
+) -> tuple[list[str], dict[str, Any]]:
+    """Audit, judge, copy, read as consumers do, and commit. (warnings, what the gates said). Raises what `publish`
+    does."""
+    lake = Lake(config.paths.lake)
+    audited = audit(runs.score, runs.prepare, resolve(config.paths.work))
+    steps.reached("audited")
+    decision, measured = judge(config, table, runs, audited)
+    if decision.refused:
+        decision.enforce(lake)
+    steps.reached("judged")
+    table.copy(night, audited.files)
+    candidates = {posixpath.join(table.root, path): info.rows for path, info in infos.items()}
+    decision = replace(decision, checks=[*decision.checks, canary(config.gates, table.contract, candidates)])
+    warnings = decision.enforce(lake)
+    night = replace(
+        night,
+        model_users=audited.model_users,
+        values=measured.stored(),
+        overrides={**night.overrides, **decision.overridden},
+    )
+    table.commit(night, audited.files)
+    return warnings, {"gates": decision.gates()}
 
 
 def repair(config: Config, ds: str) -> Outcome:
@@ -96,43 +121,6 @@ def repair(config: Config, ds: str) -> Outcome:
     log.info("%s, version %d: repaired %s", delta.root, version, ", ".join(repaired) or "nothing, as all is whole")
     extra = {"version": version, "repaired": repaired}
     return Outcome("done" if repaired else "already-done", None, {config.publish.table: delta.root}, {}, extra)
-
-
-def _pass_gates(config: Config, table: PublishedTable, runs: Runs, audited: Audit) -> list[str]:
-    """The warnings. Raises GateRefused."""
-    earlier = table.before(runs.score.ds)
-    before = None
-    if earlier is not None:
-        ds, entry = earlier
-        key = entry.run_key if entry else None
-        kept = published_interactions(Lake(config.paths.lake), ds, key)
-        before = gates.Published(ds, key, entry.model_users if entry else None, kept)
-    facts = gates.Facts(
-        score_run=runs.score.run_key,
-        train_run=str(runs.score.inputs.get("train")),
-        rows=sum(file.info.rows for file in audited.files),
-        model_users=audited.model_users,
-        published=before,
-        evaluated=evaluated(runs.evaluate),
-        held_out=runs.prepare.config.get("split", {}).get("strategy") != "none",
-        interactions=interactions_of(runs.prepare),
-    )
-    verdicts = gates.judge(facts, config.publish.require)
-    refused = [verdict for verdict in verdicts if verdict.refuses]
-    warnings = [f"{verdict.check}: {verdict.message}" for verdict in verdicts if not verdict.refuses]
-    for warning in warnings:
-        log.warning("%s", warning)
-    if refused:
-        names = [verdict.check for verdict in refused]
-        off = names if set(names) <= set(config.publish.require) else []
-        raise GateRefused(
-            f"ds {runs.score.ds} is not published and what is published stays: "
-            + "; ".join(f"{verdict.check}: {verdict.message}" for verdict in refused)
-            + (f". To publish it all the same, leave {' and '.join(off)} out of publish.require" if off else ""),
-            refused=names,
-            warnings=warnings,
-        )
-    return warnings
 
 
 def _restore(config: Config, table: PublishedTable, score: Manifest, infos: dict[str, FileInfo]) -> list[str]:

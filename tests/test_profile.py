@@ -1,0 +1,108 @@
+"""What prepare says of the data for the gates: the numbers of the tables that it wrote, counted without Spark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyspark.sql import SparkSession
+
+from ncf_dist.config import Config
+from ncf_dist.lake import Lake
+from ncf_dist.prepare.profile import last_published
+from ncf_dist.publish.data import Profile
+from tests import nights
+from tests.simulated import counts, rating_bins
+
+DAY = 86_400
+FIRST, SECOND = "2024-03-01", "2024-03-03"
+NOON = 1_709_208_000  # 2024-02-29, 12:00 UTC
+
+
+def write(log: Path, rows: list[tuple[str, str, float, int]], bad: int = 0) -> None:
+    lines = [f"{user},{item},{rating},{time}" for user, item, rating, time in rows] + ["broken"] * bad
+    log.write_text("u,i,r,t\n" + "\n".join(lines) + "\n")
+
+
+@pytest.mark.usefixtures("spark")
+def test_the_profile_is_what_the_tables_say(tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    rng = np.random.default_rng(5)
+    ratings = (-2.0, 0.0, 0.5, 1.0, 3.5, 4.0, 4.5, 5.0, 90_000.0)
+    rows = [
+        (f"u{user}", f"i{item}", float(rng.choice(ratings)), NOON - DAY * int(rng.integers(5)))
+        for user in range(30)
+        for item in rng.choice(90, 8, replace=False)
+    ]
+    log = tmp_path / "log.csv"
+    write(log, rows, bad=12)
+    config = make_config(
+        log,
+        input={
+            "format": "csv",
+            "columns": {"user": "u", "item": "i", "rating": "r", "timestamp": "t"},
+            "rating_range": None,
+            "max_bad_fraction": 0.5,
+        },
+        negatives={"per_positive": 1, "draws": 1, "candidates": 3},
+    )
+    first = nights.run(config, FIRST)
+    said = Profile.of(first.manifest)
+    assert (said.new_users_a_day, said.vanished) == (None, None), "there is no night before"
+    assert said.quarantine == 12 / (len(rows) + 12)
+    assert said.age_days == pytest.approx((1_709_251_200 - max(row[3] for row in rows)) / DAY)
+    stored = np.array(first.rows("interactions"), dtype=float)
+    assert said.ratings == counts(rating_bins(stored[:, 2]))
+    assert said.items == counts(stored[:, 1].astype(np.int64) % 64)
+    assert sum(said.items.values()) == len(stored)
+
+    # Two nights later a tenth of the users and of the items is gone, and four users are new.
+    left = [row for row in rows if row[0] not in ("u1", "u2", "u3") and row[1] not in ("i5", "i6")]
+    new = [(f"n{user}", f"i{item}", 1.0, NOON + DAY) for user in range(4) for item in range(10, 15)]
+    late = [("u0", "i0", 1.0, NOON + 30 * DAY)]
+    write(log, left + new + late)
+    second = nights.run(config, SECOND)
+    said = Profile.of(second.manifest)
+    gone = [row for row in rows if row not in left]
+    assert said.vanished == pytest.approx(len(gone) / len(rows))
+    assert said.new_users_a_day == 2.0
+    assert said.quarantine == 0, "what is after the window is for later nights"
+    assert json.loads(json.dumps(second.manifest.facts["profile"])) == second.manifest.facts["profile"]
+
+
+def test_the_night_before_is_the_published_one_where_the_indexes_lead_to_it(
+    spark: SparkSession, tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    """A night that was refused is no measure of what has vanished since."""
+    log = tmp_path / "log.csv"
+    config = make_config(
+        log,
+        input={"format": "csv", "columns": {"user": "u", "item": "i", "timestamp": "t"}},
+        negatives={"per_positive": 1, "draws": 1, "candidates": 2},
+    )
+    rows = [(f"u{user}", f"i{(user + item) % 9}", 1.0, NOON) for user in range(9) for item in range(5)]
+    write(log, rows)
+    one = nights.run(config, FIRST).manifest
+    lake = Lake(config.paths.lake)
+    assert last_published(lake, "recommendations", None, FIRST) is None
+    assert last_published(lake, "recommendations", one, SECOND) == one, "nothing is published"
+    write(log, rows[:20])
+    two = nights.run(config, "2024-03-02").manifest
+    score = Path(lake.root, "runs", FIRST, "score", "s1")
+    score.mkdir(parents=True)
+    said = {"stage": "score", "ds": FIRST, "run_key": "s1", "config": {}, "inputs": {"prepare": one.run_key}}
+    (score / "manifest.json").write_text(json.dumps(said))
+    latest = Path(lake.root, "recommendations", "latest.json")
+    latest.parent.mkdir()
+    for body, wanted in (
+        ({"ds": FIRST, "run_key": "s1"}, one),
+        ({"ds": FIRST, "run_key": "gone"}, two),
+        ({"ds": SECOND, "run_key": "s1"}, two),
+        ({}, two),
+    ):
+        latest.write_text(json.dumps(body))
+        assert last_published(lake, "recommendations", two, SECOND) == wanted
+    latest.write_text("{")
+    assert last_published(lake, "recommendations", two, SECOND) == two
