@@ -33,14 +33,22 @@ for name in sys.argv[1:]:
     module, function = name.split(":")
     functions[function] = getattr(importlib.import_module(module), function)
 
-def run(job, config, ds, step, nth):
+def meet(folder, count):
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    end = time.monotonic() + 300
+    while len(os.listdir(folder)) < count and time.monotonic() < end:
+        time.sleep(0.001)
+
+def run(job, config, ds, step, nth, meeting):
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
     left = [nth]
     def listener(name):
         if name == step:
             left[0] -= 1
-            if left[0] == 0:
+            if left[0] == 0 and meeting:
+                meet(*meeting)
+            elif left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
     steps.listener = listener
     try:
@@ -85,11 +93,28 @@ class Killer:
     ) -> tuple[int, float]:
         """(exit code, seconds) of one job that is killed when it reaches `step` for the nth time, or after `delay`
         seconds; else it runs to its end."""
+        self.ask(job, config, ds, step, nth, delay)
+        return self.answer()
+
+    def ask(
+        self,
+        job: str,
+        config: Config,
+        ds: str,
+        step: str = "",
+        nth: int = 1,
+        delay: float | None = None,
+        meeting: tuple[str, int] | None = None,
+    ) -> None:
+        """Begin it. meeting: (a folder, how many): at `step` the job waits there for others, and is not killed."""
         tree = config.model_dump(mode="json", by_alias=True)
-        asked = {"job": job, "config": tree, "ds": ds, "step": step, "nth": nth, "delay": delay}
+        asked = {"job": job, "config": tree, "ds": ds, "step": step, "nth": nth, "delay": delay, "meeting": meeting}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
+
+    def answer(self) -> tuple[int, float]:
+        """What `run` returns."""
         code, seconds = json.loads(self._said())
         return int(code), float(seconds)
 
