@@ -7,10 +7,8 @@ import datetime as dt
 import hashlib
 import json
 import re
-import shutil
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from ncf_dist import cli
 from ncf_dist import config as settings
 from ncf_dist.ancestry import DIGESTS
 from ncf_dist.bundle import read_bundle, version_of
-from ncf_dist.clean import checkpoint, nights, removal
+from ncf_dist.clean import checkpoint
 from ncf_dist.clean.keep import what_stays
 from ncf_dist.clean.pipeline import clean, forecast, forget
 from ncf_dist.clean.runs import removals
@@ -405,81 +403,7 @@ def test_a_damaged_log_is_named_and_nothing_goes(tmp_path: Path) -> None:
     assert sizes(str(tmp_path)).keys() == before
 
 
-# ---- whole at every moment ---------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    pass
-
-
-def whole(night: Night, rows: list[Any]) -> None:
-    """Readers see every version that stays, and no finished run lacks one that it was made from."""
-    assert night.read() == rows
-    log = DeltaLog(str(night.table))
-    newest = log.opened().version()
-    for version in range(newest - 2, newest + 1):
-        assert all(path.exists() for path in readable(night, version)), version
-    assert all((night.table / path).exists() for path in night.latest()["files"])
-    for ds in night.lake.nights():
-        for stage in LINE:
-            for run in night.lake.stage(ds, stage).finished():
-                for above in LINE[stage].builds_on:
-                    assert night.lake.stage(ds, above).find(str(run.inputs[above])), f"{stage} of {ds} lacks {above}"
-
-
-def state(root: Path) -> set[str]:
-    """Names of all files but locks, those of Parquet and JSON by what stays the same from lake to lake."""
-    return {name for name in sizes(str(root / "lake")) if not name.endswith(".lock")}
-
-
-def test_a_clean_that_is_killed_at_any_change_leaves_a_whole_lake_and_the_next_one_finishes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    template = tmp_path / "template"
-    night = [published(template / "n", number) for number in range(6)][-1]
-    cleaned(night)
-    night = [published(template / "n", number) for number in (6, 7)][-1]
-    changes = [(removal, "remove"), (checkpoint, "write_atomic"), (nights, "swap")]
-    undisturbed, at = None, 0
-    while True:
-        root = tmp_path / str(at)
-        shutil.copytree(template, root)
-        night = Night(root / "n", day(7))
-        left = [at]
-        with monkeypatch.context() as patched:
-            for module, name in changes:
-                patched.setattr(module, name, killing(getattr(module, name), left))
-            try:
-                cleaned(night)
-            except Killed:
-                pass
-            else:
-                break
-        whole(night, sorted(good("m7")))
-        cleaned(night)
-        whole(night, sorted(good("m7")))
-        cleaned(night)
-        undisturbed = undisturbed or runs_and_files(night)
-        assert runs_and_files(night) == undisturbed
-        at += 1
-    assert at > 12
-
-
-def runs_and_files(night: Night) -> tuple[set[str], set[str]]:
-    runs, table = (sizes(f"{night.lake.root}/{name}") for name in ("runs", "recommendations"))
-    return {n for n in runs if not n.endswith(".lock")}, {n for n in table if n.endswith(".parquet") and "ds=" in n}
-
-
-def killing(function: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
-    """`function`, which half does it, or not at all, when so many changes have been made; then nothing more happens."""
-
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        if left[0] <= 0:
-            raise Killed
-        left[0] -= 1
-        return function(*args, **kwargs)
-
-    return killed
+# ---- readers -----------------------------------------------------------------------------------------------
 
 
 def test_readers_lose_nothing_while_nights_are_published_and_cleaned(tmp_path: Path) -> None:

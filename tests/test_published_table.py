@@ -49,6 +49,8 @@ class Table(RuleBasedStateMachine):
         """Of each night: the version, the model that readers saw since, and whether it was a rollback."""
         self.undone: set[tuple[str, str]] = set()
         self.version = -1
+        self.first = 0
+        """The oldest version that can be gone back to."""
         self.latest: tuple[str, str] | None = None
 
     def teardown(self) -> None:
@@ -194,7 +196,7 @@ class Table(RuleBasedStateMachine):
     @precondition(lambda self: self.version > 0)
     @rule(ds=nights, data=st.data())
     def rolls_back_to(self, ds: str, data: st.DataObject) -> None:
-        version = data.draw(st.integers(0, self.version - 1))
+        version = data.draw(st.integers(self.first, self.version - 1))
         before = [(number, model) for number, model, _ in self.past[ds] if number <= version]
         since, model = before[-1] if before else (-1, None)
         if model is not None and (ds, model) in self.undone:

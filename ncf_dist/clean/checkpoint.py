@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from deltalake import DeltaTable
 
+from ncf_dist.clean import steps
 from ncf_dist.clean.removal import Removal
 from ncf_dist.clean.versions import CHECKPOINT, ENTRY, LOG, Published
 from ncf_dist.errors import ContractError
@@ -59,8 +60,10 @@ def write(published: Published, work: str) -> None:
                 f"a checkpoint of version {version} of {root} does not say what the log says; needed the same "
                 "files and columns: nothing was changed, and the log stays as long as it is; report this"
             )
-    for name, data in made.items():  # The checkpoint itself before the file that names it.
-        write_atomic(posixpath.join(root, LOG, name), data)
+    write_atomic(posixpath.join(root, LOG, _name(version)), made[_name(version)])
+    steps.reached("checkpointed")
+    write_atomic(posixpath.join(root, LOG, LAST), made[LAST])
+    steps.reached("checkpoint-named")
 
 
 def outdated(published: Published, before: float) -> Iterator[Removal]:

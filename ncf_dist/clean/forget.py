@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake.transaction import AddAction
 
+from ncf_dist.clean import steps
 from ncf_dist.contracts import PARTITION
 from ncf_dist.errors import ContractError
 from ncf_dist.files import is_local, read_bytes, sync, write_atomic
@@ -59,6 +60,7 @@ def forget_in(delta: DeltaLog, ds: str, list_of: ListOf) -> int:
             data = encoded(left)
             new = _renamed(path, data)
             write_atomic(posixpath.join(delta.root, new), data)
+            steps.reached("rewritten")
             sums[new] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             actions.append(AddAction(new, len(data), {PARTITION: ds}, int(time.time() * 1000), True, _statistics(left)))
     if not gone:

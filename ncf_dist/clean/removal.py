@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ncf_dist.clean import steps
 from ncf_dist.files import remove
 from ncf_dist.manifests import MANIFEST
 
@@ -29,7 +30,9 @@ class Removal:
         with contextlib.suppress(FileNotFoundError):  # Another clean was faster.
             if self.kind == "run":
                 remove(posixpath.join(self.path, MANIFEST))
+                steps.reached("unmade")
             remove(self.path)
+        steps.reached("removed")
 
 
 def totals(removals: Iterable[Removal]) -> dict[str, dict[str, int]]:

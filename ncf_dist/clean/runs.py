@@ -8,6 +8,7 @@ import math
 import posixpath
 from collections.abc import Iterator
 
+from ncf_dist.clean import steps
 from ncf_dist.clean.keep import Kept
 from ncf_dist.clean.removal import Kind, Removal
 from ncf_dist.errors import ContractError
@@ -50,6 +51,7 @@ def remove_empty(lake: Lake, ds: str, partition: str) -> None:
     for folder in (*(lake.stage(ds, stage).root for stage in LINE), partition):
         if is_local(folder) and not list_names(folder):
             remove(folder)
+            steps.reached("empty")
 
 
 def _removal(kind: Kind, path: str) -> Removal:

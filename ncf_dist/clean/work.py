@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from ncf_dist.charts.text import bytes_text
+from ncf_dist.clean import steps
 from ncf_dist.clean.keep import Kept, what_stays
 from ncf_dist.clean.removal import Removal
 from ncf_dist.clean.runs import removals
@@ -59,6 +60,7 @@ class Work:
 
 def carried_out(found: Iterable[Removal]) -> list[Removal]:
     gone = list(found)  # All of it is looked up before the first thing goes.
+    steps.reached("looked-up")
     for removal in gone:
         log.info("removing %s %s (%s)", removal.kind, removal.path, bytes_text(removal.bytes))
         removal.carry_out()
