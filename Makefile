@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test soak demo ml-1m bench docs lock audit sbom clean
+.PHONY: help install check format test soak demo nightly-demo ml-1m bench docs lock audit sbom clean
 
 # Choose another with `make PYTHON=/path/to/python3.11 install`.
 PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) python3.11)
@@ -86,6 +86,9 @@ demo: install ## made-up data to published recommendations, in minutes
 	./spark-submit.sh fetch --config conf/demo.yaml
 	./spark-submit.sh nightly --config conf/demo.yaml
 	$(python) -m ncf_dist.demo --config conf/demo.yaml
+
+nightly-demo: install ## a week of nights, with what goes wrong in a year, in minutes
+	$(python) -m ncf_dist.week --config conf/nightly-demo.yaml
 
 ml-1m: install ## the same on MovieLens 1M, from NCF_DATA_DIR or downloaded; MODEL=neumf: with NeuMF
 	source=(); if [ -d "$$NCF_DATA_DIR/ml-1m" ]; then source=(--set "fetch.from=$$NCF_DATA_DIR/ml-1m"); fi; \

@@ -23,7 +23,20 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-JOBS = ("fetch", "prepare", "train", "evaluate", "score", "publish", "nightly", "rollback", "doctor")
+JOBS = (
+    "fetch",
+    "prepare",
+    "train",
+    "evaluate",
+    "score",
+    "publish",
+    "nightly",
+    "rollback",
+    "clean",
+    "status",
+    "runs",
+    "doctor",
+)
 INSTALL_FILES = (
     "Makefile",
     "spark-submit.sh",
@@ -266,7 +279,7 @@ def test_a_wrong_spark_home_is_one_line(checkout: Path) -> None:
 def test_make_lists_its_targets() -> None:
     listed = [line.split()[1] for line in run("make").stdout.splitlines()]
     assert listed[:6] == ["help", "install", "check", "format", "test", "soak"]
-    assert listed[6:] == ["demo", "ml-1m", "bench", "lock", "audit", "docs", "sbom", "clean"]
+    assert listed[6:] == ["demo", "nightly-demo", "ml-1m", "bench", "lock", "audit", "docs", "sbom", "clean"]
 
 
 @pytest.fixture
