@@ -26,7 +26,9 @@ def test_a_cut_log_is_the_beginning_of_the_whole_one(tmp_path: Path) -> None:
 def test_a_step_that_ends_otherwise_ends_the_week(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A night that is published in spite of its gates must not look like one that was refused."""
     launcher = tmp_path / "launcher.sh"
-    launcher.write_text('#!/bin/sh\necho \'{"job": "nightly", "ds": "2023-06-20", "status": "done"}\'\n')
+    launcher.write_text(
+        '#!/bin/sh\necho \'{"job": "nightly", "ds": "2023-06-20", "status": "done", "details": null}\'\n'
+    )
     launcher.chmod(0o755)
     monkeypatch.setattr(week, "LAUNCHER", launcher)
     assert week.Week("x.yaml").run(0, "nightly")["status"] == "done"
