@@ -28,7 +28,7 @@ from ncf_dist.files import list_names, make_dirs, read_json, write_atomic
 from ncf_dist.lake import Lake
 from ncf_dist.memory import Peak
 from ncf_dist.stage import Outcome
-from ncf_dist.urls import scrub_all
+from ncf_dist.urls import scrub, scrub_all
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,50 @@ def read(lake: Lake, ds: str) -> list[Record]:
     return sorted(found, key=lambda record: record.attempt)
 
 
+class Listener:
+    """Somebody who is told of an attempt as it goes; whoever does not care about a moment leaves it out."""
+
+    def begun(self, record: Record) -> None: ...
+
+    def stage_begun(self, record: Record, name: str) -> None: ...
+
+    def stage_ended(self, record: Record, name: str) -> None: ...
+
+    def ended(self, record: Record) -> None: ...
+
+    def lost(self, record: Record) -> None:
+        """An earlier attempt at this night, which was killed, is closed."""
+
+
+class Listeners:
+    """All who are told. One that fails is heard of once, and told no more: no listener stops a night."""
+
+    def __init__(self, named: Mapping[str, Callable[[], Listener]]) -> None:
+        """named: how each is made, by its name."""
+        self.warnings: list[str] = []
+        self._there: dict[str, Listener] = {}
+        for name, make in named.items():
+            with self._guarded(name):
+                self._there[name] = make()
+
+    def tell(self, moment: str, record: Record, *stage: str) -> None:
+        for name, listener in list(self._there.items()):
+            with self._guarded(name):
+                getattr(listener, moment)(record, *stage)
+
+    @contextlib.contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Libraries of others, and networks.
+            self._there.pop(name, None)
+            what = " ".join(scrub(str(error)).split())[:300] or type(error).__name__
+            install = ": install the extra ops of ncf-dist" if isinstance(error, ImportError) else ""
+            warning = f"{name} is told no more of this attempt ({what}){install}"
+            log.warning("%s", warning)
+            self.warnings.append(warning)
+
+
 _current: Attempt | None = None
 
 
@@ -117,8 +161,8 @@ def stage(name: str) -> Iterator[Callable[[Outcome], None]]:
 class Attempt:
     """An attempt, from its beginning to its end."""
 
-    def __init__(self, lake: Lake, ds: str, job: str, run: str | None = None) -> None:
-        self._lake, self._start = lake, time.monotonic()
+    def __init__(self, lake: Lake, ds: str, job: str, run: str | None, listeners: Listeners) -> None:
+        self._lake, self._start, self._listeners = lake, time.monotonic(), listeners
         now = dt.datetime.now(dt.timezone.utc)
         name = f"{now:%Y%m%dT%H%M%S%f}-{os.getpid()}"
         self.record = Record(attempt=name, job=job, ds=ds, began=now.isoformat(), code=code(), run=run)
@@ -129,6 +173,7 @@ class Attempt:
         stage = self.record.stages[name] = Stage()
         start = time.monotonic()
         self.write()
+        self._listeners.tell("stage_begun", self.record, name)
         logs.say(stage=name, run_key=self.record.run_key if name == "publish" else None)
         with Peak() as peak:
             try:
@@ -140,6 +185,7 @@ class Attempt:
             finally:
                 stage.seconds, stage.peak_memory_bytes = round(time.monotonic() - start, 3), peak.bytes
                 self.write()
+                self._listeners.tell("stage_ended", self.record, name)
 
     def took(self, stage: Stage, outcome: Outcome) -> None:
         """Note what a stage made or found."""
@@ -175,6 +221,8 @@ class Attempt:
         seconds = round(time.monotonic() - self._start, 3)
         closed = {"outcome": outcome, "exit_code": int(exit_code), "error": error, "ended": now, "seconds": seconds}
         self.record = self.record.model_copy(update=closed)
+        self._listeners.tell("ended", self.record)
+        self.record.warnings = [*self.record.warnings, *self._listeners.warnings]
         self.write()
 
     def write(self) -> None:
@@ -183,12 +231,17 @@ class Attempt:
 
 @contextlib.contextmanager
 def begun(
-    lake: Lake, ds: str, job: str, run: str | None, code_of: Callable[[BaseException], tuple[ExitCode, BaseException]]
+    lake: Lake,
+    ds: str,
+    job: str,
+    run: str | None,
+    code_of: Callable[[BaseException], tuple[ExitCode, BaseException]],
+    listeners: Listeners,
 ) -> Iterator[Attempt]:
     """The attempt of a process that holds the night, from its beginning to its end; who is inside says with `ended`
     what came of it. code_of: the exit code of an error, and the error that a person is told of."""
     global _current
-    attempt = _current = _begin(lake, ds, job, run)
+    attempt = _current = _begin(lake, ds, job, run, listeners)
     logs.say(ds=ds, attempt=attempt.record.attempt)
     try:
         yield attempt
@@ -199,16 +252,19 @@ def begun(
         _current = None
 
 
-def _begin(lake: Lake, ds: str, job: str, run: str | None) -> Attempt:
+def _begin(lake: Lake, ds: str, job: str, run: str | None, listeners: Listeners) -> Attempt:
     """Those before it that never ended are closed as lost."""
     now = dt.datetime.now(dt.timezone.utc).isoformat()
     for record in read(lake, ds):
         if record.outcome == "running":
             log.warning("the attempt %s of the job %s was killed, or its machine went down", record.attempt, record.job)
             what = f"it left no word; the attempt of {now} found it"
-            _write(lake, record.model_copy(update={"outcome": "lost", "ended": now, "error": what}))
-    attempt = Attempt(lake, ds, job, run)
+            lost = record.model_copy(update={"outcome": "lost", "ended": now, "error": what})
+            _write(lake, lost)
+            listeners.tell("lost", lost)
+    attempt = Attempt(lake, ds, job, run, listeners)
     attempt.write()
+    listeners.tell("begun", attempt.record)
     return attempt
 
 

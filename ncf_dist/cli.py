@@ -6,6 +6,7 @@ Logs go to stderr. The last line of stdout is one JSON object that a scheduler c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import logging
@@ -13,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from ncf_dist.config import Config, load_config
 from ncf_dist.errors import ConfigError, ExitCode, NcfError, Preempted
 from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
+from ncf_dist.sinks import sinks
 from ncf_dist.stage import Outcome
 from ncf_dist.stopping import Stopped, asked, interruptible, listening
 from ncf_dist.urls import scrub_all
@@ -190,6 +192,8 @@ def _blank(job: str, args: Sequence[str]) -> dict[str, Any]:
 
 def _closed(report: dict[str, Any], exit_code: ExitCode, start: float) -> dict[str, Any]:
     """All that is known of a job that has ended, without secrets; its file of details is written."""
+    if told := report.pop("of_sinks", None):
+        report["warnings"] = [*report.get("warnings", ()), *told]
     report.update(exit_code=int(exit_code), seconds=round(time.monotonic() - start, 3))
     report = scrub_all(report)
     sys.stderr.flush()
@@ -283,7 +287,7 @@ def _outcome(
 def _night(job: str, function: JobFunction, config: Config, lake: Lake, ds: str, report: dict[str, Any]) -> Outcome:
     """The job for one night, which nobody else gets meanwhile."""
     report["night"] = lake.path("runs", ds)
-    with lake.hold(ds), attempts.begun(lake, ds, job, config.run, partial(_said_of, job)) as attempt:
+    with lake.hold(ds), _attempt(job, config, lake, ds, report) as attempt:
         if job in WHOLE:
             outcome = function(config, ds)
         else:
@@ -291,6 +295,17 @@ def _night(job: str, function: JobFunction, config: Config, lake: Lake, ds: str,
                 took(outcome := function(config, ds))
         attempt.ended(outcome)
         return outcome
+
+
+@contextlib.contextmanager
+def _attempt(job: str, config: Config, lake: Lake, ds: str, report: dict[str, Any]) -> Iterator[attempts.Attempt]:
+    """The attempt that this job makes, of which the config's sinks are told; what they fail at is a warning."""
+    listeners = attempts.Listeners(sinks(config))
+    try:
+        with attempts.begun(lake, ds, job, config.run, partial(_said_of, job), listeners) as attempt:
+            yield attempt
+    finally:
+        report["of_sinks"] = listeners.warnings
 
 
 def _submit(job: str, options: list[str], args: list[str]) -> NoReturn:

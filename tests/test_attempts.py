@@ -140,13 +140,13 @@ def test_a_job_by_itself_is_one_stage(shell: Shell) -> None:
 def test_whatever_is_begun_ends_or_is_found_lost(tmp_path_factory: pytest.TempPathFactory, ends: list[str]) -> None:
     lake = Lake(str(tmp_path_factory.mktemp("lake")))
     for end in ends:
-        attempt = attempts._begin(lake, DS, "nightly", None)
+        attempt = attempts._begin(lake, DS, "nightly", None, attempts.Listeners({}))
         if end == "done":
             attempt.ended(Outcome("done"))
         elif end != "killed":
             error = GateRefused("x") if end == "refused" else ContractError("x")
             attempt.failed(error.exit_code, error)
-    attempts._begin(lake, DS, "nightly", None)
+    attempts._begin(lake, DS, "nightly", None, attempts.Listeners({}))
     *before, own = attempts.read(lake, DS)
     assert [record.outcome for record in before] == ["lost" if end == "killed" else end for end in ends]
     assert own.outcome == "running"

@@ -24,6 +24,7 @@ from ncf_dist.config.retention import Retention
 from ncf_dist.config.score import IdList, Score
 from ncf_dist.config.section import NonNegativeInt, PositiveInt, Section
 from ncf_dist.config.sequences import Sequences
+from ncf_dist.config.sinks import Sinks, Tracking
 from ncf_dist.config.spark import MEMORY_PATTERN, Spark
 from ncf_dist.config.split import Split
 from ncf_dist.config.status import Status
@@ -65,9 +66,11 @@ __all__ = [
     "Sequences",
     "SideColumn",
     "SideTable",
+    "Sinks",
     "Spark",
     "Split",
     "Status",
+    "Tracking",
     "Train",
     "embedding_size",
     "load_config",

@@ -23,6 +23,7 @@ from ncf_dist.config.retention import Retention
 from ncf_dist.config.score import Score
 from ncf_dist.config.section import Section
 from ncf_dist.config.sequences import Sequences
+from ncf_dist.config.sinks import Sinks, Tracking
 from ncf_dist.config.spark import Spark
 from ncf_dist.config.split import Split
 from ncf_dist.config.status import Status
@@ -51,6 +52,8 @@ class Config(Section):
     status: Status = Status()
     spark: Spark = Spark()
     log: Log = Log()
+    sinks: Sinks = Sinks()
+    tracking: Tracking = Tracking()
     seed: Annotated[int, Field(ge=1)] = 1
     """The one seed; every stream is derived from it by name, epoch and rank."""
     run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
