@@ -61,6 +61,26 @@ _open: list[SparkSession] = []
 """Sessions that `spark_session` has handed out, the innermost last."""
 
 
+_keeping = False
+_kept: SparkSession | None = None
+
+
+@contextlib.contextmanager
+def kept_session() -> Iterator[None]:
+    """Have one session serve all that ask for one while inside, where Spark runs on this machine: starting Spark's
+    context takes seconds, and nobody waits for its cores. On a cluster each gives its executors back, as ever."""
+    global _keeping, _kept
+    before, _keeping = _keeping, True
+    try:
+        yield
+    finally:
+        _keeping = before
+        if not before and _kept is not None:
+            kept, _kept = _kept, None
+            if not asked():
+                kept.stop()
+
+
 @contextlib.contextmanager
 def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS) -> Iterator[SparkSession]:
     """A session with our settings; stopped at the end, so that a cluster gets its executors back.
@@ -73,6 +93,7 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
 
     What fails on executors is raised here as our own error where it is one: see `from_executors`.
     """
+    global _kept
     options = {
         "spark.sql.shuffle.partitions": config.shuffle_partitions,
         "spark.sql.execution.arrow.maxRecordsPerBatch": batch_rows,
@@ -81,7 +102,7 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
         "spark.sql.ansi.enabled": "true",
     }
     # Which session is active is known to a thread of the JVM, which py4j may replace: so we remember our own.
-    ours = not _open and SparkSession.getActiveSession() is None
+    ours = not _open and _kept is None and SparkSession.getActiveSession() is None
     if ours and "SPARK_REMOTE" not in os.environ:
         _start_context(app, options, config)
     builder = SparkSession.builder.appName(app)
@@ -102,14 +123,20 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
         raise known from error
     finally:
         _open.pop()
+        if ours and _keeping and _on_this_machine(spark):
+            _kept = spark
         # A JVM that was ended because this process is, or that owes an answer, is asked nothing any more.
-        if ours and not asked():
+        elif ours and not asked():
             spark.stop()
 
 
 def open_session() -> SparkSession | None:
-    """The session that is open in this process; None where there is none."""
-    return _open[-1] if _open else None
+    """The session that is open in this process, or kept for the next stage; None where there is none."""
+    return _open[-1] if _open else _kept
+
+
+def _on_this_machine(spark: SparkSession) -> bool:
+    return "SPARK_REMOTE" not in os.environ and str(spark.sparkContext.master).startswith("local")
 
 
 def _start_context(app: str, options: Mapping[str, Any], config: settings.Spark) -> None:

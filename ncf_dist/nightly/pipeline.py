@@ -19,6 +19,7 @@ from ncf_dist.publish.ahead import check_ahead
 from ncf_dist.publish.data import check as check_data
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
+from ncf_dist.spark_io import kept_session
 from ncf_dist.stage import Outcome, Upstream
 from ncf_dist.train.pipeline import train
 
@@ -46,11 +47,12 @@ def nightly(config: Config, ds: str) -> Outcome:
     if "publish" in names:
         check_ahead(config, ds)
     night = _Night()
-    for number, name in enumerate(names, 1):
-        log.info("── %d/%d %s ──", number, len(names), name)
-        night.take(name, config, ds)
-        if name == "prepare" and "publish" in names:
-            night.judge_data(config, ds)
+    with kept_session():
+        for number, name in enumerate(names, 1):
+            log.info("── %d/%d %s ──", number, len(names), name)
+            night.take(name, config, ds)
+            if name == "prepare" and "publish" in names:
+                night.judge_data(config, ds)
     if config.run is not None:
         log.info("an experiment is not published: %s", config.run)
     return night.outcome()
