@@ -4,7 +4,6 @@ damaged and taken back, in any order, readers see what a dict says. Each guard, 
 from __future__ import annotations
 
 import contextlib
-import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,12 +16,14 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from ncf_dist.clean.pipeline import clean
+from ncf_dist.config import Config
 from ncf_dist.errors import BusyRun, ContractError, InputError, NcfError, StaleRun
 from ncf_dist.files import read_bytes
 from ncf_dist.publish import commits, latest, pipeline, repair, steps, table, undo
 from ncf_dist.publish.log import DeltaLog
 from ncf_dist.publish.pipeline import publish
-from ncf_dist.publish.table import Publication, PublishedTable
+from ncf_dist.publish.table import PublishedTable
 from tests.published import Night, good
 
 NIGHTS = ("2026-01-29", "2026-01-30", "2026-01-31")
@@ -30,7 +31,9 @@ MODELS = ("m1", "m2", "m3")
 ORDER = ("begun", "checked", "audited", "judged", "folder", "staged", "durable", "verified", "committing")
 AFTER = ("committed", "logged", "described", "settled")
 """Steps before and after what readers of the log see of a change."""
-nights, models = st.sampled_from(NIGHTS), st.sampled_from(MODELS)
+nights = st.sampled_from((*NIGHTS[1:], *NIGHTS[1:], NIGHTS[0]))
+models = st.sampled_from((*MODELS[:2], *MODELS[:2], MODELS[2]))
+"""Some more often than others, so that things meet."""
 
 
 class Killed(BaseException):
@@ -52,6 +55,8 @@ class Table(RuleBasedStateMachine):
         self.first = 0
         """The oldest version that can be gone back to."""
         self.latest: tuple[str, str] | None = None
+        self.kept = 0
+        """The oldest version that the last clean has left."""
 
     def teardown(self) -> None:
         shutil.rmtree(self.root)
@@ -81,6 +86,10 @@ class Table(RuleBasedStateMachine):
     def undoes(self, ds: str, since: int, model: str | None) -> frozenset[str]:
         return frozenset(m for version, m, _ in self.past[ds] if version > since and m is not None and m != model)
 
+    def is_gone(self, version: int) -> bool:
+        """Whether a clean may have removed what a version needs. -1: from before the first one."""
+        return self.kept > 0 and version < self.kept
+
     def is_rolled_back(self, ds: str) -> bool:
         return bool(self.past[ds]) and self.past[ds][-1][2]
 
@@ -107,8 +116,10 @@ class Table(RuleBasedStateMachine):
             return
         self.nights[ds].offer(model)
         self.commits(ds, model)
-        with replaced(pipeline, "Publication", functools.partial(Publication, overrides={"undone": "why"})):
-            assert self.nights[ds].publish() == ("done", self.version)
+        night = self.nights[ds]
+        config = night.config.model_dump() | {"gates": {"overrides": {"undone": "why"}}}
+        outcome = publish(Config.model_validate(config), ds)
+        assert (outcome.status, outcome.extra["version"]) == ("done", self.version)
         self.settles()
 
     @rule(ds=nights, model=models, step=st.sampled_from([*ORDER[:-2], *AFTER]))
@@ -122,7 +133,7 @@ class Table(RuleBasedStateMachine):
 
     @rule(ds=nights, step=st.sampled_from(["begun", "checked", "verified", "committing", *AFTER]))
     def is_killed_while_rolling_back(self, ds: str, step: str) -> None:
-        if ds not in self.live or self.is_rolled_back(ds):
+        if ds not in self.live or self.is_rolled_back(ds) or self.is_gone(self.target(ds)[0]):
             return
         since, model = self.target(ds)
         with pytest.raises(Killed), at(step, dies):
@@ -179,11 +190,18 @@ class Table(RuleBasedStateMachine):
 
     @rule(ds=nights)
     def rolls_back(self, ds: str) -> None:
-        if self.is_rolled_back(ds):
+        if self.is_rolled_back(ds) and ds in self.live:
+            assert self.nights[ds].rollback().status == "already-done"
+        elif self.is_rolled_back(ds):
+            if self.kept:
+                return
             assert self.nights[ds].rollback().status == "already-done"
         elif ds not in self.live:
             with pytest.raises(InputError):
                 self.nights[ds].rollback()
+            return
+        elif self.is_gone(self.target(ds)[0]):
+            self.goes_back_or_refuses(ds, "PREVIOUS", *self.target(ds))
             return
         else:
             since, model = self.target(ds)
@@ -203,11 +221,28 @@ class Table(RuleBasedStateMachine):
             with pytest.raises(StaleRun):
                 self.nights[ds].rollback(version)
             return
+        if self.is_gone(version):
+            self.goes_back_or_refuses(ds, version, since, model)
+            return
         if model == self.live.get(ds):
             assert self.nights[ds].rollback(version).status == "already-done"
         else:
             self.commits(ds, model, self.undoes(ds, since, model))
             assert self.nights[ds].rollback(version).status == "done"
+        self.settles()
+
+    def goes_back_or_refuses(self, ds: str, to: int | str, since: int, model: str | None) -> None:
+        if model == self.live.get(ds):
+            return
+        try:
+            self.nights[ds].rollback(to)
+        except ContractError:
+            return
+        self.commits(ds, model, self.undoes(ds, since, model))
+        keys = DeltaLog(str(self.nights[ds].table)).undone()
+        undone = {(night, key.replace("s", "m")) for night, key in keys}
+        assert undone <= self.undone, "of what was cleaned away nobody knows that it was undone"
+        self.undone = undone
         self.settles()
 
     @rule(ds=nights, which=st.integers(0, 1), at_byte=st.integers(4, 200))
@@ -226,6 +261,8 @@ class Table(RuleBasedStateMachine):
     @rule(ds=nights, at_byte=st.integers(4, 200))
     def does_not_go_back_to_a_damaged_file(self, ds: str, at_byte: int) -> None:
         if ds not in self.live or self.is_rolled_back(ds) or self.target(ds)[1] is None:
+            return
+        if self.is_gone(self.target(ds)[0]):
             return
         delta = DeltaLog(str(self.nights[ds].table))
         entry = delta.entry(self.target(ds)[0])
@@ -248,7 +285,7 @@ class Table(RuleBasedStateMachine):
         with at("audited", lambda: flip(path, 50)), pytest.raises(ContractError):
             self.nights[ds].publish()
 
-    @precondition(lambda self: bool(self.live))
+    @precondition(lambda self: bool(self.live) and not self.kept)
     @rule(ds=nights)
     def loses_the_end_of_its_log(self, ds: str) -> None:
         """What latest.json names is not in the log: said, and nothing is done."""
@@ -264,6 +301,16 @@ class Table(RuleBasedStateMachine):
             night.publish()
         for path in lost:
             path.with_suffix(".lost").rename(path)
+
+    @precondition(lambda self: self.version >= 0)
+    @rule()
+    def is_cleaned(self) -> None:
+        """Of older versions not everything is there any more: a rollback may refuse to go there, and then does
+        nothing. Readers see what they saw."""
+        retention = {"versions": 3, "days": 0, "nights": 7, "published": None}
+        config = self.nights[NIGHTS[0]].config.model_dump() | {"retention": retention}
+        clean(Config.model_validate(config), NIGHTS[0])
+        self.kept = max(self.kept, self.version - 2)
 
     @precondition(lambda self: self.version >= 0)
     @rule()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from pathlib import Path
@@ -14,9 +13,8 @@ from deltalake import DeltaTable
 from ncf_dist import cli
 from ncf_dist.errors import ContractError, InputError, NcfError, StaleRun
 from ncf_dist.inputs import ids_digest
-from ncf_dist.publish import pipeline, steps
+from ncf_dist.publish import steps
 from ncf_dist.publish.log import DeltaLog
-from ncf_dist.publish.table import Publication
 from ncf_dist.rollback.pipeline import rollback
 from tests.published import Night, good
 
@@ -88,7 +86,7 @@ def test_going_back_two_versions_undoes_both(night: Night) -> None:
     assert entry(night, 4).restores == 1
 
 
-def test_what_is_undone_is_refused_until_it_is_overridden(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_undone_is_refused_until_it_is_overridden(night: Night) -> None:
     night.rollback()
     with pytest.raises(
         StaleRun, match=r"run s3 of ds .* was taken back by the rollback of version 4; .* --override"
@@ -96,12 +94,14 @@ def test_what_is_undone_is_refused_until_it_is_overridden(night: Night, monkeypa
         night.publish()
     assert (e.value.exit_code, e.value.status) == (5, "refused")
     refused(night, StaleRun, "run s3 of ds .*, which version 3 has, was itself undone", to=3)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "Publication", functools.partial(Publication, overrides={"undone": "it was right"}))
-        assert night.publish() == ("done", 5)
+    night.sections["gates"] = {"overrides": {"undone": "it was right"}}
+    night.config = night.configured()
+    assert night.publish() == ("done", 5)
+    del night.sections["gates"]
     assert night.read() == rows("m3")
     assert entry(night, 5).facts["ncf.overrides"] == {"undone": "it was right"}
     assert DeltaLog(str(night.table)).undone() == frozenset()
+    night.config = night.configured()
     assert night.publish() == ("already-done", 5)
     assert night.rollback().run_key == "s2"
     with pytest.raises(StaleRun):
