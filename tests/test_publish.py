@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ import pytest
 from deltalake import DeltaTable
 
 from ncf_dist import contracts
-from ncf_dist.errors import BusyRun, ContractError, StaleRun
+from ncf_dist.errors import BusyRun, ContractError, InputError, StaleRun
 from ncf_dist.inputs import ids_digest
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
@@ -477,19 +478,39 @@ def test_a_run_that_is_published_again_takes_the_place_of_the_one_that_replaced_
     assert (night.read(), night.latest()["version"]) == (sorted(good("m1")), 2)
 
 
-def test_nights_may_come_in_any_order(tmp_path: Path) -> None:
-    """Ten nights, shuffled: ten right, and what latest.json names never goes back."""
+def test_nights_may_come_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten nights, shuffled, of which two fail once: ten right, and what latest.json names never goes back."""
     nights = [Night(tmp_path, f"2026-01-{day:02d}") for day in range(10, 20)]
     random.Random(1).shuffle(nights)
     seen = ""
+
+    def fails(step: str) -> None:
+        if step == "durable":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     for version, each in enumerate(nights):
         each.prepare()
         each.score(good(f"m{each.ds}"), model_version=f"m{each.ds}")
+        if version in (3, 7):
+            monkeypatch.setattr(steps, "listener", fails)
+            with pytest.raises(InputError, match="nothing was committed"):
+                each.publish()
+            monkeypatch.undo()
+            assert each.latest()["ds"] == seen
         assert each.publish() == ("done", version)
         assert each.latest()["ds"] == max(seen, each.ds)
         seen = each.latest()["ds"]
     assert all(each.read() == sorted(good(f"m{each.ds}")) for each in nights)
     assert all(each.publish()[0] == "already-done" for each in nights)
+
+
+def test_a_night_that_runs_again_and_again_is_one_version(night: Night) -> None:
+    night.offer("m1")
+    assert night.publish() == ("done", 0)
+    files = {path: path.read_bytes() for path in night.table.rglob("*") if path.is_file()}
+    for _ in range(20):
+        assert night.publish() == ("already-done", 0)
+    assert {path: path.read_bytes() for path in night.table.rglob("*") if path.is_file()} == files
 
 
 def test_a_file_that_stays_is_neither_added_nor_removed(night: Night) -> None:
