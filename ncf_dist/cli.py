@@ -33,7 +33,7 @@ LOOKING = ("status", "runs")
 """Jobs that show what is there."""
 
 STAGES = ("fetch", "prepare", "train", "evaluate", "score", "publish")
-JOBS = (*STAGES, "nightly", "rollback", "doctor", "clean", *LOOKING)
+JOBS = (*STAGES, "nightly", "rollback", "sweep", "doctor", "clean", *LOOKING)
 UNLOCKED = ("fetch", "doctor", "clean", *LOOKING)
 """Jobs that make nothing for a ds; clean holds the nights that it changes, one at a time."""
 
@@ -132,6 +132,15 @@ def _add_short_ones(parser: argparse.ArgumentParser, job: str) -> None:
             default=[],
             metavar="TEXT",
             help="the reason, kept with the night: one an --override",
+        )
+    if job == "sweep":
+        parser.add_argument(
+            "--trials",
+            action="append",
+            type="sweep.trials={}".format,
+            metavar="N",
+            dest="overrides",
+            help="models that are trained; short for --set sweep.trials=N",
         )
     if job in LOOKING:
         parser.add_argument(

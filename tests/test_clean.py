@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import hashlib
 import json
+import os
 import re
 import tarfile
 import time
@@ -21,10 +22,11 @@ from ncf_dist import cli
 from ncf_dist import config as settings
 from ncf_dist.ancestry import DIGESTS
 from ncf_dist.bundle import read_bundle, version_of
-from ncf_dist.clean import checkpoint
+from ncf_dist.clean import checkpoint, removal
 from ncf_dist.clean.keep import what_stays
 from ncf_dist.clean.pipeline import clean, forecast, forget
 from ncf_dist.clean.runs import removals
+from ncf_dist.clean.versions import Published
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.files import sizes
@@ -116,6 +118,8 @@ def test_the_latest_nights_and_versions_stay_and_the_others_go(tmp_path: Path) -
 
 def test_what_is_recent_stays_whatever_the_other_bounds_say(tmp_path: Path) -> None:
     night = [published(tmp_path, number) for number in range(6)][-1]
+    night.offer("m6")
+    assert night.publish() == ("done", 6), "the version before it has other files"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     outcome = cleaned(night, days=1, nights=1, versions=1, published=1)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -299,6 +303,20 @@ def test_the_published_night_that_latest_json_names_stays_in_the_table(tmp_path:
     assert runs_of(night, "score") == [day(n) for n in (0, 5, 6, 7)]
 
 
+def test_files_that_latest_json_names_stay_though_the_log_has_others(tmp_path: Path) -> None:
+    """A run was killed between its commit and latest.json."""
+    night = published(tmp_path, 0)
+    latest = night.latest()
+    night.offer("m1")
+    assert night.publish() == ("done", 1)
+    (night.table / "latest.json").write_text(json.dumps(latest))
+    cleaned(night, versions=1)
+    assert all((night.table / path).exists() for path in latest["files"])
+    night.publish()
+    cleaned(night, versions=1)
+    assert set(night.table.glob("ds=*/*")) == readable(night, 1)
+
+
 def test_a_night_that_another_run_holds_is_passed_over_and_said(tmp_path: Path) -> None:
     night = [published(tmp_path, number) for number in range(6)][-1]
     with night.lake.hold(day(0)):
@@ -325,11 +343,12 @@ def test_staged_files_of_a_run_that_died_go(tmp_path: Path) -> None:
 # ---- the log -----------------------------------------------------------------------------------------------
 
 
-def committed(night: Night, count: int) -> None:
+def committed(night: Night, count: int, days_ago: int = 0) -> None:
     """So many more entries in the log, of thirty other nights, as `publish` would have written them."""
     log, there = night.table / "_delta_log", len(list((night.table / "_delta_log").glob("*.json")))
     actions = [json.loads(line) for line in (log / f"{0:020d}.json").read_text().splitlines()]
     info = next(action["commitInfo"] for action in actions if "commitInfo" in action)
+    info["timestamp"] -= days_ago * 86_400_000
     adds = [action["add"] for action in actions if "add" in action]
     last: dict[str, list[dict[str, Any]]] = {}
     for version in range(there, there + count):
@@ -368,6 +387,19 @@ def test_the_log_stays_short_after_four_hundred_commits(tmp_path: Path) -> None:
     assert later.read() == sorted(good("m50"))
 
 
+def test_entries_stay_until_the_checkpoint_that_stands_for_them_is_old_enough(tmp_path: Path) -> None:
+    night = published(tmp_path, 0)
+    committed(night, 40, days_ago=30)
+    log = night.table / "_delta_log"
+    for _ in range(2):
+        cleaned(night, days=7, versions=5, published=None)
+    assert len(names(log)) == 41 + 2
+    old = time.time() - 8 * 86_400
+    os.utime(log / f"{36:020d}.checkpoint.parquet", (old, old))
+    cleaned(night, days=7, versions=5, published=None)
+    assert len(names(log)) == 5 + 30 + 1 + 1
+
+
 def test_a_checkpoint_that_says_something_else_is_not_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -401,6 +433,54 @@ def test_a_damaged_log_is_named_and_nothing_goes(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="00000000000000000002.json of the Delta log is damaged"):
         cleaned(night)
     assert sizes(str(tmp_path)).keys() == before
+
+
+def test_the_log_can_be_read_after_each_entry_that_goes(tmp_path: Path) -> None:
+    """A commit that took a night out must not go before the one that published it."""
+    night = [published(tmp_path, number) for number in range(6)][-1]
+    bounds = kept(night, versions=1, published=2).retention
+    cleaned(night, versions=1, published=2)
+    night = [published(tmp_path, number) for number in (6, 7)][-1]
+    delta = DeltaLog(str(night.table))
+    found = Published.open(delta, bounds, time.time())
+    assert found is not None
+    checkpoint.write(found, str(tmp_path))
+    found = Published.open(delta, bounds, time.time())
+    assert found is not None
+    live, gone = delta.live(), list(checkpoint.outdated(found, time.time() + 1))
+    assert [int(Path(one.path).name[:20]) for one in gone[:8]] == [0, 1, 2, 3, 6, 7, 8, 9], "4 nights, and their end"
+    for entry in gone:
+        entry.carry_out()
+        assert DeltaLog(str(night.table)).live() == live
+
+
+def test_at_no_moment_does_a_run_lack_one_that_it_was_made_from(lakeful: Lakeful) -> None:
+    stays = what_stays(lakeful.lake, lakeful.night.config, [])
+    stays = dataclasses.replace(stays, runs=frozenset(), nights=frozenset())
+    gone = [one for ds in lakeful.lake.nights() for one in removals(lakeful.lake, ds, stays, time.time(), True)]
+    assert len(gone) == 6 * 4
+    for one in gone:
+        one.carry_out()
+        for ds in lakeful.lake.nights():
+            for stage in LINE:
+                for run in lakeful.lake.stage(ds, stage).finished():
+                    assert all(lakeful.lake.stage(ds, a).find(str(run.inputs[a])) for a in LINE[stage].builds_on)
+
+
+def test_a_run_does_not_exist_any_more_before_its_files_go(lakeful: Lakeful, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(lakeful.lake.stage(day(1), "train").run_path("t1"))
+    (path / "weights").write_bytes(b"w")
+
+    def half(name: str) -> None:
+        if name != str(path):
+            return os.unlink(name)
+        (path / "weights").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(removal, "remove", half)
+    with pytest.raises(KeyboardInterrupt):
+        removal.Removal("run", str(path), 1).carry_out()
+    assert lakeful.lake.stage(day(1), "train").find("t1") is None
 
 
 # ---- readers -----------------------------------------------------------------------------------------------

@@ -30,10 +30,8 @@ class Cleaned(Table):
 
     def reaches(self, ds: str) -> bool:
         """Whether all that a rollback of this night would look at is still there."""
-        past = [version for version, _, _ in self.past[ds]]
-        explains = max((version for version in past if version <= self.first), default=-1)
-        since, _ = self.target(ds)
-        return self.first == 0 or (since if since >= 0 else min(past)) >= explains
+        explains = max((version for version, _, _ in self.past[ds] if version <= self.first), default=0)
+        return self.first == 0 or self.target(ds)[0] >= explains
 
     @precondition(lambda self: self.version >= 0)
     @rule(most=st.integers(1, 6))

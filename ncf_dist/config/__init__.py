@@ -12,7 +12,7 @@ from ncf_dist.config.fetch import Dataset, Fetch
 from ncf_dist.config.gates import UNDONE, Gates
 from ncf_dist.config.input import Columns, IdType, Input, InputFormat, Place, SideColumn, SideTable
 from ncf_dist.config.layout import Layout
-from ncf_dist.config.load import load_config, parse_ds
+from ncf_dist.config.load import changed, load_config, parse_ds
 from ncf_dist.config.loader import Loader
 from ncf_dist.config.log import Log
 from ncf_dist.config.model import Model, embedding_size
@@ -28,6 +28,7 @@ from ncf_dist.config.sinks import Sinks, Tracking
 from ncf_dist.config.spark import MEMORY_PATTERN, Spark
 from ncf_dist.config.split import Split
 from ncf_dist.config.status import Status
+from ncf_dist.config.sweep import Range, Sweep
 from ncf_dist.config.train import Pretrained, Train
 from ncf_dist.config.tree import Config
 
@@ -60,6 +61,7 @@ __all__ = [
     "PositiveInt",
     "Pretrained",
     "Publish",
+    "Range",
     "Retention",
     "Score",
     "Section",
@@ -70,8 +72,10 @@ __all__ = [
     "Spark",
     "Split",
     "Status",
+    "Sweep",
     "Tracking",
     "Train",
+    "changed",
     "embedding_size",
     "load_config",
     "parse_ds",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -29,6 +29,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(_filled(tree, Config))
     except ValidationError as error:
         raise ConfigError(f"{path}: {_mistakes(error)}") from None
+
+
+def changed(config: Config, settings: Mapping[str, Any]) -> Config:
+    """The config with other values of these settings, by their whole names. Raises ConfigError."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    for name, value in settings.items():
+        *above, key = name.split(".")
+        section = tree
+        for part in above:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[key] = value
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_mistakes(error)) from None
 
 
 def parse_ds(text: str | None, allow_future: bool = False) -> str:

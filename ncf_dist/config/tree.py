@@ -27,6 +27,7 @@ from ncf_dist.config.sinks import Sinks, Tracking
 from ncf_dist.config.spark import Spark
 from ncf_dist.config.split import Split
 from ncf_dist.config.status import Status
+from ncf_dist.config.sweep import Sweep
 from ncf_dist.config.train import LOSSES, OF_ALL_ITEMS, Loss, Train
 
 
@@ -50,6 +51,7 @@ class Config(Section):
     gates: Gates = Gates()
     retention: Retention = Retention()
     status: Status = Status()
+    sweep: Sweep = Sweep()
     spark: Spark = Spark()
     log: Log = Log()
     sinks: Sinks = Sinks()

@@ -17,15 +17,17 @@ from ncf_dist.manifests import Manifest
 from ncf_dist.stage import decisive, flat_settings
 
 Interval = tuple[float, float]
-SETTINGS_OF = ("prepare", "train")
-"""Stages whose settings make a model what it is."""
+LAST = "differs in"
+UNJUDGED = "ndcg@10"
+"""The metric of validation rows that is shown of a model that was not judged."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model. name: of the experiment, None for production; value, popularity: of the headline metric, the difference
-    from popularity with its paired interval; comparable: judged on the rows that the first one was judged on; seconds:
-    of the stages that made and judged it; settings: those that differ from production's newest, with their values here.
+    """A model. name: of the experiment, None for production; value: of the headline metric; above_popularity: the
+    difference, with its paired interval; validation: the same metric of validation rows, as the training saw it;
+    comparable: judged on the rows that the first one was judged on; seconds: of the stages that made and judged it;
+    settings: those that differ from production's newest, with their values here.
     """
 
     name: str | None
@@ -38,6 +40,7 @@ class Entry:
     above_popularity: float | None
     above_interval: Interval | None
     hit_rate: float | None
+    validation: float | None
     comparable: bool
     seconds: dict[str, float]
     settings: dict[str, Any]
@@ -53,14 +56,14 @@ class _Judged:
 
 
 def leaderboard(lake: Lake, ds: str) -> list[Entry]:
-    """Best first; those that nothing was judged of last, the newest first."""
+    """Best first; those that were not judged come last, by their validation rows."""
     runs = {stage: lake.stage(ds, stage).finished() for stage in ("prepare", "train", "evaluate")}
     prepared = {run.run_key: run for run in runs["prepare"]}
     judged = {str(run.inputs.get("train")): run for run in reversed(runs["evaluate"]) if run.tables}
     production = next((run for run in runs["train"] if run.name is None), None)
     usual = _settings(production, prepared) if production is not None else {}
     found = [_entry(run, judged.get(run.run_key), prepared, usual) for run in runs["train"]]
-    found.sort(key=lambda entry: (entry.value is None, -(entry.value or 0.0)))
+    found.sort(key=lambda entry: (entry.value is None, -(entry.value or entry.validation or 0.0)))
     first = _rows_of(judged.get(found[0].train)) if found else None
     return [replace(entry, comparable=_rows_of(judged.get(entry.train)) == first) for entry in found]
 
@@ -92,6 +95,7 @@ def _entry(
         above_popularity=popular.get("difference"),
         above_interval=tuple(popular["interval"]) if popular.get("interval") else None,
         hit_rate=values.get(f"{protocol}.hr@{metrics.headline_k(said.ks)}") if said is not None else None,
+        validation=train.metrics.get(f"validation.{metric or UNJUDGED}"),
         comparable=True,
         seconds={stage: run.seconds for stage, run in runs if run is not None},
         settings={key: mine.get(key) for key in sorted(mine.keys() | usual.keys()) if mine.get(key) != usual.get(key)},
@@ -122,7 +126,18 @@ def _settings(train: Manifest, prepared: Mapping[str, Manifest]) -> dict[str, An
 
 def text_table(entries: Sequence[Entry]) -> str:
     metric = next((entry.metric for entry in entries if entry.metric), "full.metric").partition(".")[2]
-    head = ["run", "model", called(metric), "interval", "− popular", "interval ", "HR", "time", "differs in"]
+    head = [
+        "run",
+        "model",
+        called(metric),
+        "interval",
+        "− popular",
+        "interval ",
+        "HR",
+        "validation",
+        "time",
+        "differs in",
+    ]
     rows = [
         [
             entry.name or "production",
@@ -132,12 +147,13 @@ def text_table(entries: Sequence[Entry]) -> str:
             signed_text(entry.above_popularity),
             interval_text(entry.above_interval),
             metric_text(entry.hit_rate),
+            metric_text(entry.validation),
             seconds_text(sum(entry.seconds.values())),
             visible(", ".join(f"{key}={_value(value)}" for key, value in entry.settings.items())),
         ]
         for entry in entries
     ]
-    table = aligned(head, rows, {"run", "model", "differs in"})
+    table = aligned(head, rows, {"run", "model", LAST})
     other = any(not entry.comparable and entry.value is not None for entry in entries)
     return table + ("\n~ judged on other rows than the first: not to be compared with it" if other else "")
 

@@ -90,12 +90,13 @@ def _published(delta: DeltaLog) -> tuple[dict[str, Published], dict[str, set[str
 
 def _night(ds: str, records: Sequence[Record], shown: Published | None, undone: set[str]) -> Night:
     night = Night(ds, published=shown, rows=shown.rows if shown is not None else None)
-    records = [record for record in records if record.run is None]
+    records = [record for record in records if record.run is None and record.job != "sweep"]
     gates: dict[str, Any] = {}
     measured: dict[str, Any] = {}
     for record in records:
         night.attempts += 1
-        night.seconds = (night.seconds or 0.0) + (record.seconds or 0.0)
+        if record.seconds is not None:
+            night.seconds = (night.seconds or 0.0) + record.seconds
         night.model_version = record.model_version or night.model_version
         night.undone |= record.run_key in undone
         gates |= record.gates
