@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,11 @@ from ncf_dist.cli import parser, run_job
 from ncf_dist.config import Config
 from ncf_dist.errors import ConfigError, GateRefused, InputError, NcfError, StaleRun
 from ncf_dist.lake import Lake
+from ncf_dist.nightly import pipeline
+from ncf_dist.nightly.pipeline import nightly
+from ncf_dist.publish.pipeline import publish
 from ncf_dist.stage import Outcome
+from tests.published import Night
 from tests.test_cli import Report, Shell, shell
 from tests.test_last_line import details
 
@@ -152,3 +157,39 @@ def test_months_and_years_pass() -> None:
 def test_other_jobs_take_one_night(shell: Shell, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unrecognized arguments: --from"):
         parser("prepare").parse_args(["--config", "x", *WEEK])
+
+
+# ---- with a published table ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "failing"), [(4, 1), pytest.param(10, 2, marks=pytest.mark.soak)])
+def test_nights_backfilled_in_any_order_are_all_right(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, failing: int
+) -> None:
+    """Some fail once, and the same command does what is left. latest.json never goes back."""
+    made = [Night(tmp_path, f"2026-01-{day:02}", numbers=True) for day in range(1, count + 1)]
+    for night in made:
+        night.prepare()
+        night.score(key=f"s{night.ds}")
+    shell.conf.write_text(made[0].config.model_dump_json(by_alias=True))
+    order = [night.ds for night in random.Random(3).sample(made, count)]
+    broken, newest = {made[at].ds for at in range(1, failing + 1)}, list[str]()
+
+    def publish_once_broken(config: Config, ds: str, given: Any = None) -> Outcome:
+        if ds in broken:
+            broken.remove(ds)
+            raise InputError("the disk is full")
+        outcome = publish(config, ds)
+        newest.append(made[0].latest()["ds"])
+        return outcome
+
+    monkeypatch.setattr(pipeline, "STAGES", {"publish": publish_once_broken})
+    arguments = [word for ds in order for word in ("--ds", ds)]
+    assert run(shell, nightly, *arguments)[0] == 3
+    code, report = run(shell, nightly, *arguments)
+    assert (code, len(report["nights"])) == (0, count)
+    assert sum(status == "done" for status in report["nights"].values()) == failing, "the others are found done"
+    assert newest == sorted(newest)
+    assert newest[-1] == made[-1].ds
+    for night in made:
+        assert night.read() == made[0].read(made[0].ds)
