@@ -57,6 +57,13 @@ class GateRefused(NcfError):
     status = "refused"
 
 
+class ScoresNotFinite(GateRefused, ValueError):
+    """The model gives scores that are no numbers: nothing can be ranked by it."""
+
+    def __init__(self, message: str, **extra: object) -> None:
+        super().__init__(message, **{"refused": ["scores"], **extra})
+
+
 class StaleRun(NcfError):
     """What is to be published was overtaken: another run has changed this ds meanwhile, or a rollback took it back."""
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from ncf_dist.config.evaluate import Baseline
 from ncf_dist.config.section import PositiveInt, Section
 
 Reader = Literal["pandas", "duckdb", "spark"]
@@ -17,7 +18,8 @@ Between = tuple[NotNegative, NotNegative] | Learned | None
 
 DATA_GATES = ("volume", "new_users", "quarantine", "age", "rating_drift", "item_drift", "vanished")
 OUTPUT_GATES = ("coverage", "filled", "fallback", "churn")
-OVERRIDABLE = ("users", "interactions", "beats_popularity", "evaluated", *DATA_GATES, *OUTPUT_GATES)
+MODEL_GATES = ("beats", "champion", "slices", "scores")
+OVERRIDABLE = ("users", "interactions", "beats_popularity", "evaluated", *DATA_GATES, *MODEL_GATES, *OUTPUT_GATES)
 """The gates that `--override` may name."""
 UNDONE = "undone"
 """What `--override` names to publish a run that was rolled back."""
@@ -48,6 +50,21 @@ class Gates(Section):
     """The same of how interactions are spread over items."""
     vanished: Most = "learned"
     """Share of the interactions of the last published night whose user or item is gone tonight, at most."""
+    beats: tuple[Baseline, ...] = ()
+    """Further baselines, of `evaluate.baselines`, that the model may not be worse than on the headline metric: the
+    paired 95 % interval may not lie wholly below 0, as publish.require's `beats_popularity` has it of popularity."""
+    champion: NotNegative | None = 0.02
+    """How much worse than the champion, the model of the last published night, the model may be on the headline metric
+    and the same held-out rows, as a share of the champion's. It is refused where it is worse by more than that and not
+    by chance (one-sided p of the paired bootstrap below 0.05). `null`: evaluate does not rank by the champion."""
+    slices: dict[str, NotNegative] = Field(default={})
+    """The like of each segment of a kind (`activity`, `item_popularity`), by kind: the 95 % interval of the model's
+    NDCG may not lie wholly below the champion's less this share. Segments of 200 users and more count."""
+    scores: bool = True
+    """Whether a model that scores everything alike is refused."""
+    on_refusal: Literal["stop", "champion"] = "stop"
+    """What nightly does where a gate of the model refuses: `stop` (exit 4; readers keep what they have), or rank
+    tonight's users by the `champion`, publish that, and say so."""
     coverage: Least = "learned"
     """Share of the items that may be offered that anybody is offered, at least."""
     filled: Least = "learned"
@@ -64,7 +81,7 @@ class Gates(Section):
     """Gates that may not stop this night, and why: what `--override GATE --why TEXT` sets. It is written into the
     commit."""
 
-    @field_validator(*DATA_GATES, *OUTPUT_GATES, "canary", mode="before")
+    @field_validator(*DATA_GATES, *OUTPUT_GATES, "champion", "canary", mode="before")
     @classmethod
     def _off(cls, value: object) -> object:
         """YAML reads `off` as false."""

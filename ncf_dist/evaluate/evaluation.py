@@ -9,6 +9,7 @@ from pyspark.sql import SparkSession
 
 from ncf_dist.ancestry import Sizes
 from ncf_dist.bundle import Bundle
+from ncf_dist.champion import CHAMPION
 from ncf_dist.config import Config
 from ncf_dist.contracts import RECENT
 from ncf_dist.manifests import Manifest
@@ -27,6 +28,13 @@ class Evaluation:
     products: Products
     since: Sizes | None = None
     """What has come since the model's night, which it does not know; None for a model of tonight."""
+    champion: Bundle | None = None
+    """The model of the last published night, where tonight's is compared with it."""
+
+    @property
+    def scorers(self) -> list[str]:
+        """Beside the model: the baselines, and the champion."""
+        return [*self.config.evaluate.baselines, *([CHAMPION] if self.champion else [])]
 
     @property
     def n_items(self) -> int:
@@ -40,8 +48,9 @@ class Evaluation:
 
     @property
     def looks_back(self) -> int:
-        """How many of a user's latest items the model and the baselines need."""
-        return max(self.bundle.looks_back, self.kept if self.config.evaluate.in_order else 0)
+        """How many of a user's latest items the models and the baselines need."""
+        champion = self.champion.looks_back if self.champion else 0
+        return max(self.bundle.looks_back, champion, self.kept if self.config.evaluate.in_order else 0)
 
     @property
     def fits(self) -> str:

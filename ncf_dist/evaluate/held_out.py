@@ -47,6 +47,7 @@ def rank_held_out(job: Evaluation, fitted: Mapping[str, tuple[str, ...]], als_us
         job.products,
         job.config.evaluate,
         job.kept,
+        job.champion,
     )
     rows = held_out_users(job.spark, job.prepare, als_users, job.config.evaluate.als_rank)
     if job.looks_back:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import posixpath
 
 from ncf_dist import contracts
 from ncf_dist.ancestry import Sizes
 from ncf_dist.bundle import BUNDLE, Bundle, read_bundle, verify_weights
+from ncf_dist.champion import champion
 from ncf_dist.config import Config
 from ncf_dist.earlier import come_since
 from ncf_dist.errors import ContractError
@@ -14,6 +16,33 @@ from ncf_dist.evaluate.fitting import check_gram
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.recent import check_recent
+
+log = logging.getLogger(__name__)
+
+
+def champion_beside(config: Config, prepare: Manifest, train: Manifest) -> tuple[Manifest, Bundle] | None:
+    """(train run, model) of the last published night, where tonight's model is to be compared with it and may be: it is
+    another model, of users and items that tonight's begin with, and its scores are no predicted ratings. What speaks
+    against it is logged."""
+    lake = Lake(config.paths.lake)
+    if config.gates.champion is None or config.run is not None or prepare.facts.get("feedback") == "explicit":
+        return None
+    if not prepare.table(contracts.TEST).rows:
+        return None
+    found = champion(lake, config.publish.table, prepare.ds)
+    if found is None or (found.ds, found.run_key) == (train.ds, train.run_key):
+        return None
+    try:
+        bundle = read_bundle(posixpath.join(found.root, BUNDLE))
+        verify_weights(bundle)
+        check_recent(bundle, prepare)
+        come_since(lake, prepare, found, bundle)
+    except ContractError as error:
+        log.warning(
+            "the model is not compared with the champion, train run %s of %s: %s", found.run_key, found.ds, error
+        )
+        return None
+    return found, bundle
 
 
 def judged_model(config: Config, prepare: Manifest, train: Manifest) -> tuple[Bundle, Sizes | None]:

@@ -25,7 +25,7 @@ def judge(job: Evaluation, ranks: TableInfo, other: Manifest | None, unit: str |
     popularity = popularity_counts(stats)
     deciles = PopularityDeciles.of(*popularity)
     paths = ranks.paths(job.run)
-    scorers = ["model", *settings.baselines]
+    scorers = ["model", *job.scorers]
     spec = FiguresPass(
         files=tuple(tuple((name, name, path) for name in scorers) for path in paths),
         stats_files=tuple(job.prepare.files(contracts.ITEM_STATS.name)),
@@ -37,7 +37,7 @@ def judge(job: Evaluation, ranks: TableInfo, other: Manifest | None, unit: str |
         seed=job.config.seed,
         replicates=settings.bootstrap,
     )
-    others: list[str] = list(settings.baselines)
+    others: list[str] = list(job.scorers)
     if other:
         name = str(other.facts["model_version"])
         spec = with_other(spec, name, other.files(contracts.RANKS.name))
@@ -57,7 +57,7 @@ def judge(job: Evaluation, ranks: TableInfo, other: Manifest | None, unit: str |
         "lists": lists["model"],
         "baselines": {
             name: summary.of_scorer(sums, name) | ({"lists": lists[name]} if name in lists else {})
-            for name in dict.fromkeys((*rated, *settings.baselines))
+            for name in dict.fromkeys((*rated, *job.scorers))
         },
         "comparisons": summary.comparisons(sums, list(dict.fromkeys((*rated, *others)))),
         "segments": summary.by_segment(sums, spec.segments, deciles),

@@ -16,6 +16,7 @@ from typing import Any
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts, metrics
+from ncf_dist.champion import CHAMPION
 from ncf_dist.config import Config
 from ncf_dist.earlier import earlier_model, said
 from ncf_dist.engines import choose
@@ -23,9 +24,9 @@ from ncf_dist.evaluate import summary
 from ncf_dist.evaluate.compare import check_same_rows, find_run, judged_on
 from ncf_dist.evaluate.evaluation import Evaluation
 from ncf_dist.evaluate.fitting import fit_baselines
-from ncf_dist.evaluate.held_out import rank_held_out
+from ncf_dist.evaluate.held_out import Ranked, rank_held_out
 from ncf_dist.evaluate.histogram import on_common_bins
-from ncf_dist.evaluate.judged_model import judged_model
+from ncf_dist.evaluate.judged_model import champion_beside, judged_model
 from ncf_dist.evaluate.judging import judge
 from ncf_dist.evaluate.report.data import report_data
 from ncf_dist.evaluate.report.examples import examples
@@ -52,7 +53,9 @@ def evaluate(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     upstream = find_upstream(lake, config, ds, STAGE, given)
     prepare, train = upstream["prepare"], upstream["train"]
     other = find_run(lake, ds, config.evaluate.compare, config.run) if config.evaluate.compare else None
+    beside = champion_beside(config, prepare, train)
     inputs = {"prepare": prepare.run_key, "train": train.run_key, **({"compare": other.run_key} if other else {})}
+    inputs |= {CHAMPION: f"{beside[0].ds}/{beside[0].run_key}"} if beside else {}
     stage = StageRun(STAGE, config, ds, inputs)
     if done := stage.find():
         log.info("already evaluated: %s", done.root)
@@ -69,12 +72,8 @@ def evaluate(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     run = stage.begin()
     with spark_session("ncf-evaluate", config.spark, LIST_BATCH_ROWS) as spark:
         products = Products.agreed(on_one_executor(spark, partial(choose, bundle, "fp32")))
-        job = Evaluation(spark, config, prepare, bundle, run, products, since)
-        try:
-            fitted, als_users = fit_baselines(job)
-            ranked = rank_held_out(job, fitted, als_users)
-        finally:
-            remove(job.fits)
+        job = Evaluation(spark, config, prepare, bundle, run, products, since, beside[1] if beside else None)
+        ranked = _ranked(job)
         ranks, bins = ranked.table, on_common_bins(ranked.scores, SCORE_BINS)
         report = {"ds": ds, **judge(job, ranks, other, ranked.unit), "scores": bins}
         page = _page(job, train, stage, report, ranks)
@@ -90,10 +89,20 @@ def evaluate(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         "products": asdict(products),
         **{name: report[name] for name in ("beats_popularity",) if name in report},
     }
+    if beside is not None:
+        facts[CHAMPION] = {"ds": beside[0].ds, "train": beside[0].run_key, "model_version": beside[1].model_version}
     if since is not None:
         of = f"of {report['n_users']:,} users with held-out items {ranked.unknown_users:,} are judged by popularity"
         facts |= earlier_model(train, bundle, since, of) | {"unknown_users": ranked.unknown_users}
     return outcome(stage.finish(tables={ranks.path: ranks}, facts=facts, metrics=flat))
+
+
+def _ranked(job: Evaluation) -> Ranked:
+    try:
+        fitted, als_users = fit_baselines(job)
+        return rank_held_out(job, fitted, als_users)
+    finally:
+        remove(job.fits)
 
 
 def _page(

@@ -23,8 +23,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from ncf_dist.bundle import load_model, load_parts
+from ncf_dist.bundle import Bundle, load_model, load_parts
+from ncf_dist.champion import CHAMPION
 from ncf_dist.contracts import RANKS, VALIDATION_SPLIT
+from ncf_dist.errors import ScoresNotFinite
 from ncf_dist.evaluate.baselines import LATEST, item_factors, item_to_item, item_weights, recent_counts
 from ncf_dist.evaluate.histogram import Histogram
 from ncf_dist.evaluate.known import known_users, where_known
@@ -153,7 +155,16 @@ def make_scorers(spec: EvaluationPass) -> dict[str, Score]:
     scorers: dict[str, Score] = {"model": own}
     for name, files in spec.baselines:
         scorers[name] = BASELINES[name](spec, files)
+    if spec.champion is not None:
+        scorers[CHAMPION] = _champion(spec, spec.champion)
     return scorers
+
+
+def _champion(spec: EvaluationPass, bundle: Bundle) -> Score:
+    """The model of an earlier night, on tonight's users and items."""
+    own = model_scores(ModelScorer(load_model(bundle), bundle.n_items, parts=load_parts(bundle)), bundle.looks_back)
+    popular = PopularityScorer(train_counts(spec.stats_files))
+    return where_known(own, partial(popularity_scores, popular), bundle, spec.n_items)
 
 
 def model_scores(scorer: ModelScorer, looks_back: int = 0) -> Score:
@@ -242,7 +253,9 @@ def rank_users(
     own = scores_of(scores, held)
     if not np.isfinite(own[held.values < (scores.n_known or scores.n_items)]).all():
         # No score is greater than NaN: such a model would rank every held-out item first.
-        raise ValueError(f"{name} gives held-out items scores that are not finite; needed finite ones: train again")
+        raise ScoresNotFinite(
+            f"{name} gives held-out items scores that are not finite; needed finite ones: train again"
+        )
     count = histograms["all"].add if histograms is not None else lambda block: None
     ranked = rank(scores, judged.seen, held, own, (held.row[among.row], among.values), longest, count)
     greater = np.bincount(among.row, weights=ranked.candidates > own[among.row], minlength=len(own))

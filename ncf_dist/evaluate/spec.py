@@ -22,7 +22,7 @@ class EvaluationPass:
     """One pass over users with held-out items. n_items: of tonight, of which a model of an earlier night knows the
     first. stats_files: the item_stats table. longest: length of the lists. baselines: by name, the files each needs.
     earlier: whether the model is one of an earlier night. products: how they multiply. kept: how many latest items of a
-    user are known."""
+    user are known. champion: the model of the last published night, which is compared with."""
 
     bundle: Bundle
     n_items: int
@@ -34,6 +34,7 @@ class EvaluationPass:
     products: Products = PLAIN
     config: Evaluate = field(default_factory=Evaluate)
     kept: int = 0
+    champion: Bundle | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ncf_dist import metrics
+from ncf_dist.champion import CHAMPION
 from ncf_dist.evaluate import segments
 from ncf_dist.evaluate.bootstrap import interval, p_value
 from ncf_dist.evaluate.segments import PopularityDeciles
@@ -91,7 +92,7 @@ def by_segment(sums: Sums, kinds: tuple[str, ...], deciles: PopularityDeciles) -
 
 def _segment(sums: Sums, kind: str, code: int, deciles: PopularityDeciles) -> dict[str, Any]:
     protocol = f"segment/{kind}/{code}"
-    model, popularity = Means(sums, MODEL, protocol), Means(sums, POPULARITY, protocol)
+    model, popularity, champion = (Means(sums, name, protocol) for name in (MODEL, POPULARITY, CHAMPION))
     row: dict[str, Any] = {
         "name": segments.name_of(kind, code, deciles),
         "users": int(sums[f"{MODEL}/{protocol}/n"][0]),
@@ -99,6 +100,8 @@ def _segment(sums: Sums, kind: str, code: int, deciles: PopularityDeciles) -> di
     }
     if popularity:
         row["popularity"] = popularity.points
+    if champion:
+        row["champion"] = champion.points
     if model.intervals:
         row["intervals"] = {name: bounds for name, bounds in model.intervals.items() if name.startswith("ndcg")}
     return row

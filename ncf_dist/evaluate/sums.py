@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 
 from ncf_dist import metrics
+from ncf_dist.champion import CHAMPION
 from ncf_dist.evaluate import segments
 from ncf_dist.evaluate.bootstrap import poisson_weights
 from ncf_dist.evaluate.spec import FiguresPass
@@ -131,7 +132,7 @@ def file_sums(ranks: dict[str, Ranks], train_count: IntArray, spec: FiguresPass)
                 f"{name} ranked {len(rows):,} users, others {len(users):,}; needed the same ones in a file"
             )
         values = user_values(rows, spec)
-        if name in (MODEL, POPULARITY):
+        if name in (MODEL, POPULARITY, CHAMPION):
             values |= segment_values(rows, train_count, spec)
         columns |= {f"{name}/{metric}": column for metric, column in values.items()}
     return totals(columns, users, spec)

@@ -10,13 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ncf_dist import attempts
+from ncf_dist.champion import CHAMPION, champion
 from ncf_dist.config import Config
-from ncf_dist.errors import NcfError
+from ncf_dist.earlier import objection
+from ncf_dist.errors import GateRefused, NcfError, ScoresNotFinite
 from ncf_dist.evaluate.pipeline import evaluate
+from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.ahead import check_ahead
 from ncf_dist.publish.data import check as check_data
+from ncf_dist.publish.model import check as check_model
+from ncf_dist.publish.model import refused as refused_model
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
 from ncf_dist.spark_io import kept_session
@@ -50,9 +55,10 @@ def nightly(config: Config, ds: str) -> Outcome:
     with kept_session():
         for number, name in enumerate(names, 1):
             log.info("── %d/%d %s ──", number, len(names), name)
-            night.take(name, config, ds)
-            if name == "prepare" and "publish" in names:
-                night.judge_data(config, ds)
+            with night.standing_in(name, config, ds):
+                night.take(name, config, ds)
+                if "publish" in names:
+                    night.judge(name, config, ds)
     if config.run is not None:
         log.info("an experiment is not published: %s", config.run)
     return night.outcome()
@@ -82,11 +88,37 @@ class _Night:
         self.warnings += outcome.extra.get("warnings", ())
         self.extra |= outcome.extra
 
-    def judge_data(self, config: Config, ds: str) -> None:
-        """Refuse a night whose data publish would refuse, before a model is trained on it."""
-        if (prepared := self.made.get("prepare")) is not None:
-            with self._told("publish"):
-                check_data(config, ds, prepared)
+    def judge(self, name: str, config: Config, ds: str) -> None:
+        """Refuse a night whose data publish would refuse before a model is trained on it, and one whose model it would
+        refuse before anybody is ranked by it."""
+        made = self.made.get(name)
+        with self._told("publish"):
+            if made is not None and name == "prepare":
+                check_data(config, ds, made)
+            if made is not None and name == "evaluate":
+                check_model(config, ds, self.made["prepare"], made)
+
+    @contextlib.contextmanager
+    def standing_in(self, name: str, config: Config, ds: str) -> Iterator[None]:
+        """Where a gate of the model refuses, the champion ranks, if gates.on_refusal says so and there is one that
+        may."""
+        try:
+            yield
+        except GateRefused as error:
+            if name != "evaluate" or config.run is not None:
+                raise
+            lake = Lake(config.paths.lake)
+            if isinstance(error, ScoresNotFinite):
+                said, error = error.extra, refused_model(config, ds, self.made["train"].run_key, str(error))
+                error.extra = {**said, **error.extra}
+            found = champion(lake, config.publish.table, ds) if config.gates.on_refusal == CHAMPION else None
+            if found is None or objection(lake, self.made["prepare"], found) is not None:
+                raise error from None
+            warning = f"the model of this night is refused, and the champion of {found.ds} ranks in its place: {error}"
+            log.warning("%s", warning)
+            self.warnings.append(warning)
+            self.stages.setdefault(name, "refused")
+            self.made["train"] = found
 
     @contextlib.contextmanager
     def _told(self, stage: str) -> Iterator[None]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 import logging
 import posixpath
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from ncf_dist.config import Gates
 from ncf_dist.contracts import Contract
 from ncf_dist.files import filesystem, is_local
 from ncf_dist.publish.measures import Check
-from ncf_dist.spark_io import open_session, spark_path
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,12 @@ def _duckdb(files: Sequence[str]) -> Found:
 
 
 def _spark(files: Sequence[str]) -> Found:
-    if (spark := open_session()) is None:
+    # Publishing by itself loads no Spark, and without it there is no session.
+    spark_io = sys.modules.get("ncf_dist.spark_io")
+    spark = spark_io.open_session() if spark_io else None
+    if spark_io is None or spark is None:
         return None
-    frame = spark.read.parquet(*map(spark_path, files))
+    frame = spark.read.parquet(*map(spark_io.spark_path, files))
     counts = frame.selectExpr(*(f"count(`{name}`)" for name in frame.columns)).collect()[0]
     return min(counts), list(frame.columns)
 

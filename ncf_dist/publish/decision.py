@@ -11,10 +11,11 @@ import logging
 import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from ncf_dist.config import UNDONE
 from ncf_dist.config.gates import OVERRIDABLE
+from ncf_dist.config.publish import Gate
 from ncf_dist.errors import GateRefused
 from ncf_dist.files import make_dirs, write_atomic
 from ncf_dist.lake import Lake
@@ -22,6 +23,9 @@ from ncf_dist.publish import leftovers
 from ncf_dist.publish.gates import Verdict
 from ncf_dist.publish.measures import Check
 
+REQUIRABLE = get_args(Gate)
+OFF = {"beats": "[]", "slices": "{}", "scores": "false"}
+"""Of the gates that are not off with null."""
 log = logging.getLogger(__name__)
 
 
@@ -109,7 +113,9 @@ class Decision:
         if not set(names) <= set(OVERRIDABLE):
             return ""
         switched = [
-            f"leave {gate} out of publish.require" if gate in self.require else f"set gates.{gate}=null"
+            f"leave {gate} out of publish.require"
+            if gate in REQUIRABLE
+            else f"set gates.{gate}={OFF.get(gate, 'null')}"
             for gate in names
         ]
         given = " ".join(f"--override {gate} --why TEXT" for gate in names)

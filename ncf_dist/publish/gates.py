@@ -7,8 +7,8 @@ check that lacks what it compares with lets the night pass, with a warning.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
@@ -39,6 +39,19 @@ class Comparison:
     metric: str
     difference: float
     interval: tuple[float, float] | None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the users, or of the items, with metrics over the full catalogue by name; the champion's where there is
+    one; and intervals of the model's."""
+
+    name: str
+    users: int
+    full: Mapping[str, float] = field(default_factory=dict)
+    champion: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,9 @@ class Figures:
     ks: Annotated[list[int], Field(min_length=1)]
     comparisons: list[Comparison]
     feedback: str = "implicit"
+    full: Mapping[str, float] = field(default_factory=dict)
+    segments: Mapping[str, list[Segment]] = field(default_factory=dict)
+    scores: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
