@@ -11,11 +11,9 @@ from typing import Any
 
 from ncf_dist import attempts, metrics
 from ncf_dist.attempts import Record
+from ncf_dist.champion import CHAMPION
 from ncf_dist.lake import Lake
 from ncf_dist.publish.log import DeltaLog
-
-CHAMPION = "champion"
-"""The gate that compares a model with the published one on the same rows."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +134,9 @@ def _measures(night: Night, measured: Mapping[str, Any], gates: Mapping[str, Any
         night.metric = ".".join(metrics.headline(ks))
         night.value = _number(measured.get(night.metric))
         night.popularity = _number(measured.get(f"popularity.{night.metric}"))
+        night.champion = _difference(night.value, _number(measured.get(f"{CHAMPION}.{night.metric}")))
+        night.paired = night.champion is not None
     values = {name: _number(gate.get("value")) for name, gate in gates.items() if isinstance(gate, Mapping)}
-    night.champion = values.get(CHAMPION)
-    night.paired = night.champion is not None
     night.churn = values.get("churn")
     night.quarantined = values.get("quarantine", night.quarantined)
 
