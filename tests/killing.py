@@ -27,6 +27,9 @@ from ncf_dist.config import Config
 from ncf_dist.errors import NcfError
 from ncf_dist.publish import steps
 
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
 os.fsync = lambda handle: None  # What is killed loses nothing that it has written.
 functions = {}
 for name in sys.argv[1:]:
@@ -51,6 +54,11 @@ def run(job, config, ds, step, nth, meeting):
             elif left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
     steps.listener = listener
+    def change(event, args):
+        if event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & WRITES):
+            listener("any change")
+    if step == "any change":
+        sys.addaudithook(change)
     try:
         functions[job](Config.model_validate(config), ds)
     except NcfError as error:
@@ -92,7 +100,7 @@ class Killer:
         self, job: str, config: Config, ds: str, step: str = "", nth: int = 1, delay: float | None = None
     ) -> tuple[int, float]:
         """(exit code, seconds) of one job that is killed when it reaches `step` for the nth time, or after `delay`
-        seconds; else it runs to its end."""
+        seconds; else it runs to its end. step: `any change` stands for whatever Python is about to do to a file."""
         self.ask(job, config, ds, step, nth, delay)
         return self.answer()
 

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from deltalake import DeltaTable
 
+from ncf_dist.clean.pipeline import clean
 from ncf_dist.config import Config
 from ncf_dist.errors import InputError
 from ncf_dist.publish import steps
@@ -35,7 +36,7 @@ JOBS: dict[str, Callable[[Config, str], Outcome]] = {"publish": publish, "repair
 
 @pytest.fixture(scope="module")
 def kills() -> Iterator[Killer]:
-    modules = {"publish": "publish", "repair": "publish", "rollback": "rollback"}
+    modules = {"publish": "publish", "repair": "publish", "rollback": "rollback", "clean": "clean"}
     with killer(*(f"ncf_dist.{module}.pipeline:{job}" for job, module in modules.items())) as made:
         yield made
 
@@ -284,6 +285,46 @@ def test_kills_at_many_moments_leave_old_or_new(tmp_path: Path, kills: Killer) -
     counts = at_random(tmp_path / "lake", kills, 2_000, 2)
     print(counts)
     assert min(counts["old"], counts["new"]) > 50
+
+
+def killed_cleans(tmp_path: Path, kills: Killer, every: int) -> int:
+    """How many changes a clean makes. Killed before each of them, or each `every`-th, it leaves what readers see, also
+    in every version that is to stay, and the next clean ends the same."""
+    night = published(tmp_path / "lake", "m1", "m2", "m3", "m4")
+    retention = {"versions": 2, "days": 0, "nights": 1, "published": None}
+    config = Config.model_validate({**night.config.model_dump(), "retention": retention})
+    shutil.copytree(night.root, tmp_path / "whole")
+    clean(config, night.ds)
+    wanted, number = (end(night)[:-1], files_of(night)), 1
+    while True:
+        shutil.rmtree(night.root)
+        shutil.copytree(tmp_path / "whole", night.root)
+        code, _ = kills.run("clean", config, night.ds, "any change", number)
+        assert code in (0, KILLED)
+        whole(night)
+        delta = DeltaLog(str(night.table))
+        assert night.read() == sorted(good("m4"))
+        for version in (3, 4):
+            assert all((night.table / path).is_file() for path in delta.live(version))
+        if code == 0:
+            return number
+        clean(config, night.ds)
+        assert (end(night)[:-1], files_of(night)) == wanted, number
+        number += every
+
+
+def test_a_clean_that_is_killed_leaves_a_whole_lake(tmp_path: Path, kills: Killer) -> None:
+    assert killed_cleans(tmp_path, kills, 7) > 50
+
+
+@pytest.mark.soak
+def test_a_clean_that_is_killed_before_any_change_leaves_a_whole_lake(tmp_path: Path, kills: Killer) -> None:
+    assert killed_cleans(tmp_path, kills, 1) > 50
+
+
+def files_of(night: Night) -> list[str]:
+    """The files of all nights and versions; what is left of a write that was killed goes with the next publication."""
+    return sorted(str(path.relative_to(night.table)) for path in night.table.glob("ds=*/*.parquet"))
 
 
 # ---- disks ---------------------------------------------------------------------------------------------------------
