@@ -28,7 +28,7 @@ SPARK: dict[str, Any] = {"master": "local[2]", "driver_memory": "1g", "shuffle_p
 
 LONGEST = (
     "any_log signals train line faults baselines urls score launchers cases publish_damage evaluate_score "
-    "ranks prepare forgetting stored_lakes clean clean_kills clean_machine published_table steps every"
+    "ranks prepare forgetting stored_lakes gates_line clean clean_kills clean_machine published_table steps every"
 )
 
 

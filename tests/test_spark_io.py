@@ -40,10 +40,10 @@ from ncf_dist.contracts import INDEX_LIST, ITEM_STATS, QUARANTINE, Contract
 from ncf_dist.errors import ContractError, InputError, NcfError, WorkerKilled
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo
+from ncf_dist.spark_errors import from_executors
 from ncf_dist.spark_io import (
     FileSink,
     Pass,
-    from_executors,
     guarded,
     map_in_arrow,
     part_name,
