@@ -13,6 +13,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from ncf_dist import config as settings
+from ncf_dist import logs
 from ncf_dist.config import Config
 from ncf_dist.spark_io import spark_session
 
@@ -36,6 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A worker takes whole files, in this order: the longest first, else one of them runs alone at the end."""
     rank = {f"test_{name}.py": number for number, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+@pytest.fixture(autouse=True)
+def lines_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What log lines are of goes with the process that a night runs in; tests share one."""
+    monkeypatch.delenv(logs.ENVIRONMENT, raising=False)
 
 
 @pytest.fixture(scope="session")

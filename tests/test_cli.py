@@ -98,6 +98,7 @@ CODES = {
     "InputError": (3, "failed"),
     "ContractError": (3, "failed"),
     "GateRefused": (4, "refused"),
+    "ScoresNotFinite": (4, "refused"),
     "StaleRun": (5, "refused"),
     "BusyRun": (5, "failed"),
     "Preempted": (75, "failed"),
@@ -119,7 +120,8 @@ def test_an_error_that_a_person_can_mend_has_its_exit_code(shell: Shell, name: s
     code, report = shell.run(raises(getattr(errors, name)("got a, needed b: do c")))
     assert (code, report["status"]) == CODES[name]
     assert report["error"] == "got a, needed b: do c"
-    assert set(report) == KEYS | {"error"}
+    gate = {"refused"} if name == "ScoresNotFinite" else set()  # It is a gate by itself, and says which.
+    assert set(report) == KEYS | {"error"} | gate
     assert (report["run_key"], report["outputs"], report["metrics"]) == (None, {}, {})
 
 

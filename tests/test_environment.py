@@ -35,6 +35,7 @@ JOBS = (
     "clean",
     "status",
     "runs",
+    "sweep",
     "doctor",
 )
 INSTALL_FILES = (

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ncf_dist import contracts
+from ncf_dist import contracts, spark_io
 from ncf_dist.config import Gates
 from ncf_dist.config.gates import OUTPUT_GATES
 from ncf_dist.errors import GateRefused
@@ -133,7 +133,8 @@ def night(tmp_path: Path) -> Night:
     return night
 
 
-def test_candidates_are_read_by_stock_readers(night: Night) -> None:
+def test_candidates_are_read_by_stock_readers(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spark_io, "open_session", lambda: None)  # An earlier test may have left Spark open.
     gates = pipeline.publish(night.config, night.ds).extra["gates"]
     assert (gates["canary"]["outcome"], gates["canary"]["value"]) == ("passed", 2)
 
