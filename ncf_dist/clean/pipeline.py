@@ -23,7 +23,7 @@ from ncf_dist.errors import ConfigError, ContractError
 from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
 from ncf_dist.prepare.forget import Forget
-from ncf_dist.publish import latest
+from ncf_dist.publish import latest, leftovers
 from ncf_dist.publish.log import DeltaLog
 from ncf_dist.stage import Outcome
 
@@ -81,6 +81,7 @@ def forget(config: Config, ds: str) -> Outcome:
     table, done, busy, wrong = delta.open(), dict[str, int](), list[str](), list[str]()
     for night in sorted(delta.nights(table)) if table is not None else ():
         with passing_over(busy, night), lake.hold(night):
+            leftovers.sweep(f"{delta.root}/ds={night}")  # What a killed forget was writing here.
             try:
                 done[night] = forget_in(delta, night, functools.partial(Forget.read, path))
             except ContractError as error:
