@@ -104,23 +104,24 @@ def parser(job: str) -> argparse.ArgumentParser:
 
 def _add_short_ones(parser: argparse.ArgumentParser, job: str) -> None:
     """Options that are short for a setting."""
+
+    def short(option: str, key: str, metavar: str, says: str) -> None:
+        set_key = f"{key}={{}}".format
+        parser.add_argument(option, action="append", type=set_key, metavar=metavar, dest="overrides", help=says)
+
     if job in VERIFYING:
-        parser.add_argument(
+        short(
             "--verify",
-            action="append",
-            type="publish.verify={}".format,
-            metavar="{quick|deep}",
-            dest="overrides",
-            help="how the files of a published night are checked; short for --set publish.verify=…",
+            "publish.verify",
+            "{quick|deep}",
+            "how the files of a published night are checked; short for --set publish.verify=…",
         )
     if job == "rollback":
-        parser.add_argument(
+        short(
             "--to",
-            action="append",
-            type="publish.rollback_to={}".format,
-            metavar="{VERSION|PREVIOUS}",
-            dest="overrides",
-            help="the version of the table to go back to; default PREVIOUS, what the last publication replaced",
+            "publish.rollback_to",
+            "{VERSION|PREVIOUS}",
+            "the version of the table to go back to; default PREVIOUS, what the last publication replaced",
         )
     if job in JUDGING:
         parser.add_argument(
@@ -134,14 +135,7 @@ def _add_short_ones(parser: argparse.ArgumentParser, job: str) -> None:
             help="the reason, kept with the night: one an --override",
         )
     if job == "sweep":
-        parser.add_argument(
-            "--trials",
-            action="append",
-            type="sweep.trials={}".format,
-            metavar="N",
-            dest="overrides",
-            help="models that are trained; short for --set sweep.trials=N",
-        )
+        short("--trials", "sweep.trials", "N", "models that are trained; short for --set sweep.trials=N")
     if job in LOOKING:
         parser.add_argument(
             "--json",

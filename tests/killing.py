@@ -6,6 +6,7 @@ each request it forks a child that runs one job and kills itself where it is tol
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -154,3 +155,15 @@ def shown(run: list[tuple[str, Any]]) -> list[tuple[str, int]]:
             counts[name] = counts.get(name, 0) + 1
             found.append((name, counts[name]))
     return found
+
+
+def steps_named_in(*packages: str) -> set[str]:
+    """Every step that the code of these packages of ncf_dist tells of."""
+    named = set[str]()
+    for path in (path for package in packages for path in (REPO / "ncf_dist" / package).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "steps.reached":
+                (argument,) = node.args
+                assert isinstance(argument, ast.Constant), f"{path}: a step is named where it is reached"
+                named.add(str(argument.value))
+    return named

@@ -3,7 +3,6 @@ and the next clean ends where an undisturbed one does."""
 
 from __future__ import annotations
 
-import ast
 import random
 import shutil
 import tarfile
@@ -23,7 +22,7 @@ from ncf_dist.files import sizes
 from ncf_dist.publish import steps as of_publish
 from ncf_dist.publish.log import DeltaLog
 from ncf_dist.stage import LINE, Outcome
-from tests.killing import KILLED, REPO, Killer, killer, shown
+from tests.killing import KILLED, Killer, killer, shown, steps_named_in
 from tests.published import Night, Row, good
 
 JOBS: dict[str, Callable[[Config, str], Outcome]] = {"clean": clean, "forget": forget}
@@ -156,13 +155,7 @@ def whole(scene: Scene, committed: bool = True) -> None:
 
 
 def test_every_step_is_reached_and_every_name_is_on_the_list(scenes: dict[str, Again]) -> None:
-    named = set()
-    for path in (REPO / "ncf_dist/clean").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "steps.reached":
-                (argument,) = node.args
-                assert isinstance(argument, ast.Constant), f"{path}: a step is named where it is reached"
-                named.add(argument.value)
+    named = steps_named_in("clean")
     assert named == set(steps.STEPS)
     assert {step for scene in scenes.values() for step, _ in scene.did} >= named
 
