@@ -377,12 +377,6 @@ def test_a_ds_after_tomorrow_is_refused(shell: Shell) -> None:
 # ---- asked to stop -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _spark_of_the_other_tests_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "before_raising", [])
-
-
-@pytest.mark.usefixtures("_spark_of_the_other_tests_stays")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_job_that_is_asked_to_stop_says_so_and_exits_75(shell: Shell, number: signal.Signals) -> None:
     before = [signal.getsignal(n) for n in stopping.SIGNALS]
@@ -398,7 +392,6 @@ def test_a_job_that_is_asked_to_stop_says_so_and_exits_75(shell: Shell, number: 
     assert shell.run(done)[0] == 0, "the night is free"
 
 
-@pytest.mark.usefixtures("_spark_of_the_other_tests_stays")
 def test_a_library_that_makes_something_else_of_the_interruption_hides_nothing(shell: Shell) -> None:
     def job(config: Config, ds: str) -> Outcome:
         try:
@@ -410,7 +403,6 @@ def test_a_library_that_makes_something_else_of_the_interruption_hides_nothing(s
     assert shell.run(job)[0] == 75
 
 
-@pytest.mark.usefixtures("_spark_of_the_other_tests_stays")
 def test_a_second_signal_does_not_cut_cleaning_up_short(shell: Shell) -> None:
     cleaned = []
 
