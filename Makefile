@@ -50,17 +50,22 @@ build_tool = sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock
 	$(if $(wrong_python),$(error $(wrong_python)))
 	$(if $(wrong_java),$(error $(wrong_java)))
 	@if [ ! -e $@ ] || ! $(pip) --version >/dev/null 2>&1; then \
-	  echo "[1/4] .venv with Python $(python_version)"; \
+	  echo "[1/5] .venv with Python $(python_version)"; \
 	  rm -rf .venv; mkdir .venv; \
 	  { $(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $(python) install pip; }; } \
 	    >$(log) 2>&1 || $(call failed,making .venv); \
 	fi; rm -f $@
-	@echo "[2/4] the packages of requirements.lock"
+	@echo "[2/5] the packages of requirements.lock"
 	@{ $(checked) -r <($(build_tool)) && $(checked) -r requirements.lock; } 2>&1 | $(shown) || $(call failed,installing requirements.lock)
-	@echo "[3/4] torch, the largest download"
+	@echo "[3/5] torch, the largest download"
 	@$(pip) install -r requirements-torch.txt 2>&1 | $(shown) || $(call failed,installing torch)
-	@echo "[4/4] ncf-dist itself"
+	@echo "[4/5] ncf-dist itself"
 	@$(pip) install --no-deps --no-build-isolation -e . >>$(log) 2>&1 || $(call failed,installing ncf-dist)
+	@echo "[5/5] an archive of Spark's classes"
+	@if [ ! .venv/.spark-classes -nt requirements.lock ]; then \
+	  $(java) $(python) -m ncf_dist.spark_classes >>$(log) 2>&1 || echo "      not made, so Spark starts slower; why is in $(log)"; \
+	  touch .venv/.spark-classes; \
+	fi
 	@touch $@
 
 # No recipe: a .venv whose Python is gone counts as changed.

@@ -116,7 +116,17 @@ def environment(options: Sequence[str], ours: Mapping[str, str]) -> dict[str, st
         theirs["LC_ALL"] = "C.UTF-8"
     if secret := ours.get(SECRET):
         theirs["_SPARK_AUTH_SECRET"] = secret  # Spark's own name for it.
+    # Spark splits these options at spaces. Ours come first, so that a person's own win; the log would say of an archive
+    # that it does not fit.
+    if (archive := class_archive()).exists() and not re.search(r"\s", str(archive)):
+        mapped = f"-XX:SharedArchiveFile={archive} -Xlog:cds=off -Xlog:cds+dynamic=off"
+        theirs["SPARK_SUBMIT_OPTS"] = f"{mapped} {ours.get('SPARK_SUBMIT_OPTS', '')}".rstrip()
     return theirs
+
+
+def class_archive() -> Path:
+    """Where `spark_classes` keeps the parsed classes of this environment's Spark."""
+    return Path(sys.prefix) / "spark-classes.jsa"
 
 
 def start(options: Sequence[str]) -> dict[str, str]:

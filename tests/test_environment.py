@@ -45,7 +45,7 @@ INSTALL_FILES = (
     "requirements.lock",
     "requirements-torch.txt",
 )
-STEPS = ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+STEPS = ["[1/5]", "[2/5]", "[3/5]", "[4/5]", "[5/5]"]
 
 
 def run(*command: str | Path, cwd: Path = ROOT, env: Mapping[str, str] = {}) -> subprocess.CompletedProcess[str]:
@@ -388,6 +388,21 @@ def test_a_new_lock_updates_the_environment_in_place(fresh: Path, python311: Pat
     os.utime(fresh / "requirements.lock", (soon, soon))
     assert steps(install(fresh, python311)) == STEPS[1:]
     assert (fresh / ".venv/kept").exists()
+
+
+def test_spark_classes_are_archived_anew_with_a_new_lock_alone(fresh: Path, python311: Path) -> None:
+    """It takes as long as all else that an installation does once more."""
+
+    def made() -> int:
+        return (fresh / ".venv/calls").read_text().count("-m ncf_dist.spark_classes")
+
+    install(fresh, python311)
+    assert made() == 1
+    for changed, wanted in (("pyproject.toml", 1), ("requirements.lock", 2)):
+        soon = time.time() + 5
+        os.utime(fresh / changed, (soon, soon))
+        assert steps(install(fresh, python311)) == STEPS[1:]
+        assert made() == wanted
 
 
 def test_an_environment_that_lost_its_python_is_built_afresh(fresh: Path, python311: Path) -> None:

@@ -450,6 +450,29 @@ def test_the_jvm_gets_a_locale_in_which_it_can_name_files(ours: dict[str, str], 
     assert gateway.environment(["--master", "local[1]"], ours).get("LC_ALL") == locale
 
 
+def test_a_jvm_maps_the_archive_of_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one whose name Spark does not split; a person's own options come after ours, and win."""
+    theirs = {"SPARK_SUBMIT_OPTS": "-Xshare:off"}
+    for name, mapped in (("env", True), ("an env", False)):
+        monkeypatch.setattr(sys, "prefix", str(tmp_path / name))
+        assert gateway.environment([], theirs)["SPARK_SUBMIT_OPTS"] == "-Xshare:off", "there is none"
+        assert "SPARK_SUBMIT_OPTS" not in gateway.environment([], {})
+        gateway.class_archive().parent.mkdir()
+        gateway.class_archive().touch()
+        given = gateway.environment([], theirs)["SPARK_SUBMIT_OPTS"]
+        assert (f"-XX:SharedArchiveFile={tmp_path}/{name}/spark-classes.jsa " in given) == mapped
+        assert given.endswith("-Xshare:off")
+
+
+def test_the_archive_of_the_installation_fits(spark: SparkSession) -> None:
+    """The JVM of these tests has mapped it; it passes over one that was made by another Java or for other jars."""
+    archive = gateway.class_archive()
+    if not archive.exists():
+        pytest.skip("make install made no archive of classes: .venv/install.log says why")
+    assert gateway._process is not None
+    assert str(archive) in {region.path for region in psutil.Process(gateway._process.pid).memory_maps()}
+
+
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_jvm_that_was_ended_is_told_nothing_more(
     ended: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
