@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ncf_dist import config as settings
 from ncf_dist.errors import ContractError, TrainingFailed
-from ncf_dist.files import is_local, make_dirs, read_bytes, read_json, write_atomic
+from ncf_dist.files import is_local, make_dirs, read_bytes, read_json, write_atomic, write_verified
 from ncf_dist.stored import map_tensors, misfit, not_finite, parse_tensors
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _save_tensors(path: str, tensors: Mapping[str, Tensor]) -> str:
     import safetensors.torch
 
     data = safetensors.torch.save(dict(tensors))
-    write_atomic(path, data)
+    write_verified(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -168,7 +168,7 @@ def load_model(bundle: Bundle) -> Recommender:
     Trusts the numbers: `verify_weights` once a job, not once a worker.
     """
     weights = posixpath.join(bundle.path, WEIGHTS)
-    tensors = _tensors(weights)
+    tensors = _tensors(weights, bundle.sha256)
     model = _outline(bundle)
     if problem := misfit(model.state_dict(), tensors):
         raise ContractError(f"{weights} is not of the model in {CARD}: {problem}: rerun the job train")
@@ -185,7 +185,7 @@ def load_parts(bundle: Bundle) -> tuple[Part, ...]:
     if bundle.parts is None:
         return ()
     file = posixpath.join(bundle.path, PARTS)
-    tensors = _tensors(file)
+    tensors = _tensors(file, bundle.parts.sha256)
     try:
         found = [(card, ItemRows.of_tensors(card.name, tensors, bundle.n_items)) for card in bundle.parts.parts]
         if unknown := sorted({name.partition(".")[0] for name in tensors} - {card.name for card, _ in found}):
@@ -195,9 +195,15 @@ def load_parts(bundle: Bundle) -> tuple[Part, ...]:
     return tuple(Part(card.name, card.weight, card.half_life, card.last, rows) for card, rows in found)
 
 
-def _tensors(file: str) -> dict[str, Tensor]:
+def _tensors(file: str, sha256: str) -> dict[str, Tensor]:
+    """What was read over a network is compared with the card's SHA-256; a local file was, by `verify_weights`."""
     with _reading(file):
-        return map_tensors(file) if is_local(file) else parse_tensors(read_bytes(file))
+        if is_local(file):
+            return map_tensors(file)
+        data = read_bytes(file)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("its SHA-256 is not the card's")
+        return parse_tensors(data)
 
 
 def _outline(bundle: Bundle) -> Recommender:

@@ -9,7 +9,7 @@ from deltalake.exceptions import DeltaError
 
 from ncf_dist.contracts import PARTITION
 from ncf_dist.errors import ContractError
-from ncf_dist.files import exists
+from ncf_dist.files import delta_options, exists
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.stage import load_run
@@ -25,7 +25,7 @@ def champion(lake: Lake, table: str, ds: str) -> Manifest | None:
     try:
         if not exists(f"{root}/_delta_log"):
             return None
-        actions = DeltaTable(root).get_add_actions(flatten=True)
+        actions = DeltaTable(root, storage_options=delta_options(root)).get_add_actions(flatten=True)
         nights: dict[str, str] = dict(
             zip(actions.column(f"partition.{PARTITION}").to_pylist(), actions.column("path").to_pylist(), strict=True)
         )

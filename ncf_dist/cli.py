@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ncf_dist import attempts, gateway, last_line, logs, several
+from ncf_dist import attempts, gateway, last_line, logs, retries, several
 from ncf_dist.config import Config, load_config
 from ncf_dist.errors import ConfigError, ExitCode, NcfError, Preempted
 from ncf_dist.files import resolve
@@ -190,13 +190,15 @@ def run_job(
 def _blank(job: str, args: Sequence[str]) -> dict[str, Any]:
     """The report of a job of which nothing is known yet."""
     report: dict[str, Any] = {"job": job, "ds": None, "run_key": None, "status": "failed"}
-    return report | {"outputs": {}, "metrics": {}, "command": [job, *args]}
+    # From here on; more nights than one may be run in one process.
+    return report | {"outputs": {}, "metrics": {}, "retries": -retries.OURS.taken, "command": [job, *args]}
 
 
 def _closed(report: dict[str, Any], exit_code: ExitCode, start: float) -> dict[str, Any]:
     """All that is known of a job that has ended, without secrets; its file of details is written."""
     if told := report.pop("of_sinks", None):
         report["warnings"] = [*report.get("warnings", ()), *told]
+    report["retries"] = report["retries"] + retries.OURS.taken or None
     report.update(exit_code=int(exit_code), seconds=round(time.monotonic() - start, 3))
     report = scrub_all(report)
     sys.stderr.flush()

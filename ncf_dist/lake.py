@@ -20,20 +20,26 @@ from collections.abc import Iterator, Sequence
 
 from filelock import FileLock, Timeout
 
-from ncf_dist.errors import BusyRun, ContractError, InputError
+from ncf_dist import locks
+from ncf_dist.errors import BusyRun, ContractError, InputError, StaleRun
 from ncf_dist.files import (
+    create,
     exists,
     is_local,
     list_names,
     make_dirs,
     remove,
     resolve,
+    takes_conditions,
     write_atomic,
     write_bytes,
 )
 from ncf_dist.manifests import MANIFEST, Manifest, read_manifest
 
 log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+"""In the folder of a night."""
 
 
 class Lake:
@@ -67,16 +73,19 @@ class Lake:
 
     @contextlib.contextmanager
     def hold(self, ds: str) -> Iterator[None]:
-        """Keep every other run away from this ds while inside; the lock dies with its process.
+        """Keep every other run away from this ds while inside. The lock of a local or mounted folder dies with its
+        process, that of an object store soon after (`locks`). Raises BusyRun.
 
-        Raises BusyRun. On lakes that are not a local or mounted folder there is no lock: schedule one run a ds.
+        Where a store cannot let one writer win there is no lock: schedule one run a ds.
         """
-        if not is_local(self.root):
-            yield
-            return
+        path = self.path("runs", ds, LOCK)
         self.check_writable()
+        if not is_local(self.root):
+            with locks.held(path, f"ds {ds} of {self.root}") if takes_conditions(path) else contextlib.nullcontext():
+                yield
+            return
         make_dirs(self.path("runs", ds))
-        lock = FileLock(self.path("runs", ds, ".lock"), timeout=0)
+        lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -162,8 +171,17 @@ class StageRuns:
         return path
 
     def finish(self, manifest: Manifest) -> Manifest:
-        """Make the run exist, finished now. Returns it as it is stored."""
+        """Make the run exist, finished now. Returns it as it is stored. Raises StaleRun where another run holds this
+        night by now, or, in an object store, has finished the same one."""
         manifest = dataclasses.replace(manifest, finished=dt.datetime.now(dt.timezone.utc).isoformat())
         body = {k: v for k, v in dataclasses.asdict(manifest).items() if k != "root"}
-        write_atomic(posixpath.join(manifest.root, MANIFEST), json.dumps(body, indent=1, sort_keys=True).encode())
+        path, data = posixpath.join(manifest.root, MANIFEST), json.dumps(body, indent=1, sort_keys=True).encode()
+        locks.confirm()
+        if is_local(path) or not takes_conditions(path):
+            write_atomic(path, data)
+        elif create(path, data) is None:
+            raise StaleRun(
+                f"another run has finished {manifest.root} meanwhile, and this one changed its manifest in nothing; "
+                "needed one run at a time: run this again"
+            )
         return manifest

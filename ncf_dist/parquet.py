@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import ContractError
-from ncf_dist.files import filesystem, is_local, make_dirs, write_atomic
+from ncf_dist.files import is_local, make_dirs, read_bytes, write_atomic
 
 StoredPath = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 """What a system can open."""
@@ -55,11 +55,11 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file of ours that is open for reading. Raises ContractError where it is gone or damaged.
 
     Arrow opens local files itself. Through a Python file its threads may still need the interpreter when the process
-    is about to end, which then sometimes aborts with a code of its own instead of the job's (apache/arrow#34314).
+    is about to end, which then sometimes aborts with a code of its own instead of the job's (apache/arrow#34314). So a
+    file elsewhere is read whole: it has one row group, and a request for each column would take longer.
     """
-    fs, inner = filesystem(path)
     with _as_ours(path), contextlib.ExitStack() as stack:
-        source = inner if is_local(path) else stack.enter_context(fs.open(inner, "rb"))
+        source = path if is_local(path) else pa.BufferReader(read_bytes(path))
         yield stack.enter_context(pq.ParquetFile(source))
 
 

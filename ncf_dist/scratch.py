@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +47,48 @@ def scratch_folder(work: str, name: str) -> Iterator[str]:
 def replace_file(path: str, data: bytes) -> None:
     """Write a local file so that readers see the old one or the new one, also after a power cut. An attempt that fails
     leaves nothing; what one that is killed leaves is found by `sweep_temporary`."""
+    _put(path, data, os.replace)
+
+
+def create_file(path: str, data: bytes) -> bool:
+    """`replace_file` where there is no such file; whether there was none. Of writers at once one wins."""
+    try:
+        _put(path, data, _move_to_new)
+    except FileExistsError:
+        return False
+    return True
+
+
+def replace_file_if(path: str, data: bytes, unchanged: Callable[[bytes], bool]) -> bool:
+    """`replace_file` where there is a file that is still as it was looked at; whether it was. Of writers at once, all
+    by this function, one wins."""
+    with _open_locked(os.path.dirname(path) or ".", wait=True):
+        try:
+            with open(path, "rb") as file:
+                old = file.read()
+        except FileNotFoundError:
+            return False
+        if unchanged(old):
+            replace_file(path, data)
+            return True
+    return False
+
+
+def _move_to_new(old: str, new: str) -> None:
+    """`os.rename` that refuses where there is a file `new`."""
+    os.link(old, new)
+    os.unlink(old)
+
+
+def _put(path: str, data: bytes, place: Callable[[str, str], None]) -> None:
+    """place: how the temporary file, whole and durable, gets its name."""
     handle, temporary = _new_file(path)
     try:
         with open(handle, "wb") as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
-            os.replace(temporary, path)  # While it is locked: a sweep takes only what nobody holds.
+            place(temporary, path)  # While it is locked: a sweep takes only what nobody holds.
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

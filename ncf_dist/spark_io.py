@@ -8,15 +8,12 @@ group, and the same rows give the same bytes with any number of partitions and a
 from __future__ import annotations
 
 import contextlib
-import functools
-import gc
 import json
 import logging
 import os
 import pkgutil
 import re
 import sys
-import zipimport
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,15 +24,18 @@ from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
-from pyspark.sql.types import StructType
 
 from ncf_dist import config as settings
-from ncf_dist import errors, gateway, urls
+from ncf_dist import errors, gateway, spark_tables, urls
 from ncf_dist.contracts import Contract
 from ncf_dist.files import file_url
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
 from ncf_dist.spark_errors import from_executors
+from ncf_dist.spark_tasks import Pass as Pass
+from ncf_dist.spark_tasks import forget_archives as forget_archives
+from ncf_dist.spark_tasks import freeze_imports as freeze_imports
+from ncf_dist.spark_tasks import map_in_arrow as map_in_arrow
 from ncf_dist.stopping import asked, handlers_kept
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,6 @@ LIST_BATCH_ROWS = 4_096
 """The same where a row holds a user's whole history."""
 BATCH_BYTES = 2**26
 """However long the histories are, a batch ends after the row that goes past this. (Spark 3.5 does not know it.)"""
-
-Pass = Callable[[Iterable[pa.RecordBatch]], Iterator[pa.RecordBatch]]
-"""What a Python worker does with a partition's rows."""
 
 _FILE = "_file"
 WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
@@ -112,8 +109,11 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
     if "SPARK_REMOTE" not in os.environ:
         # Whatever started the job: a module of the working folder, such as random.py, is not for the workers.
         spark.sparkContext.environment["PYTHONSAFEPATH"] = "1"
-        if urls.SECRETS in os.environ:  # Workers on this and on other machines open the same URLs.
-            spark.sparkContext.environment[urls.SECRETS] = os.environ[urls.SECRETS]
+        # Workers on this and on other machines open the same URLs, with what this process has in its environment.
+        for name in (urls.SECRETS, *urls.CREDENTIALS):
+            spark.sparkContext.environment.pop(name, None)
+            if name in os.environ:
+                spark.sparkContext.environment[name] = os.environ[name]
     _open.append(spark)
     try:
         yield spark
@@ -188,26 +188,6 @@ def guarded(found: Mapping[str, str], given: Sequence[str], authenticate: bool |
     return {}
 
 
-def map_in_arrow(frame: DataFrame, work: Pass, schema: str | StructType) -> DataFrame:
-    """`frame.mapInArrow(work, schema)` without two costs of every task, which in small tasks are most of the time:
-    a garbage collection of all that was imported (torch alone brings a million objects), and, before Python 3.12, the
-    reading of the table of contents of Spark's zip archives, once for each folder in them
-    (github.com/python/cpython/issues/103200). What tasks write has the modes of what the driver writes."""
-    umask = os.umask(0)
-    os.umask(umask)
-
-    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        os.umask(umask)
-        rows = work(batches)  # Imports what it needs.
-        freeze_imports()
-        try:
-            yield from rows
-        finally:
-            forget_archives()
-
-    return frame.mapInArrow(run, schema)
-
-
 def task_stats(frame: DataFrame, work: Pass) -> list[dict[str, Any]]:
     """What `work` says of itself: it returns rows of one column `stats`, JSON objects."""
     return [json.loads(row["stats"]) for row in map_in_arrow(frame, work, "stats string").collect()]
@@ -259,20 +239,6 @@ def on_one_executor(spark: SparkSession, work: Callable[[], dict[str, Any]]) -> 
     return found
 
 
-@functools.cache
-def freeze_imports() -> None:
-    """Spark's Python daemon collects garbage after every task: not in what is there now."""
-    gc.freeze()
-
-
-def forget_archives() -> None:
-    """Spark invalidates the importers' caches before every task. Those of archives are made again when needed."""
-    if sys.version_info < (3, 12):
-        for path, importer in [*sys.path_importer_cache.items()]:
-            if isinstance(importer, zipimport.zipimporter):
-                del sys.path_importer_cache[path]
-
-
 def read_table(spark: SparkSession, manifest: Manifest, contract: Contract) -> DataFrame:
     """Table `contract.name` of a finished run, exactly the files of its manifest.
     Raises ContractError on a mismatch."""
@@ -281,6 +247,9 @@ def read_table(spark: SparkSession, manifest: Manifest, contract: Contract) -> D
 
 
 def read_files(spark: SparkSession, files: list[str], schema: pa.Schema) -> DataFrame:
+    """The rows of Parquet files of ours: by Spark's reader where its store is one that Spark always knows."""
+    if not all(map(spark_tables.spark_reads, files)):
+        return spark_tables.rows_of(spark, files, from_arrow_schema(schema))
     return spark.read.schema(from_arrow_schema(schema)).parquet(*map(spark_path, files))
 
 

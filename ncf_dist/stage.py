@@ -60,7 +60,7 @@ LINE: Mapping[str, Rule] = {
                 {"launcher", "ranks", "nodes", "rendezvous", "device", "checkpoint_steps", "checkpoint_minutes"}
                 | {"timeout_s", "lr_find", "max_model_bytes", "every"}
             ),
-            "loader": frozenset({"backend", "cache", "cache_bytes", "workers"}),
+            "loader": frozenset({"backend", "cache", "cache_bytes", "local_bytes", "workers"}),
         },
     ),
     "evaluate": Rule(("train", "prepare"), ("evaluate", "seed"), {}),

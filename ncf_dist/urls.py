@@ -13,11 +13,19 @@ import os
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 SECRETS = "NCF_URL_SECRETS"
 """A JSON object: public URL → of each of its parts [user info, query]. Of a folder or a glob, all that is under it has
 the same."""
+
+CREDENTIALS = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    *("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE"),
+)
+"""Variables of the environment by which a lake in a store is opened: Spark's Python workers get them as this process
+has them. Where they are not set, each machine's own provider chain counts."""
+_HIDDEN = CREDENTIALS[:3]
 
 # URLs within a text end where a text may go on. Of a whole URL (`hide`) everything is the URL's.
 _LOGIN = re.compile(r"(?<=://)[^/\s?#'\"<>|]*@")
@@ -135,6 +143,9 @@ def scrub(text: str) -> str:
         for word in sorted(words | {unquote(word) for word in words}, key=len, reverse=True):
             if len(word) >= _SHORT:
                 text = text.replace(word, "***")
+    for name in _HIDDEN:
+        if len(word := os.environ.get(name, "")) >= _SHORT:
+            text = text.replace(word, "***").replace(quote(word, safe=""), "***")
     return public_url(text)
 
 

@@ -48,10 +48,11 @@ def good(model: str = "m1") -> list[Row]:
 class Night:
     """A hand-made prepare run and score run of one ds."""
 
-    def __init__(self, root: Path, ds: str = "2026-01-31", numbers: bool = False) -> None:
+    def __init__(self, root: Path, ds: str = "2026-01-31", numbers: bool = False, lake: str | None = None) -> None:
+        """lake: a URL in place of the folder `lake` under root."""
         self.root, self.ds, self.numbers = root, ds, numbers
         self.id_type = pa.int64() if numbers else pa.string()
-        self.lake = Lake(str(root / "lake"))
+        self.lake = Lake(lake or str(root / "lake"))
         self.sections: dict[str, Any] = {}
         self.config = self.configured()
 

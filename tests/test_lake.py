@@ -110,13 +110,16 @@ def test_without_its_manifest_a_run_does_not_exist_and_the_next_attempt_starts_e
 
 def test_the_manifest_is_the_last_file_of_a_run(runs: StageRuns, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    writers = ((files, "write_bytes"), (parquet, "write_atomic"), (lake, "write_atomic"), (lake, "write_bytes"))
+    writers = (
+        *((files, "write_bytes"), (parquet, "write_atomic")),
+        *((lake, name) for name in ("write_atomic", "write_bytes", "create")),
+    )
     for module, name in writers:
         real = getattr(module, name)
 
-        def noted(path: str, data: bytes, real: Any = real) -> None:
+        def noted(path: str, data: bytes, real: Any = real) -> Any:
             written.append(path)
-            real(path, data)
+            return real(path, data)
 
         monkeypatch.setattr(module, name, noted)
     finish(runs, "k1")

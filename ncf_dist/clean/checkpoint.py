@@ -19,7 +19,7 @@ from ncf_dist.clean import steps
 from ncf_dist.clean.removal import Removal
 from ncf_dist.clean.versions import CHECKPOINT, ENTRY, LOG, Published
 from ncf_dist.errors import ContractError
-from ncf_dist.files import make_dirs, read_bytes, write_atomic, write_bytes
+from ncf_dist.files import delta_options, make_dirs, read_bytes, write_atomic, write_bytes
 from ncf_dist.scratch import scratch_folder
 
 LAST = "_last_checkpoint"
@@ -100,7 +100,7 @@ def _put(root: str, name: str, data: bytes) -> None:
 
 def _says(root: str, version: int) -> tuple[object, ...]:
     """What readers of a version get: its files with their bytes and statistics, columns and partitions."""
-    table = DeltaTable(root, version=version)
+    table = DeltaTable(root, version=version, storage_options=delta_options(root))
     actions = table.get_add_actions(flatten=True)
     names = sorted(actions.column_names)
     rows = zip(*(actions.column(name).to_pylist() for name in names), strict=True)

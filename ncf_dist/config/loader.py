@@ -17,6 +17,9 @@ class Loader(Section):
     `device`: the same on its GPU. A table that does not fit in `cache_bytes` is read every epoch after all."""
     cache_bytes: PositiveInt = 2**31
     """Upper bound of a rank's cache."""
+    local_bytes: PositiveInt = 2**33
+    """Where the lake is an object store: the space in `paths.work` for a rank's copies of the train table's files. They
+    are fetched ahead of use; what does not fit is fetched again in each epoch."""
     workers: PositiveInt = 2
     """Petastorm threads a rank."""
     shuffle_files: PositiveInt = 8

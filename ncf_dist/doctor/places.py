@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 
 from ncf_dist import machine
 from ncf_dist.config import Config, Negatives, Paths
 from ncf_dist.doctor.check import Check, size
 from ncf_dist.errors import NcfError
-from ncf_dist.files import filesystem, is_local, resolve
+from ncf_dist.files import filesystem, is_local, keeps_conditions, resolve, takes_conditions
 from ncf_dist.inputs import NoInput, input_files
 from ncf_dist.lake import Lake
 
@@ -23,6 +24,17 @@ def lake(paths: Paths) -> Check:
     root = resolve(paths.lake)
     try:
         Lake(root).check_writable()
+        if not takes_conditions(root):
+            return Check("lake", "warn", f"{root} is writable, and has no lock: schedule one run a night", "data")
+        if not is_local(root) and not keeps_conditions(f"{root}/.probe-{uuid.uuid4().hex}"):
+            return Check(
+                "lake",
+                "fail",
+                f"{root} is in a store that ignores conditions: of two that create one file (If-None-Match), or "
+                "replace it (If-Match), both were told that they had. Two runs would then publish over each other: "
+                "needed a store that lets one win, such as AWS S3: set paths.lake, or update the store",
+                "data",
+            )
     except NcfError as error:
         return Check("lake", "fail", str(error), "data")
     except OSError as error:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ncf_dist.errors import InputError
-from ncf_dist.files import filesystem
+from ncf_dist.files import filesystem, open_read
 
 _MAGIC, _TAIL = b"PAR1", 8
 """What a Parquet file begins and ends with; the bytes at its end: the length of the footer before them, and that."""
@@ -76,7 +76,7 @@ def footer(path: str) -> Footer:
     try:
         if fs.size(inner) == 0:
             return Footer(path, pa.schema([]), 0, (), None)
-        with fs.open(inner, "rb") as file:
+        with open_read(path) as file:
             read = parquet_file(file)
             metadata, schema = read.metadata, read.schema_arrow
     except (pa.ArrowException, OSError) as error:

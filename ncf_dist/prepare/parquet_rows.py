@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ncf_dist.files import filesystem
+from ncf_dist.files import open_read
 from ncf_dist.prepare.charset import NOT_IN_CHARSET, not_utf8
 from ncf_dist.prepare.chunks import Chunk, Raw, row_by_row
 from ncf_dist.prepare.footers import parquet_file
@@ -21,9 +21,8 @@ _BINARY = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_
 
 def parquet_chunks(source: Source, part: FileRange) -> Iterator[Chunk]:
     """The wanted columns of the row groups of a file range. Raises OSError, pa.ArrowInvalid."""
-    fs, inner = filesystem(source.files[part.file])
     names = {name: str(column) for name, column in source.columns[part.file].items()}
-    with fs.open(inner, "rb") as raw:
+    with open_read(source.files[part.file]) as raw:
         file = parquet_file(raw)
         groups = range(part.start, file.num_row_groups if part.end is None else part.end)
         first = sum(file.metadata.row_group(g).num_rows for g in range(part.start))

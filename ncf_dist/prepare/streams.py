@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal, cast
 import pyarrow as pa
 
 from ncf_dist.errors import InputError
-from ncf_dist.files import filesystem
+from ncf_dist.files import open_read
 from ncf_dist.prepare.formats import compression
 
 BOM = b"\xef\xbb\xbf"
@@ -43,9 +43,8 @@ def wide(how: Written) -> bool:
 @contextlib.contextmanager
 def opened(path: str, how: Written = "plain") -> Iterator[BinaryIO]:
     """The bytes of a text file. `seek` works for files that are neither compressed nor wide."""
-    fs, inner = filesystem(path)
     packed = compression(path)
-    with fs.open(inner, "rb") as raw:
+    with open_read(path) as raw:
         stream = pa.CompressedInputStream(raw, packed) if packed else raw
         yield {"plain": lambda s: s, "cr": _Returns}.get(how, lambda s: _Wide(s, how))(stream)
 

@@ -23,7 +23,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from ncf_dist.errors import InputError
-from ncf_dist.files import exists, filesystem, is_local, list_names
+from ncf_dist.files import delta_options, exists, filesystem, is_local, list_names
 from ncf_dist.inputs import Listing
 
 READER_FEATURES = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck", "deletionVectors", "columnMapping"}
@@ -138,7 +138,7 @@ def _opened(root: str, key: str) -> Table:
             f"or a Delta table: let {kind}'s own reader write tonight's rows as Parquet, and set {key} to that"
         )
     try:
-        table = DeltaTable(root)
+        table = DeltaTable(root, storage_options=delta_options(root))
         _check_readable(table, root, key)
         actions = table.get_add_actions(flatten=True)
         columns = {name: actions.column(name).to_pylist() for name in actions.column_names}

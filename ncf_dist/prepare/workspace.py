@@ -10,6 +10,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from ncf_dist import spark_tables
 from ncf_dist.files import file_url
 from ncf_dist.parquet import TableInfo
 from ncf_dist.spark_io import read_files, spark_path
@@ -46,5 +47,7 @@ class Workspace:
     def stored(self, frame: DataFrame, *names: str) -> DataFrame:
         """The same rows, written to the staging folder and read back, so that Spark computes them once."""
         path = self.staged(*names)
+        if not spark_tables.spark_reads(path):
+            return spark_tables.rows_of(self.spark, spark_tables.staged(frame, path), frame.schema)
         frame.write.mode("overwrite").parquet(file_url(path))
         return self.spark.read.schema(frame.schema).parquet(spark_path(path))

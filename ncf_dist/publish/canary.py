@@ -91,7 +91,7 @@ def _spark(files: Sequence[str]) -> Found:
     # Publishing by itself loads no Spark, and without it there is no session.
     spark_io = sys.modules.get("ncf_dist.spark_io")
     spark = spark_io.open_session() if spark_io else None
-    if spark_io is None or spark is None:
+    if spark_io is None or spark is None or not all(map(spark_io.spark_tables.spark_reads, files)):
         return None
     frame = spark.read.parquet(*map(spark_io.spark_path, files))
     counts = frame.selectExpr(*(f"count(`{name}`)" for name in frame.columns)).collect()[0]

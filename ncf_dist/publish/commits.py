@@ -14,8 +14,10 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Sc
 from deltalake.exceptions import DeltaError
 from deltalake.transaction import AddAction, RemoveAction, create_table_with_add_actions
 
+from ncf_dist import locks
 from ncf_dist.contracts import PARTITION, Contract
 from ncf_dist.errors import BusyRun, StaleRun
+from ncf_dist.files import delta_options
 from ncf_dist.publish import steps
 from ncf_dist.publish.log import DeltaLog, digest
 
@@ -30,6 +32,7 @@ Checksums = Mapping[str, Mapping[str, Any]]
 def create(delta: DeltaLog, contract: Contract, schema: Schema, ds: str, actions: list[AddAction], facts: Any) -> None:
     """The table's first commit. Raises BusyRun where somebody else has made the table."""
     said = _facts(delta, None, ds, facts, ())
+    locks.confirm()
     steps.reached("committing")
     with delta.understood():
         try:
@@ -41,6 +44,7 @@ def create(delta: DeltaLog, contract: Contract, schema: Schema, ds: str, actions
                 partition_by=[PARTITION],
                 name=contract.name,
                 description=contract.meaning,
+                storage_options=delta_options(delta.root),
                 commit_properties=CommitProperties(custom_metadata=said, max_commit_retries=0),
                 post_commithook_properties=HOOKS,
             )
@@ -66,6 +70,7 @@ def swap(delta: DeltaLog, table: DeltaTable, ds: str, actions: list[AddAction], 
     how: dict[str, Any] = {"mode": "append"} if kept else {"mode": "overwrite"}
     if not kept:
         how["partition_filters"] = [(PARTITION, "=", ds)]
+    locks.confirm()
     steps.reached("committing")
     with delta.understood():
         try:

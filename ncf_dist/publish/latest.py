@@ -10,7 +10,18 @@ from typing import Any
 
 from deltalake import DeltaTable
 
-from ncf_dist.files import exists, read_bytes, remove, write_atomic
+from ncf_dist.files import (
+    Tagged,
+    create,
+    exists,
+    is_local,
+    read_bytes,
+    read_tagged,
+    remove,
+    replace,
+    takes_conditions,
+    write_atomic,
+)
 from ncf_dist.publish import steps
 from ncf_dist.publish.log import LATEST, DeltaLog
 
@@ -19,21 +30,44 @@ log = logging.getLogger(__name__)
 
 def settle(delta: DeltaLog) -> DeltaTable:
     """Make the log durable and latest.json true, also after a run that died; the version that it then describes."""
+    path = posixpath.join(delta.root, LATEST)
     while True:
+        before = _tagged(path)
         table = delta.opened()
         delta.sync(table.version())
         steps.reached("logged")
         body = _body(delta, table)
-        path = posixpath.join(delta.root, LATEST)
         if body is None:
             remove(path)
-        elif not exists(path) or read_bytes(path) != body:
-            write_atomic(path, body)
+        elif not _described(path, body, before):
+            continue
         steps.reached("described")
         # Whoever committed meanwhile may have written latest.json before us: then ours is the older one.
         if delta.opened().version() == table.version():
             steps.reached("settled")
             return table
+
+
+def _tagged(path: str) -> Tagged | None:
+    """latest.json before the log is read, where its store can tell whether it was changed since."""
+    if is_local(path) or not takes_conditions(path):
+        return None
+    try:
+        return read_tagged(path)
+    except FileNotFoundError:
+        return None
+
+
+def _described(path: str, body: bytes, before: Tagged | None) -> bool:
+    """Whether latest.json is `body` now. False where somebody else has changed it since `before`, who may have seen a
+    newer version of the log than this run has."""
+    if is_local(path) or not takes_conditions(path):
+        if not exists(path) or read_bytes(path) != body:
+            write_atomic(path, body)
+        return True
+    if before is None:
+        return create(path, body) is not None
+    return before.data == body or replace(path, body, before.tag) is not None
 
 
 def _body(delta: DeltaLog, table: DeltaTable) -> bytes | None:

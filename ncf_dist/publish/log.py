@@ -22,7 +22,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from ncf_dist.contracts import PARTITION
 from ncf_dist.errors import ContractError
-from ncf_dist.files import exists, is_local, list_names, read_bytes, read_json, sync
+from ncf_dist.files import delta_options, exists, is_local, list_names, read_bytes, read_json, sync
 
 LATEST = "latest.json"
 LOOK_BACK = 1_000
@@ -148,18 +148,22 @@ class DeltaLog:
         known = latest.version if latest is not None else None
         with self.understood():
             try:
-                table = DeltaTable(self.root)
+                table = self.at()
             except TableNotFoundError:
                 if known is not None:
                     self._refuse(known, f"it is gone: {LATEST} names version {known}, and there is no log")
                 if not self._versions():
                     return None
-                table = DeltaTable(self.root)  # Somebody's first commit came in between.
+                table = self.at()  # Somebody's first commit came in between.
             self._check_end(table, known)
             for version in self._back_from(table.version()):
                 self.entry(version)
             self._check_snapshot(table)
         return table
+
+    def at(self, version: int | None = None) -> DeltaTable:
+        """A version (default: the newest) as delta-rs reads it, and raises what it raises."""
+        return DeltaTable(self.root, version=version, storage_options=delta_options(self.root))
 
     def opened(self) -> DeltaTable:
         """The newest version of a table that is there."""
@@ -196,7 +200,7 @@ class DeltaLog:
             table = self.open()
         else:
             with self.understood():
-                table = DeltaTable(self.root, version=version)
+                table = self.at(version)
         nights = self.nights(table) if table is not None else {}
         return frozenset(path for files in nights.values() for path, _ in files)
 

@@ -23,7 +23,17 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from ncf_dist.files import exists, is_local, list_names, make_dirs, read_bytes, remove, sync, write_bytes
+from ncf_dist.files import (
+    exists,
+    is_local,
+    list_names,
+    make_dirs,
+    read_bytes,
+    remove,
+    sync,
+    write_bytes,
+    write_verified,
+)
 from ncf_dist.stored import parse_json, parse_tensors
 
 log = logging.getLogger(__name__)
@@ -57,9 +67,11 @@ def save(folder: str, step: int, tensors: Mapping[str, Tensor], progress: Mappin
     }
     files[SUMS] = _sums(files)
     for name, data in files.items():
-        write_bytes(posixpath.join(target, name), data)
         if is_local(folder):
+            write_bytes(posixpath.join(target, name), data)
             sync(posixpath.join(target, name))
+        else:
+            write_verified(posixpath.join(target, name), data)
     if is_local(folder):
         sync(target)
         remove(path)

@@ -14,7 +14,6 @@ and all workers share one seed), its loaders (their buffers draw from torch's gl
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -30,10 +29,11 @@ from torch import Tensor
 from ncf_dist.config import Loader
 from ncf_dist.contracts import Contract, negative_column
 from ncf_dist.errors import ConfigError, ContractError
-from ncf_dist.files import file_url, read_bytes
+from ncf_dist.files import file_url
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import Windows
 from ncf_dist.parquet import read_table
+from ncf_dist.train.copies import Copies, checked
 from ncf_dist.train.epoch_order import EpochOrder, Phase, Window, steps_per_epoch
 from ncf_dist.train.negatives import OnlineNegatives, shared_items
 from ncf_dist.train.world import World
@@ -162,21 +162,12 @@ def in_order(table: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
 BACKENDS: dict[str, ReadTables] = {"petastorm": petastorm_tables, "arrow": arrow_tables}
 
 
-def verify_files(manifest: Manifest, contract: Contract, world: World) -> None:
-    """Read this rank's share of the table's files and compare their SHA-256 with the manifest. Raises ContractError."""
+def verify_files(manifest: Manifest, contract: Contract, world: World, copies: Copies | None = None) -> None:
+    """Read this rank's share of the table's files and compare their SHA-256 with the manifest. Raises ContractError.
+    copies: keep what was read there."""
     infos = manifest.table(contract).files
     for path, info in list(zip(manifest.files(contract.name), infos, strict=True))[world.rank :: world.size]:
-        try:
-            digest = hashlib.sha256(read_bytes(path)).hexdigest()
-        except OSError as error:
-            raise ContractError(
-                f"{path} cannot be read ({error}); the manifest names it: rerun the job prepare"
-            ) from None
-        if digest != info.sha256:
-            raise ContractError(
-                f"{path} has SHA-256 {digest[:12]}…, the manifest says {info.sha256[:12]}…: "
-                "the file changed, rerun the job prepare"
-            )
+        copies.keep(path, info) if copies is not None else checked(path, info)
 
 
 @dataclass(frozen=True)
@@ -197,9 +188,18 @@ class Task:
 class TrainLoader:
     """Batches of the train table for one rank, on its device."""
 
-    def __init__(self, manifest: Manifest, contract: Contract, task: Task, config: Loader, world: World) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        contract: Contract,
+        task: Task,
+        config: Loader,
+        world: World,
+        copies: Copies | None = None,
+    ) -> None:
+        """copies: where files are fetched to that this machine does not have."""
         infos = manifest.table(contract).files
-        self.files = manifest.files(contract.name)
+        self.files, self.infos, self.copies = manifest.files(contract.name), infos, copies
         self.file_rows = [info.rows for info in infos]
         self.stored = contract.columns
         self.task, self.config, self.world = task, config, world
@@ -331,11 +331,20 @@ class TrainLoader:
     def _tables(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[Columns]:
         """The columns of these files, checked."""
         files = [self.files[number] for number in numbers]
-        tables = BACKENDS[self.config.backend](files, names, self.config.workers)
-        for number, path, table in zip(numbers, files, tables, strict=True):
+        for number, path, table in zip(numbers, files, self._read(numbers, names), strict=True):
             decoded = self._decoded(table)
             self._check(path, decoded, self.file_rows[number])
             yield decoded
+
+    def _read(self, numbers: Sequence[int], names: Sequence[str]) -> Iterator[Columns]:
+        """The tables of these files, as the backend gives them."""
+        read, files = BACKENDS[self.config.backend], [(self.files[number], self.infos[number]) for number in numbers]
+        if self.copies is None:
+            yield from read([path for path, _ in files], names, self.config.workers)
+            return
+        with contextlib.closing(self.copies.groups(files, self.config.shuffle_files)) as groups:
+            for paths in groups:
+                yield from read(paths, names, self.config.workers)
 
     def _decoded(self, table: Columns) -> Columns:
         """What a backend gives → columns of numbers."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import posixpath
 
-from ncf_dist import errors
+from ncf_dist import errors, retries
 from ncf_dist.errors import NcfError, Preempted, TrainingFailed
 from ncf_dist.files import list_names, read_json, write_atomic
 
@@ -14,6 +15,7 @@ log = logging.getLogger(__name__)
 
 UNEXPECTED = "unexpected"
 """The kind of a failure that is no NcfError."""
+_RETRIES = "retries-"
 
 
 def report(spec: str, rank: int | str, kind: str, message: str) -> None:
@@ -26,6 +28,21 @@ def report(spec: str, rank: int | str, kind: str, message: str) -> None:
         )
     except OSError:
         log.exception("the failure could not be reported")
+
+
+def tell_retries(spec: str, rank: int | str) -> None:
+    """Write down how often this rank had to ask a store again, if it had to."""
+    if retries.OURS.taken:
+        path = posixpath.join(posixpath.dirname(spec), f"{_RETRIES}{rank}.json")
+        write_atomic(path, json.dumps({"retries": retries.OURS.taken}).encode())
+
+
+def count_retries(folder: str) -> None:
+    """Count what the ranks have written down as the job's."""
+    for name in list_names(folder):
+        if name.startswith(_RETRIES):
+            with contextlib.suppress(OSError, ValueError):
+                retries.OURS.add(read_json(dict[str, int], posixpath.join(folder, name)).get("retries", 0))
 
 
 def reports_in(folder: str) -> list[str]:

@@ -20,7 +20,7 @@ from ncf_dist.files import exists, make_dirs, write_atomic
 from ncf_dist.stopping import SIGNALS
 from ncf_dist.train.launchers import LAUNCHERS, others, rank_environment, threads, world_size
 from ncf_dist.train.processes import dying_with_us, end_tree
-from ncf_dist.train.reports import raise_reported, reports_in
+from ncf_dist.train.reports import count_retries, raise_reported, reports_in
 from ncf_dist.train.worker import SPEC, STOP, Spec
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def run_ranks(config: Config, spec: Spec, wanted: str) -> None:
             _wait(process, folder, asked)
         finally:
             end_tree(process, grace_s=5)
+        count_retries(folder)
         raise_reported(folder)
     if process.returncode != 0 or not exists(posixpath.join(spec.run, wanted)):
         raise TrainingFailed(

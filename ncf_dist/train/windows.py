@@ -26,6 +26,7 @@ from ncf_dist.config import Loader
 from ncf_dist.gaps import GAP_CODES
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import Sequences, Windows
+from ncf_dist.train.copies import Copies
 from ncf_dist.train.loaders import Batch, Columns, Task, TrainLoader
 from ncf_dist.train.negatives import shared_items
 from ncf_dist.train.world import World
@@ -48,13 +49,15 @@ def row_bytes(length: int) -> int:
 class WindowLoader(TrainLoader):
     """Batches of windows for one rank, on its device."""
 
-    def __init__(self, manifest: Manifest, task: Task, config: Loader, world: World) -> None:
+    def __init__(
+        self, manifest: Manifest, task: Task, config: Loader, world: World, copies: Copies | None = None
+    ) -> None:
         self.length = window_length(manifest)
         if (
             config.cache == "device"
         ):  # Windows are put into groups on the host: from a GPU each step would wait for them.
             config = config.model_copy(update={"cache": "host"})
-        super().__init__(manifest, contracts.sequences(self.length), task, config, world)
+        super().__init__(manifest, contracts.sequences(self.length), task, config, world, copies)
         facts = manifest.facts["sequences"]
         self.mean_targets: float = facts["targets"] / facts["rows"]
 

@@ -27,17 +27,18 @@ from ncf_dist.bundle import BUNDLE, read_bundle, save_bundle
 from ncf_dist.config import Config
 from ncf_dist.contracts import Contract
 from ncf_dist.errors import ExitCode, NcfError
-from ncf_dist.files import exists, read_bytes, write_atomic
+from ncf_dist.files import exists, is_local, read_bytes, resolve, write_atomic
 from ncf_dist.item_item.part import Part
 from ncf_dist.logs import log_to_stderr
 from ncf_dist.manifests import Manifest, read_manifest
 from ncf_dist.models import NeuMF, Recommender, build_model
 from ncf_dist.train import checkpoints
+from ncf_dist.train.copies import Copies, copies_for
 from ncf_dist.train.item_parts import parts_of
 from ncf_dist.train.loaders import Task, TrainLoader, verify_files
 from ncf_dist.train.lr_find import rate_curve
 from ncf_dist.train.processes import die_with_parent
-from ncf_dist.train.reports import UNEXPECTED, report
+from ncf_dist.train.reports import UNEXPECTED, report, tell_retries
 from ncf_dist.train.start import pretrained_start, users_there, warm_start
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS, HISTORY, RATES, PARTS = "checkpoints", "history.json", "lr_find.json", "parts.json"
 SPEC, STOP = "spec.json", "stop"
-POLL_S = 1.0
+POLL_S, FAR_POLL_S = 1.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,14 @@ class StopRequest:
 
     def __init__(self, path: str, world: World) -> None:
         self.path, self.world, self.asked, self.looked = path, world, False, 0.0
+        # A step waits for the answer.
+        self.every = POLL_S if is_local(path) else FAR_POLL_S
 
     def on_signal(self, *_: object) -> None:
         self.asked = True
 
     def __call__(self) -> bool:
-        if not self.asked and self.world.is_main and time.monotonic() - self.looked > POLL_S:
+        if not self.asked and self.world.is_main and time.monotonic() - self.looked > self.every:
             self.looked = time.monotonic()
             self.asked = exists(self.path)
         return self.asked
@@ -90,10 +93,10 @@ def train_contract(prepare: Manifest, config: Config) -> Contract:
     return contracts.train(negatives["per_positive"], negatives["draws"], config.input.feedback == "explicit")
 
 
-def loader_of(config: Config, prepare: Manifest, task: Task, world: World) -> TrainLoader:
+def loader_of(config: Config, prepare: Manifest, task: Task, world: World, copies: Copies | None = None) -> TrainLoader:
     if config.sequential:
-        return WindowLoader(prepare, task, config.loader, world)
-    return TrainLoader(prepare, train_contract(prepare, config), task, config.loader, world)
+        return WindowLoader(prepare, task, config.loader, world, copies)
+    return TrainLoader(prepare, train_contract(prepare, config), task, config.loader, world, copies)
 
 
 def task_of(config: Config, prepare: Manifest) -> Task:
@@ -133,11 +136,13 @@ def train_rank(spec: Spec, world: World, stop: StopRequest | None = None) -> Non
     if not config.model.trained:
         return save_model(config, spec, prepare, starting_model(config, spec, prepare))
     task = task_of(config, prepare)
-    for table in (train_contract(prepare, config), contracts.VALIDATION, *([contracts.RECENT] * config.sequential)):
+    copies = copies_for(prepare.root, resolve(config.paths.work), config.loader.local_bytes)
+    verify_files(prepare, train_contract(prepare, config), world, copies)
+    for table in (contracts.VALIDATION, *([contracts.RECENT] * config.sequential)):
         verify_files(prepare, table, world)
     trainer = Trainer(
         starting_model(config, spec, prepare),
-        loader_of(config, prepare, task, world),
+        loader_of(config, prepare, task, world, copies),
         Validator(prepare, world, task.explicit, config.model.history if config.sequential else 0),
         config.train,
         world,
@@ -207,6 +212,7 @@ def run(path: str) -> NoReturn:
         with Waiting():
             train_rank(spec, world, stop)
         world.leave()
+        tell_retries(path, rank)
         code = int(ExitCode.DONE)
     except NcfError as error:
         report(path, rank, type(error).__name__, str(error))
