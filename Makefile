@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test soak demo nightly-demo ml-1m bench docs lock audit sbom clean
+.PHONY: help install check format test soak cluster-test package demo nightly-demo ml-1m bench docs lock audit sbom clean
 
 # Choose another with `make PYTHON=/path/to/python3.11 install`.
 PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) python3.11)
@@ -24,7 +24,7 @@ failed = { tail -n 5 $(log); echo "ncf-dist: $(1) failed; the whole story is in 
 java = JAVA_HOME="$$(./spark-submit.sh --java-home)"
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/.installed ## build .venv: Python packages and this project (needs Python 3.11 or 3.10 and Java 17 to 21)
 
@@ -82,10 +82,21 @@ format: install ## rewrite the code in the house format and fix what the linter 
 	$(python) -m ruff format .
 
 test: install ## run the tests; PYTEST_ARGS="-k negatives -x" chooses
-	$(java) $(python) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 -m "not soak" $(PYTEST_ARGS)
+	$(java) $(python) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations 20 -m "not soak and not cluster" $(PYTEST_ARGS)
 
 soak: install ## run the long campaigns of kills, races and mutated input: before a release, and by hand
 	$(java) $(python) -m pytest -m soak --timeout 3600 $(PYTEST_ARGS)
+
+cluster-test: package ## run a night on three machines of namespaces, which need root, as a cluster runs it
+	$(java) $(python) -m pytest -m cluster --timeout 1500 $(PYTEST_ARGS)
+
+environment := dist/ncf-dist-env-$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' ncf_dist/__init__.py 2>/dev/null).tar.gz
+
+package: install $(environment) ## write dist/ncf-dist-env-VERSION.tar.gz and -jobs-VERSION.zip: what a cluster's machines need
+	$(python) -m ncf_dist.pack --code
+
+$(environment): .venv/.installed ncf_dist/pack.py
+	$(python) -m ncf_dist.pack
 
 demo: install ## made-up data to published recommendations, in minutes
 	./spark-submit.sh fetch --config conf/demo.yaml

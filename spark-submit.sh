@@ -16,6 +16,7 @@ usage: ./spark-submit.sh JOB --config conf/FILE.yaml [--ds YYYY-MM-DD] [--set se
   --ds YYYY-MM-DD         the night; default today (UTC); nightly takes several: --ds repeated, or --from D1 --to D2
   --allow-future          take a --ds after tomorrow, for a backtest
   --set section.key=value overrides one value of the config; may be repeated
+  --cluster               send the environment that make package made to the executors
   -- OPTIONS              handed to spark-submit last, so they win: -- --driver-memory 8g --conf spark.ui.enabled=true
 
   SIGTERM or SIGINT end it with exit code 75; in training after a checkpoint. With --deploy-mode cluster the job runs elsewhere,

@@ -42,6 +42,7 @@ VERIFYING = ("publish", "nightly")
 
 INSTEAD = {
     "publish": ("repair", "publish nothing; make latest.json anew from the log, and damaged files from the runs"),
+    "doctor": ("cluster", "look at every executor of the cluster too"),
     "clean": ("forget", "take people on the list of input.forget out of every published night, and clean nothing"),
 }
 """Jobs with another function beside their own, which an option of its name asks for and which makes nothing for a
@@ -52,6 +53,9 @@ JUDGING = ("publish", "nightly")
 
 NAMED = ("prepare", "train", "evaluate", "score", "nightly")
 """Jobs whose runs can be an experiment's."""
+
+ON_CLUSTER = (*STAGES, "nightly", "sweep")
+"""Jobs that may run on Spark's executors."""
 
 SEVERAL = ("nightly",)
 """Jobs that take several nights."""
@@ -95,6 +99,12 @@ def parser(job: str) -> argparse.ArgumentParser:
     if job in NAMED:
         parser.add_argument("--run", metavar="NAME", help="an experiment: production never builds on its runs")
     parser.add_argument("--allow-future", action="store_true", help="take a --ds after tomorrow, for a backtest")
+    if job in ON_CLUSTER:
+        parser.add_argument(
+            "--cluster",
+            action="store_true",
+            help="executors get what make package made, unless spark.environment says where they have it",
+        )
     if job in DRY_RUN:
         parser.add_argument(
             "--dry-run", action="store_true", help="change nothing; say what the job would take, or remove"
@@ -260,11 +270,13 @@ def _outcome(
     nights = several.nights(args)
     report["ds"] = ds = nights[0] if len(nights) == 1 else None
     config = load_config(args.config, overrides(args))
+    if vars(args).get("cluster") and config.spark.environment is None:
+        config = config.model_copy(update={"spark": config.spark.model_copy(update={"environment": "archive"})})
     logs.say(format=config.log.format)
     if config.paths.umask is not None:
         os.umask(int(config.paths.umask, 8))  # Ranks inherit it, and `spark_io.map_in_arrow` hands it on.
     if cut < len(argv):
-        options = [*gateway.spark_options(config.spark), *argv[cut + 1 :]]
+        options = gateway.with_environment(config.spark, [*gateway.spark_options(config.spark), *argv[cut + 1 :]])
         if gateway.option(options, "spark.submit.deployMode", "deploy-mode") == "cluster":
             _submit(job, options, argv[:cut])
         gateway.hand_over(options)

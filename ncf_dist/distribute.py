@@ -2,8 +2,8 @@
 
 A process of its own beside the job train, so that the trainer never imports pyspark. It starts a JVM with the options
 that the job has (`gateway`); under plain spark-submit it finds the job's own in the environment. TorchDistributor runs
-`worker.py` with torchrun on each executor, which must see the lake under the same paths, and this project under the
-same path as the driver. Spark's master needs N free slots at once, and no dynamic allocation.
+`worker.py` with torchrun on each executor, which must see the lake under the same paths. Spark's master needs N free
+slots at once, and no dynamic allocation.
 
 What it opens: torchrun's store listens on every interface of the first executor while the training lasts, without a
 password, and Spark's log server at the driver's address. The ranks' own connections are held to the interface that
@@ -13,7 +13,6 @@ faces the first executor. So it needs a network that only the cluster reaches; o
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 
@@ -31,14 +30,12 @@ def main() -> int:
     parser.add_argument("--spec", required=True)
     args = parser.parse_args()
     config = Config.model_validate_json(json.loads(read_bytes(args.spec))["config"])
-    found = importlib.util.find_spec(WORKER)
-    assert found is not None
-    assert found.origin is not None
     with spark_session("ncf-train", config.spark):
         from pyspark.ml.torch.distributor import TorchDistributor
 
         distributor = TorchDistributor(num_processes=args.ranks, local_mode=False, use_gpu=args.gpu)
-        distributor.run(found.origin, "--spec", args.spec)
+        # A module, where TorchDistributor has a file in mind: executors may have this project under another path.
+        distributor.run("-m", WORKER, "--spec", args.spec)
     return 0
 
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import psutil
 
+from ncf_dist import archives, stopping
 from ncf_dist import config as settings
-from ncf_dist import stopping
 from ncf_dist.errors import NcfError
 
 OPTIONS = "NCF_SPARK_OPTIONS"
@@ -37,6 +37,7 @@ END_S = 10.0
 """What the JVM has to stop its context and remove its scratch."""
 
 _process: subprocess.Popen[bytes] | None = None
+_where: dict[str, str] = {}
 
 
 def spark_options(config: settings.Spark) -> list[str]:
@@ -50,7 +51,14 @@ def plain_options(config: settings.Spark) -> list[str]:
     bar = str(sys.stderr.isatty()).lower()
     master = [] if config.master else ["--master", "local[*]"]
     settings = ("--conf", "spark.ui.enabled=false", "--conf", f"spark.ui.showConsoleProgress={bar}")
-    return [*master, *spark_options(config), *settings]
+    return with_environment(config, [*master, *spark_options(config), *settings])
+
+
+def with_environment(config: settings.Spark, options: Sequence[str]) -> list[str]:
+    """`options`, and what sends the environment to executors as `config.environment` says. Raises ConfigError."""
+    deploy_mode = option(options, "spark.submit.deployMode", "deploy-mode")
+    theirs = option(options, "spark.archives", "archives")
+    return [*options, *archives.options(config, master(options), deploy_mode, theirs)]
 
 
 def hand_over(options: Sequence[str]) -> None:
@@ -159,7 +167,13 @@ def start(options: Sequence[str]) -> dict[str, str]:
                 )
             time.sleep(0.05)
         port, secret = _connection(Path(told).read_bytes())
-    return {"PYSPARK_GATEWAY_PORT": str(port), "PYSPARK_GATEWAY_SECRET": secret}
+    _where.update(PYSPARK_GATEWAY_PORT=str(port), PYSPARK_GATEWAY_SECRET=secret)
+    return dict(_where)
+
+
+def lent() -> contextlib.AbstractContextManager[None]:
+    """While inside, processes that this one starts find its JVM, where it has one, and share it."""
+    return told(_where if _process is not None else {})
 
 
 @contextlib.contextmanager

@@ -280,7 +280,8 @@ def test_a_wrong_spark_home_is_one_line(checkout: Path) -> None:
 def test_make_lists_its_targets() -> None:
     listed = [line.split()[1] for line in run("make").stdout.splitlines()]
     assert listed[:6] == ["help", "install", "check", "format", "test", "soak"]
-    assert listed[6:] == ["demo", "nightly-demo", "ml-1m", "bench", "lock", "audit", "docs", "sbom", "clean"]
+    assert listed[6:11] == ["cluster-test", "package", "demo", "nightly-demo", "ml-1m"]
+    assert listed[11:] == ["bench", "lock", "audit", "docs", "sbom", "clean"]
 
 
 @pytest.fixture

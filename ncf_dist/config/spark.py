@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -28,6 +28,13 @@ class Spark(Section):
     """Heap of the driver; in local mode it is also the executors'."""
     executor_memory: Annotated[str, Field(pattern=MEMORY_PATTERN)] = "2g"
     """Heap of each executor on a cluster."""
+    environment: Literal["archive", "image", "none"] | None = None
+    """Where executors of a cluster find Python, its packages and this code. `archive`: in what `make package` made,
+    which is sent with the job · `image`: in the image that conf/schedulers/Dockerfile makes · `none`: where Spark's
+    own settings say, which by default is where the driver has them. `null`: none, and archive with `--cluster`."""
+    environment_archive: str | None = None
+    """The environment's archive, a path or a URL that Spark opens; default dist/ncf-dist-env-VERSION.tar.gz beside the
+    code, which executors get from the driver."""
     shuffle_partitions: PositiveInt = 8
     """Partitions of a shuffle. Changes the speed, never a byte of the tables."""
     authenticate: bool | None = None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from ncf_dist.config import Config
 from ncf_dist.doctor import checks, places
 from ncf_dist.doctor.check import Check
+from ncf_dist.doctor.executors import executors
 from ncf_dist.doctor.sample import looked_at
 from ncf_dist.doctor.versions import versions
 from ncf_dist.errors import ConfigError, InputError
@@ -24,8 +25,17 @@ def doctor(config: Config, ds: str) -> Outcome:
     """Print every check to stderr. Raises ConfigError if the environment or the config fails one, else
     InputError if the data does.
     """
+    return _judged(chain(examine(config), looked_at(config, ds)))
+
+
+def cluster(config: Config, ds: str) -> Outcome:
+    """The same, and every executor of the cluster beside the driver (`doctor --cluster`)."""
+    return _judged(chain(examine(config), looked_at(config, ds), executors(config)))
+
+
+def _judged(checks: Iterable[Check]) -> Outcome:
     found = []
-    for check in chain(examine(config), looked_at(config, ds)):
+    for check in checks:
         print(check, file=sys.stderr, flush=True)
         found.append(check)
     report = [{"name": check.name, "status": check.status, "detail": check.detail} for check in found]

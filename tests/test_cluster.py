@@ -1,0 +1,263 @@
+"""A night on a cluster: a driver with Spark's standalone master, and two workers, on machines that share nothing but a
+network and the lake. What they have of ours is what `make package` made.
+
+`make cluster-test` runs this; it needs root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyspark
+import pytest
+import yaml
+
+from ncf_dist import archives
+from tests.machines import SPARK_HOME, Machine, Network, cluster_of, wait_for, why_not
+
+PACKED = archives.environment_archive()
+REASON = why_not() or (None if PACKED.is_file() else f"there is no {PACKED}: run make package")
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+JAVA = {"JAVA_HOME": "/usr/lib/jvm/java-17-openjdk-amd64"}
+HOME = "/opt/ncf-dist"
+MASTER = "spark://driver:7077"
+SHARED = "/shared"
+DS = "2023-07-01"
+GIB = 2**30
+
+
+@dataclass
+class Cluster:
+    network: Network
+    driver: Machine
+    workers: list[Machine]
+    logs: Path
+    shared: Path
+    """What all three see as /shared, from outside."""
+
+    def submit(self, job: str, *words: str) -> tuple[int, dict[str, Any], str]:
+        """A job as a person on the driver's machine submits it: (exit code, last line, log)."""
+        return self.begin(job, *words).end()
+
+    def begin(self, job: str, *words: str) -> Job:
+        stem = f"{job}-{len(list(self.logs.iterdir()))}"
+        out, log = self.logs / f"{stem}.out", self.logs / f"{stem}.log"
+        command = self.driver.command([f"{HOME}/spark-submit.sh", job, *words], env=JAVA, folder=HOME)
+        with out.open("wb") as stdout, log.open("wb") as stderr:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            )
+        return Job(process, out, log)
+
+    def lose(self, machine: Machine) -> None:
+        """A power cut. The machine comes back at once, empty, with a new worker."""
+        machine.kill()
+        shutil.rmtree(machine.root)
+        machine.start()
+        self.network.plug(machine, [self.driver, *self.workers])
+        begin_worker(machine, self.logs)
+
+
+@dataclass
+class Job:
+    process: subprocess.Popen[bytes]
+    out: Path
+    log: Path
+
+    def says(self, words: str) -> bool:
+        return words in self.log.read_text()
+
+    def wait_for(self, happened: Callable[[], bool], what: str) -> None:
+        wait_for(happened, what, timeout=600, alive=self.process)
+
+    def end(self) -> tuple[int, dict[str, Any], str]:
+        code, log = self.process.wait(900), self.log.read_text()
+        lines = self.out.read_text().splitlines()
+        assert lines, log
+        return code, json.loads(lines[-1]), log
+
+
+def begin(machine: Machine, kind: str, *words: str, logs: Path) -> None:
+    """A daemon of Spark's, as its own scripts start it. A worker that is silent for 15 s is lost, in place of 60."""
+    env = {**JAVA, "SPARK_LOCAL_DIRS": "/tmp/spark", "SPARK_DAEMON_MEMORY": "512m", "SPARK_NO_DAEMONIZE": "1"}
+    env["SPARK_DAEMON_JAVA_OPTS"] = "-Dspark.worker.timeout=15"
+    name = f"org.apache.spark.deploy.{kind}"
+    machine.begin(f"{SPARK_HOME}/bin/spark-class", name, "--host", machine.name, *words, env=env, folder="/tmp",
+                  log=logs / f"{machine.name}.log")  # fmt: skip
+
+
+def begin_worker(machine: Machine, logs: Path) -> None:
+    words = (MASTER, "--cores", "2", "--memory", "3g", "--work-dir", "/var/tmp/spark")
+    log, registered = logs / f"{machine.name}.log", "Successfully registered with master"
+    before = log.read_text().count(registered) if log.exists() else 0
+    begin(machine, "worker.Worker", *words, logs=logs)
+    wait_for(lambda: log.read_text().count(registered) > before, f"the worker of {machine.name}")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    (shared := folder / "shared").mkdir()
+    (logs := folder / "logs").mkdir()
+    spark = Path(pyspark.__file__).parent
+    with cluster_of(folder / "machines", ["driver", "one", "two"], spark, {shared: SHARED}) as (network, machines):
+        driver, *workers = machines
+        install(driver)
+        begin(driver, "master.Master", "--port", "7077", "--webui-port", "8080", logs=logs)
+        log = logs / "driver.log"
+        wait_for(lambda: "I have been elected leader" in log.read_text(), "Spark's master")
+        for worker in workers:
+            begin_worker(worker, logs)
+        yield Cluster(network, driver, workers, logs, shared)
+
+
+def install(machine: Machine) -> None:
+    """As docs/cluster.md says: unpack the two files of dist/ beside each other."""
+    for path in (PACKED, archives.pack_code(machine.root / "tmp/jobs.zip")):
+        if path.parent != machine.root / "tmp":
+            subprocess.run(["cp", str(path), str(machine.root / "tmp")], check=True)
+    script = (
+        f"mkdir -p {HOME}/.venv && python3 -m zipfile -e /tmp/jobs.zip {HOME} && chmod +x {HOME}/spark-submit.sh && "
+        f"tar -xzf /tmp/{PACKED.name} -C {HOME}/.venv && mkdir {HOME}/dist && mv /tmp/{PACKED.name} {HOME}/dist/"
+    )
+    done = machine.run("bash", "-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def config(cluster: Cluster, name: str, lake: str, **sections: Any) -> str:
+    """The demo's config with `lake`, on the driver's machine. Returns its path there."""
+    tree = yaml.safe_load((archives.ROOT / "conf/demo.yaml").read_text())
+    tree["paths"] = {"lake": lake, "work": "/var/tmp/work"}
+    tree["input"] |= {"path": f"{SHARED}/raw/ratings.dat", "items": f"{SHARED}/raw/movies.dat"}
+    tree["spark"] |= {"master": MASTER, "executor_memory": "1g"}
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    (cluster.driver.root / f"etc/{name}.yaml").write_text(yaml.safe_dump(tree))
+    return f"/etc/{name}.yaml"
+
+
+ASKED = """
+import json, subprocess, sys
+import ncf_dist, pyarrow.dataset, torch
+from ncf_dist import native
+from ncf_dist.attempts import code
+import ncf_dist.score.ranker, ncf_dist.train.worker
+compiled = [n for n in ("ncf_dist.scoring._sparse_rows", "ncf_dist.train._neumf_step_avx2") if native.library(n)]
+maps = sorted({line.split()[-1] for line in open("/proc/self/maps") if ".so" in line})
+child = subprocess.run([sys.executable, "-c", "import ncf_dist"]).returncode
+print(json.dumps({"prefix": sys.prefix, "code": code().sha256, "maps": maps, "compiled": compiled, "child": child,
+                  "sum": float(torch.ones(3) @ torch.ones(3))}))
+"""
+GLIBC = re.compile(r"/usr/lib(64)?/(\w+-linux-gnu/)?(ld-linux-[\w-]+|lib(c|m|dl|rt|pthread|util|resolv|mvec))[.-]\S+")
+
+
+def test_the_environment_runs_where_nothing_else_is(cluster: Cluster) -> None:
+    """On a machine without a checkout, at a path of its own, with libraries of its own but for glibc."""
+    there = cluster.workers[0]
+    for path in (PACKED, archives.pack_code(there.root / "tmp/jobs.zip")):
+        if path.parent != there.root / "tmp":
+            subprocess.run(["cp", str(path), str(there.root / "tmp")], check=True)
+    unpack = (
+        f"mkdir -p '/tmp/any where/{archives.ENVIRONMENT}' && cd '/tmp/any where' && rm -f /tmp/x && "
+        f"tar -xzf /tmp/{PACKED.name} -C {archives.ENVIRONMENT} && python3 -m zipfile -e /tmp/jobs.zip {archives.CODE}"
+    )
+    assert (done := there.run("bash", "-c", unpack)).returncode == 0, done.stderr
+    env = {"PYTHONPATH": archives.CODE}
+    done = there.run(archives.PYTHON, "-c", ASKED, env=env, folder="/tmp/any where")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    from ncf_dist.attempts import code
+
+    assert said["prefix"] == "/tmp/any where/environment"
+    assert (said["code"], said["sum"], said["child"]) == (code().sha256, 3.0, 0)
+    assert len(said["compiled"]) == 2
+    assert [
+        path for path in said["maps"] if not (path.startswith("/tmp") or "where/" in path or GLIBC.match(path))
+    ] == []
+    assert PACKED.stat().st_size <= GIB
+    there.run("rm", "-rf", "/tmp/any where", f"/tmp/{PACKED.name}")
+
+
+def published(lake: Path) -> list[str]:
+    """The digests of the published table's files."""
+    files = sorted((lake / "recommendations").rglob("*.parquet"))
+    assert files
+    return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if "_delta_log" not in path.parts)
+
+
+@pytest.fixture(scope="module")
+def near(cluster: Cluster) -> list[str]:
+    """What a night of the driver's machine alone publishes."""
+    path = config(cluster, "near", f"{SHARED}/near", spark={"master": "local[2]"})
+    code, _, log = cluster.submit("fetch", "--config", path, "--set", f"fetch.to={SHARED}/raw")
+    assert code == 0, log
+    code, line, log = cluster.submit("nightly", "--config", path, "--ds", DS)
+    assert (code, line["status"]) == (0, "done"), log
+    return published(cluster.shared / "near")
+
+
+def test_a_night_on_a_cluster_publishes_what_a_local_one_does(cluster: Cluster, near: list[str]) -> None:
+    path = config(cluster, "far", f"{SHARED}/far")
+    code, line, log = cluster.submit("doctor", "--config", path, "--ds", DS, "--cluster")
+    assert code == 0, log
+    assert "executors 2 on one, two, 4 tasks at once" in log
+    assert f"executors' lake {SHARED}/far is read and written by all" in log
+    code, line, log = cluster.submit("nightly", "--config", path, "--ds", DS, "--cluster")
+    assert (code, line["status"]) == (0, "done"), log
+    assert published(cluster.shared / "far") == near
+
+
+IMPATIENT = ("--", "--conf", "spark.network.timeout=30s", "--conf", "spark.executor.heartbeatInterval=5s")
+"""How soon the driver gives up a machine that is silent; Spark's default is 120 s."""
+
+
+def ended(cluster: Cluster, job: Job, words: tuple[str, ...]) -> int:
+    """Reruns that the job needed: none, or one."""
+    code, line, log = job.end()
+    if code == 0:
+        return 0
+    assert code in (1, 75), log
+    code, line, again = cluster.submit("nightly", *words)
+    assert (code, line["status"]) == (0, "done"), log + again
+    return 1
+
+
+def test_a_night_survives_the_loss_of_workers(cluster: Cluster, near: list[str]) -> None:
+    """One in prepare and the other in score: what is published has no byte less or other."""
+    words = ("--config", config(cluster, "lost", f"{SHARED}/lost"), "--ds", DS, "--cluster", *IMPATIENT)
+    job = cluster.begin("nightly", *words)
+    for worker, stage in zip(cluster.workers, ("1/5 prepare", "4/5 score"), strict=True):
+        job.wait_for(lambda stage=stage: job.says(stage), stage)  # type: ignore[misc]
+        job.wait_for(lambda worker=worker: bool(worker.processes("pyspark.worker")), "work")  # type: ignore[misc]
+        cluster.lose(worker)
+    assert ended(cluster, job, words) <= 1
+    assert published(cluster.shared / "lost") == near
+
+
+def test_training_on_executors_goes_on_after_a_worker_is_lost(cluster: Cluster, near: list[str]) -> None:
+    """Ranks on two machines: the night ends in time, no rank is left anywhere, and the rerun publishes."""
+    train = {"launcher": "spark", "timeout_s": 60, "checkpoint_steps": 20, "epochs": 4}
+    path = config(cluster, "ranks", f"{SHARED}/ranks", train=train)
+    words = ("--config", path, "--ds", DS, "--cluster", *IMPATIENT)
+    job = cluster.begin("nightly", *words)
+    rank = "ncf_dist.train.worker"
+    job.wait_for(lambda: job.says("2/5 train"), "train")
+    job.wait_for(lambda: all(worker.processes(rank) for worker in cluster.workers), "a rank on each machine")
+    job.wait_for(lambda: bool(list(cluster.shared.glob(f"ranks/runs/{DS}/train/*/checkpoints/*"))), "a checkpoint")
+    cluster.lose(cluster.workers[0])
+    code, _, log = job.end()
+    assert code == 1, log
+    wait_for(lambda: not [p for w in cluster.workers for p in w.processes(rank)], "the end of all ranks", timeout=90)
+    code, line, log = cluster.submit("nightly", *words)
+    assert (code, line["status"]) == (0, "done"), log
+    assert "going on from" in log
+    assert published(cluster.shared / "ranks")
