@@ -56,6 +56,11 @@ def file_url(path: str) -> str:
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of `path`, and `path` in that file system's own form. Raises ConfigError where it is of a kind
     that nothing here can open."""
+    if is_s3(path) and "@" in real_url(path).split("/")[2]:
+        raise ConfigError(
+            f"{path} was given with credentials; needed the bucket's URL alone: set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, in the environment"
+        )
     try:
         if _S3.search(path):
             _register_s3()

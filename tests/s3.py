@@ -43,7 +43,8 @@ class Stored:
 @dataclass
 class Store:
     """What the server holds, and how it behaves. requests: (method, path with query) of all, in order; hook: called
-    before each request is answered; may raise Refused."""
+    before each request is answered; may raise Refused; lose: the next put to a key with this in it is carried out and
+    answered with 503."""
 
     url: str = ""
     objects: dict[str, Stored] = field(default_factory=dict)
@@ -55,6 +56,7 @@ class Store:
     requests: list[tuple[str, str]] = field(default_factory=list)
     bytes_sent: int = 0
     hook: Callable[[str, str], None] | None = None
+    lose: str | None = None
     clock: Callable[[], float] = time.time
 
     @property
@@ -245,6 +247,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
             f"<Name>{BUCKET}</Name><Prefix>{shown(prefix)}</Prefix><Delimiter>{delimiter}</Delimiter>"
             f"<KeyCount>{len(rows)}</KeyCount><MaxKeys>{most}</MaxKeys><IsTruncated>{str(more).lower()}</IsTruncated>"
+            f"{'<EncodingType>url</EncodingType>' if shown is quote else ''}"
             f"{token}{''.join(rows)}</ListBucketResult>"
         )
 
@@ -266,6 +269,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 if wanted.strip('"') != found.tag:
                     raise Refused(412, "PreconditionFailed")
         self._keep(key, body)
+        if self.store.lose is not None and self.store.lose in key:
+            self.store.lose = None
+            raise Refused(503, "InternalError")
         self._send(200, tag=self.store.objects[key].tag)
 
     def _keep(self, key: str, body: bytes) -> None:

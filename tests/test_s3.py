@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -20,9 +19,9 @@ import pytest
 from ncf_dist import files, locks, retries
 from ncf_dist.config import Paths
 from ncf_dist.doctor import places
-from ncf_dist.errors import BusyRun, StaleRun
+from ncf_dist.errors import BusyRun, ConfigError, StaleRun
 from ncf_dist.lake import Lake
-from tests.s3 import KEY, SECRET, Refused, Store, forget_clients, served
+from tests.s3 import KEY, SECRET, Store, Stored, forget_clients, served
 
 pytest.importorskip("s3fs")
 
@@ -88,23 +87,15 @@ def test_of_eight_at_once_one_creates_and_one_replaces(place: str) -> None:
 
 
 def test_a_put_whose_answer_was_lost_has_won(store: Store) -> None:
-    path, lost = f"{store.root}/lost", list[str]()
-
-    def lose(method: str, at: str) -> None:
-        if method == "PUT" and at.endswith("/lost") and not lost:
-            lost.append(at)
-            store.objects[f"{store.prefix}/lost"] = next(iter(stored_of(store, b"mine")))
-            raise Refused(503, "SlowDown")
-
-    store.hook = lose
-    assert files.create(path, b"mine") is not None
+    path = f"{store.root}/lost"
+    store.lose = "/lost"
+    tag = files.create(path, b"mine")
+    assert tag is not None
+    assert not store.lose
     assert files.create(path, b"other") is None
-
-
-def stored_of(store: Store, data: bytes) -> Iterator[Any]:
-    from tests.s3 import Stored
-
-    yield Stored(data, hashlib.md5(data).hexdigest(), time.time())
+    store.lose = "/lost"
+    assert files.replace(path, b"mine again", tag) is not None
+    assert retries.OURS.taken == 2
 
 
 # ---- what a store is asked -------------------------------------------------------------------------------------------
@@ -138,7 +129,7 @@ def test_nothing_is_remembered_of_a_listing(store: Store) -> None:
     files.write_bytes(f"{folder}/a", b"1")
     assert files.list_names(folder) == ["a"]
     assert not files.exists(f"{folder}/b")
-    store.objects[f"{store.prefix}/seen/b"] = next(stored_of(store, b"2"))  # Another process's.
+    store.objects[f"{store.prefix}/seen/b"] = Stored(b"2", "tag", time.time())  # Another process's.
     assert files.exists(f"{folder}/b")
     assert files.list_names(folder) == ["a", "b"]
 
@@ -309,6 +300,14 @@ def test_of_eight_that_want_a_dead_lock_one_gets_it(store: Store) -> None:
         with ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(take, [f"{path}{number}"] * 8)) >= 1
     assert most == 1
+
+
+def test_credentials_in_a_url_are_refused_and_not_shown() -> None:
+    path = files.resolve("s3://AKIAINTHEURL:SecretInTheUrl@lake/x")
+    assert path == "s3://lake/x"
+    with pytest.raises(ConfigError, match="s3://lake/x was given with credentials; .*AWS_ACCESS_KEY_ID") as refused:
+        files.exists(path)
+    assert "InTheUrl" not in str(refused.value)
 
 
 def test_no_credential_is_in_a_message(store: Store, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,7 +4,10 @@ or the new one."""
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from ncf_dist import files
+from ncf_dist.clean.pipeline import clean
+from ncf_dist.config import Retention
 from ncf_dist.errors import ExitCode
 from ncf_dist.publish.log import DeltaLog
 from tests.killing import KILLED, Killer, killer
 from tests.published import Night, good
-from tests.s3 import Store, served
+from tests.s3 import KEY, SECRET, TOKEN, Store, served
 
 pytest.importorskip("s3fs")
 
@@ -126,6 +131,35 @@ def test_a_publication_that_is_killed_at_20_points(store: Store, publishers: lis
         killed_at(store, publishers[0], tmp_path, f"moment-{number}", delay=dice.uniform(0, 2.0))
 
 
+def test_a_commit_whose_answer_was_lost_is_known_to_have_been_made(store: Store, tmp_path: Path) -> None:
+    night = night_at(store, "lost", tmp_path)
+    for number in (1, 2):  # The commit that makes the table, and one that changes it.
+        night.offer(f"m{number}")
+        store.lose = f"_delta_log/{number - 1:020d}.json"
+        assert night.publish()[0] == "done"
+        assert not store.lose
+        assert model_shown(night) == (f"m{number}", f"m{number}")
+
+
+# ---- clean -----------------------------------------------------------------------------------------------------------
+
+
+def test_clean_removes_what_no_version_needs_and_never_without_its_lock(store: Store, tmp_path: Path) -> None:
+    night = night_at(store, "clean", tmp_path)
+    for model in ("m1", "m2", "m3"):
+        night.offer(model)
+        night.publish()
+    retention = Retention(days=0, nights=3, versions=1, published=5)
+    config = night.config.model_copy(update={"retention": retention})
+    before = len(store.names("clean/recommendations/ds="))
+    with night.lake.hold(DS):
+        assert "passed over" in clean(config, DS).extra["warnings"][0]
+        assert len(store.names("clean/recommendations/ds=")) == before
+    clean(config, DS)
+    assert len(store.names("clean/recommendations/ds=")) == before / 3
+    assert model_shown(night) == ("m3", "m3")
+
+
 # ---- a bad night -----------------------------------------------------------------------------------------------------
 
 
@@ -138,3 +172,42 @@ def test_a_far_store_that_refuses_requests_is_published_to(store: Store, tmp_pat
     finally:
         store.fail_every, store.delay_s = 0, 0.0
     assert model_shown(night) == ("m1", "m1")
+
+
+# ---- credentials -----------------------------------------------------------------------------------------------------
+
+FORMS = ("token", "profile", "wrong")
+
+
+@pytest.mark.parametrize("form", [FORMS[0], *(pytest.param(form, marks=pytest.mark.soak) for form in FORMS[1:])])
+def test_credentials_are_in_no_file_log_or_line(store: Store, tmp_path: Path, form: str) -> None:
+    night = night_at(store, f"credentials-{form}", tmp_path)
+    night.score(good())
+    config = tmp_path / "line.yaml"
+    config.write_text(json.dumps(night.config.model_dump(mode="json", exclude_defaults=True)))
+    known = {
+        name: value for name, value in os.environ.items() if not name.startswith("AWS_") or name == "AWS_ENDPOINT_URL"
+    }
+    keys = {"AWS_ACCESS_KEY_ID": KEY if form != "wrong" else "AKIANOBODYKNOWSIT", "AWS_SECRET_ACCESS_KEY": SECRET}
+    if form == "profile":
+        (tmp_path / "aws").write_text(f"[night]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n")
+        keys = {"AWS_PROFILE": "night", "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "aws")}
+    done = subprocess.run(
+        [sys.executable, "-m", "ncf_dist.cli", "publish", "--config", str(config), "--ds", DS],
+        env={
+            **known,
+            **keys,
+            "AWS_SESSION_TOKEN": TOKEN,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_REGION": "eu-west-1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == (3 if form == "wrong" else 0), done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "aws"]
+    texts = [done.stdout.encode(), done.stderr.encode(), *(path.read_bytes() for path in written)]
+    texts += [store.data(name) for name in store.names()]
+    for secret in (KEY, SECRET, TOKEN, "AKIANOBODYKNOWSIT"):
+        assert not [text for text in texts if secret.encode() in text]

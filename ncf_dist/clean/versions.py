@@ -18,7 +18,7 @@ from deltalake import DeltaTable
 from ncf_dist.clean.removal import Removal
 from ncf_dist.config import Retention
 from ncf_dist.contracts import PARTITION
-from ncf_dist.files import is_local, list_names, sizes
+from ncf_dist.files import list_names, sizes, takes_conditions
 from ncf_dist.publish.log import DeltaLog, Entry
 
 LOG = "_delta_log"
@@ -110,7 +110,7 @@ class Published:
     def unneeded(self, ds: str, now: float) -> Iterator[Removal]:
         """Files of a night that no version which stays has: those of old versions, and those that were staged by a run
         that died. Only while nobody else can publish `ds`."""
-        night, locked = f"{PARTITION}={ds}", is_local(self.delta.root)
+        night, locked = f"{PARTITION}={ds}", takes_conditions(self.delta.root)
         for name, size in sizes(posixpath.join(self.delta.root, night)).items():
             path = posixpath.join(night, name)
             settled = locked or (size.modified is not None and size.modified < now - UNLOCKED_SECONDS)

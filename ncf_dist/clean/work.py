@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 
+from ncf_dist import locks
 from ncf_dist.charts.text import bytes_text
 from ncf_dist.clean import steps
 from ncf_dist.clean.keep import Kept, what_stays
@@ -61,6 +62,8 @@ class Work:
 def carried_out(found: Iterable[Removal]) -> list[Removal]:
     gone = list(found)  # All of it is looked up before the first thing goes.
     steps.reached("looked-up")
+    if gone:
+        locks.confirm()  # Else another run may be making what looks left behind.
     for removal in gone:
         log.info("removing %s %s (%s)", removal.kind, removal.path, bytes_text(removal.bytes))
         removal.carry_out()

@@ -6,6 +6,7 @@ run pass one that has changed what it was checked against, so its retries are of
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,6 +25,8 @@ from ncf_dist.publish.log import DeltaLog, digest
 HOOKS = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)
 UNDONE = "undone"
 """What lets a run be published again that a rollback took back (`--override`)."""
+
+log = logging.getLogger(__name__)
 
 Checksums = Mapping[str, Mapping[str, Any]]
 """Of files, by path: {"bytes", "sha256"}."""
@@ -49,7 +52,7 @@ def create(delta: DeltaLog, contract: Contract, schema: Schema, ds: str, actions
                 post_commithook_properties=HOOKS,
             )
         except DeltaError as error:
-            _say_who_won(delta, None, ds, error)
+            _say_who_won(delta, None, ds, error, said)
     steps.reached("committed")
 
 
@@ -83,7 +86,7 @@ def swap(delta: DeltaLog, table: DeltaTable, ds: str, actions: list[AddAction], 
                 **how,
             )
         except DeltaError as error:
-            _say_who_won(delta, table, ds, error)
+            _say_who_won(delta, table, ds, error, said)
     steps.reached("committed")
 
 
@@ -108,11 +111,18 @@ def _facts(
     return {**said, "ncf.digest": digest(said)}
 
 
-def _say_who_won(delta: DeltaLog, table: DeltaTable | None, ds: str, error: DeltaError) -> None:
-    """Raise what it means that the commit has failed."""
-    now = delta.open()
-    if (table.version() if table else -1) == (now.version() if now else -1):
+def _say_who_won(
+    delta: DeltaLog, table: DeltaTable | None, ds: str, error: DeltaError, said: Mapping[str, Any]
+) -> None:
+    """Raise what it means that the commit has failed. said: what it would say about itself: a store may have made it,
+    and its answer was lost, so that the next try found it there."""
+    now, seen = delta.open(), table.version() if table else -1
+    if now is None or seen == now.version():
         raise error
+    mine = delta.entry(seen + 1)
+    if mine is not None and mine.facts.get("ncf.digest") == said["ncf.digest"]:
+        log.info("version %d was committed, though its store did not say so (%s)", seen + 1, error)
+        return
     before, after = (delta.nights(each).get(ds, []) if each is not None else [] for each in (table, now))
     why = " ".join(str(error).split())[:200]
     if sorted(before) != sorted(after):
