@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from pydantic import Field
 
@@ -179,7 +178,9 @@ def partial_digest(entries: pa.Table, size: int | None = None) -> tuple[int, int
     kept = np.flatnonzero(numbers < (2**31 if size is None else size))
     values = ids.to_numpy()[kept]
     if values.dtype != np.int64:
-        values = pd.util.hash_array(values.astype(object), categorize=False).view(np.int64)
+        from pandas.util import hash_array  # Ranks import this module, and need no pandas.
+
+        values = hash_array(values.astype(object), categorize=False).view(np.int64)
     hashed = np.asarray(hash64(values, numbers[kept]), dtype=np.int64)
     return len(kept), int(hashed.sum()) % 2**64
 

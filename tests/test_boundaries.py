@@ -17,6 +17,7 @@ FILE_LINES, PIPELINE_LINES, FUNCTION_LINES = 400, 150, 50
 # packages that importing these modules must not load; one interpreter a row
 FORBIDDEN = {
     ("pyspark", "py4j"): ("train.worker", "train.pipeline", "train.loaders"),
+    ("pandas",): ("train.worker",),  # It costs each rank most of a second.
     ("torch", "petastorm"): ("prepare.pipeline", "fetch.pipeline", "score.pipeline", "evaluate.pipeline"),
     ("torch", "petastorm", "pyspark"): ("cli", "publish.pipeline", "doctor.pipeline"),
 }
