@@ -1,6 +1,7 @@
 """Quality and speed of the model of histories on MovieLens-1M, by a committed config.
 
-    .venv/bin/python -m benchmarks.history [--config ncf-ml-1m-history] [--seeds 1 2 3] [--set …] [--shares-only]
+    .venv/bin/python -m benchmarks.history [--config ncf-ml-1m-history] [--seeds 1 2 3] [--set …] [--add]
+        [--shares-only]
 
 ncf-ml-1m-history: the NCF paper's files (He et al. 2017), from NCF_DATA_DIR/ncf-ml-1m. ml-1m-5core-history: the
 protocol of the sequential papers, from NCF_DATA_DIR/ml-1m.
@@ -175,25 +176,31 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings in place of the config's")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/history-CONFIG.json")
+    parser.add_argument("--add", action="store_true", help="keep the seeds that the results have already")
     parser.add_argument("--shares-only", action="store_true", help="measure a step, train nothing")
     args = parser.parse_args()
     files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / DATA[args.config][0]
     if not files.is_dir():
         sys.exit(f"{files} is not there; needed the files that the top of this script names: set NCF_DATA_DIR")
     more = dict(setting.split("=", 1) for setting in args.set)
-    runs = [run_seed(args.config, files, seed, more, args.shares_only) for seed in args.seeds]
+    results = args.results or ROOT / f"benchmarks/results/history-{args.config}.json"
+    results.parent.mkdir(exist_ok=True)
+    told = json.loads(results.read_text()) if args.add else {"settings": more, "runs": {}}
+    if told["settings"] != more:
+        sys.exit(f"{results} has runs with the settings {told['settings']}; needed {more} to add to them")
     machine = f"{cores()} cores, {processor()}"
-    print(f"MovieLens-1M, conf/{args.config}.yaml {' '.join(args.set)}, seeds {args.seeds}, {machine}")
+    for seed in args.seeds:
+        told["runs"][str(seed)] = run_seed(args.config, files, seed, more, args.shares_only) | {"machine": machine}
+        if not args.shares_only:
+            results.write_text(json.dumps(told, indent=1) + "\n")
+    runs = list(told["runs"].values())
+    machines = " and ".join(sorted({run.pop("machine") for run in runs}))
+    print(f"MovieLens-1M, conf/{args.config}.yaml {' '.join(args.set)}, seeds {' '.join(told['runs'])}, {machines}")
     for part in runs[0]:
         for name in runs[0][part]:
             values = [run[part][name] for run in runs]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             print(f"{part + ': ' + name:<48} {statistics.mean(values):>10.4f}{spread}")
-    if not args.shares_only:
-        results = args.results or ROOT / f"benchmarks/results/history-{args.config}.json"
-        results.parent.mkdir(exist_ok=True)
-        body = {"seeds": args.seeds, "machine": machine, "settings": more, "runs": runs}
-        results.write_text(json.dumps(body, indent=1) + "\n")
 
 
 if __name__ == "__main__":
