@@ -127,7 +127,7 @@ fi
 if [[ -t 2 ]]; then options+=(--conf spark.ui.showConsoleProgress=true); else options+=(--conf spark.ui.showConsoleProgress=false); fi
 
 # An outer Spark's JVM is not this job's.
-unset PYSPARK_GATEWAY_PORT PYSPARK_GATEWAY_SECRET NCF_SPARK_OPTIONS
+unset PYSPARK_GATEWAY_PORT PYSPARK_GATEWAY_SECRET NCF_SPARK_OPTIONS NCF_SPARK_LENT
 
 # Nothing that a job starts takes a module from the working folder. Hashes of text are as spark-submit sets them.
 export NCF_SPARK_SUBMIT=$submit PYTHONSAFEPATH=1 PYTHONHASHSEED=${PYTHONHASHSEED:-0}

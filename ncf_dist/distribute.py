@@ -1,9 +1,9 @@
 """Runs the training ranks as barrier tasks of Spark: `python -m ncf_dist.distribute --ranks N --spec FILE`.
 
 A process of its own beside the job train, so that the trainer never imports pyspark. It starts a JVM with the options
-that the job has (`gateway`); under plain spark-submit it finds the job's own in the environment. TorchDistributor runs
-`worker.py` with torchrun on each executor, which must see the lake under the same paths. Spark's master needs N free
-slots at once, and no dynamic allocation.
+that the job has (`gateway`); in a night whose Spark is kept, and under plain spark-submit, it finds the job's own in
+the environment. TorchDistributor runs `worker.py` with torchrun on each executor, which must see the lake under the
+same paths. Spark's master needs N free slots at once, and no dynamic allocation.
 
 What it opens: torchrun's store listens on every interface of the first executor while the training lasts, without a
 password, and Spark's log server at the driver's address. The ranks' own connections are held to the interface that

@@ -30,6 +30,8 @@ from ncf_dist.errors import NcfError
 
 OPTIONS = "NCF_SPARK_OPTIONS"
 """Holds what spark-submit gets, for this process and those it starts: a JSON list."""
+LENT = "NCF_SPARK_LENT"
+"""Set for a process that shares its parent's context of Spark."""
 SECRET = "SPARK_AUTHENTICATE_SECRET"
 """Holds the secret of a standalone cluster, which Spark cannot make by itself. Never an argument, nor a setting."""
 LOOPBACK = "127.0.0.1"
@@ -172,8 +174,8 @@ def start(options: Sequence[str]) -> dict[str, str]:
 
 
 def lent() -> contextlib.AbstractContextManager[None]:
-    """While inside, processes that this one starts find its JVM, where it has one, and share it."""
-    return told(_where if _process is not None else {})
+    """While inside, processes that this one starts find its JVM, and know that Spark's context in it is for them."""
+    return told({**(_where if _process is not None else {}), LENT: "1"})
 
 
 @contextlib.contextmanager

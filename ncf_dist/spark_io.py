@@ -58,21 +58,22 @@ _open: list[SparkSession] = []
 """Sessions that `spark_session` has handed out, the innermost last."""
 
 
-_keeping = False
+_keeping: Callable[[SparkSession], bool] | None = None
 _kept: SparkSession | None = None
 
 
 @contextlib.contextmanager
-def kept_session() -> Iterator[None]:
-    """Have one session serve all that ask for one while inside, where Spark runs on this machine: starting Spark's
-    context takes seconds, and nobody waits for its cores. On a cluster each gives its executors back, as ever."""
+def kept_session(config: settings.Spark) -> Iterator[None]:
+    """Have one session serve all that ask for one while inside: starting Spark's context takes seconds, and a cluster's
+    executors would have to come, and to get the environment, again. Where `config.one_application` is false, each
+    session gives them back."""
     global _keeping, _kept
-    before, _keeping = _keeping, True
+    before, _keeping = _keeping, lambda spark: config.one_application or _on_this_machine(spark)
     try:
         yield
     finally:
         _keeping = before
-        if not before and _kept is not None:
+        if before is None and _kept is not None:
             kept, _kept = _kept, None
             if not asked():
                 kept.stop()
@@ -100,8 +101,9 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
     }
     # Which session is active is known to a thread of the JVM, which py4j may replace: so we remember our own.
     ours = not _open and _kept is None and SparkSession.getActiveSession() is None
+    lent = False
     if ours and "SPARK_REMOTE" not in os.environ:
-        _start_context(app, options, config)
+        lent = _start_context("ncf-nightly" if _keeping else app, options, config)
     builder = SparkSession.builder.appName(app)
     for key, value in options.items():
         builder = builder.config(key, str(value))
@@ -123,11 +125,18 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
         raise known from error
     finally:
         _open.pop()
-        if ours and _keeping and _on_this_machine(spark):
+        if lent:
+            pass  # It is another process's.
+        elif ours and _keeping is not None and _keeping(spark):
             _kept = spark
         # A JVM that was ended because this process is, or that owes an answer, is asked nothing any more.
         elif ours and not asked():
             spark.stop()
+
+
+def lent_session() -> contextlib.AbstractContextManager[None]:
+    """While inside, a process that this one starts gets the kept session's context, where there is one."""
+    return contextlib.nullcontext() if _kept is None else gateway.lent()
 
 
 def open_session() -> SparkSession | None:
@@ -139,12 +148,13 @@ def _on_this_machine(spark: SparkSession) -> bool:
     return "SPARK_REMOTE" not in os.environ and str(spark.sparkContext.master).startswith("local")
 
 
-def _start_context(app: str, options: Mapping[str, Any], config: settings.Spark) -> None:
-    """The JVM, where there is none yet, and Spark's context in it."""
+def _start_context(app: str, options: Mapping[str, Any], config: settings.Spark) -> bool:
+    """The JVM, where there is none yet, and Spark's context in it. True where another process has started it there,
+    which keeps it: only one fits into a JVM."""
     from pyspark import SparkConf, SparkContext
 
     if SparkContext._active_spark_context is not None:
-        return
+        return False
     given = gateway.handed_over()
     where: dict[str, str] = {}
     if SparkContext._gateway is None and "PYSPARK_GATEWAY_PORT" not in os.environ:
@@ -157,9 +167,14 @@ def _start_context(app: str, options: Mapping[str, Any], config: settings.Spark)
         conf = SparkConf(_jvm=SparkContext._jvm).setAppName(app).setAll([(k, str(v)) for k, v in options.items()])
         for key, value in guarded(dict(conf.getAll()), given or [], config.authenticate).items():
             conf.set(key, value)
-        context = SparkContext(conf=conf)
+        jvm: Any = SparkContext._jvm
+        lent, jsc = gateway.LENT in os.environ, None
+        if lent:
+            jsc = jvm.JavaSparkContext.fromSparkContext(jvm.org.apache.spark.SparkContext.getOrCreate())
+        context = SparkContext(conf=conf, jsc=jsc)
     # As spark-submit does for the Python that it starts.
     context.pythonExec = conf.get("spark.pyspark.python", None) or context.pythonExec
+    return lent
 
 
 def guarded(found: Mapping[str, str], given: Sequence[str], authenticate: bool | None) -> dict[str, str]:

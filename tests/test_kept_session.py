@@ -1,14 +1,18 @@
-"""One session serves a whole night where Spark runs on this machine. With a Spark that only counts."""
+"""One session serves a whole night, on a cluster unless the config says otherwise. With a Spark that only counts."""
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyspark.sql import SparkSession
 
-from ncf_dist import spark_io
+from ncf_dist import gateway, spark_io
 from ncf_dist.config import Spark
 from ncf_dist.spark_io import kept_session, open_session, spark_session
 
@@ -58,19 +62,21 @@ def night(spark: Counting, stages: list[tuple[int, bool]], keep: bool) -> None:
     st.sampled_from(["local[2]", "local", "yarn", "k8s://https://host", "spark://host:7077"]),
     st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=4),
     st.booleans(),
+    st.booleans(),
 )
-def test_a_night_on_this_machine_starts_spark_once(master: str, stages: list[tuple[int, bool]], keep: bool) -> None:
-    """And never where no stage asks for it. On a cluster every stage gives its executors back."""
+def test_a_night_starts_spark_once(master: str, stages: list[tuple[int, bool]], keep: bool, one: bool) -> None:
+    """And never where no stage asks for it. With `one_application: false` a cluster gets its executors back from every
+    stage."""
     spark = Counting(master)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spark_io, "SparkSession", spark)
         patch.setattr(spark_io, "_open", [])
         patch.setattr(spark_io, "_start_context", lambda *_: setattr(spark, "started", spark.started + 1))
-        kept = keep and master.startswith("local")
+        kept = keep and (one or master.startswith("local"))
         ran = next((n + 1 for n, (_, fails) in enumerate(stages) if fails), len(stages))
         try:
             if keep:
-                with kept_session():
+                with kept_session(Spark(one_application=one)):
                     night(spark, stages, kept)
             else:
                 night(spark, stages, kept)
@@ -79,3 +85,30 @@ def test_a_night_on_this_machine_starts_spark_once(master: str, stages: list[tup
         assert spark.started == (min(1, ran) if kept else ran)
         assert spark.stopped == spark.started
         assert spark_io._kept is None
+
+
+def test_a_session_that_another_process_keeps_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the one that runs the ranks of a night on executors finds it."""
+    spark = Counting("yarn")
+    monkeypatch.setattr(spark_io, "SparkSession", spark)
+    monkeypatch.setattr(spark_io, "_open", [])
+    monkeypatch.setattr(spark_io, "_start_context", lambda *_: True)
+    for keep in (False, True):
+        with kept_session(Spark()) if keep else contextlib.nullcontext(), spark_session("stage", Spark()):
+            pass
+        assert (spark.stopped, spark_io._kept) == (0, None)
+
+
+def test_another_process_works_in_the_context_that_it_was_lent(spark: SparkSession) -> None:
+    """In the same application, which goes on when that process ends."""
+    script = (
+        "from ncf_dist.config import Spark\n"
+        "from ncf_dist.spark_io import spark_session\n"
+        "with spark_session('ranks', Spark()) as spark:\n"
+        "    print(spark.sparkContext.applicationId, spark.range(7).count())"
+    )
+    with gateway.lent():
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [spark.sparkContext.applicationId, "7"]
+    assert spark.range(5).count() == 5

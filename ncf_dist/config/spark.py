@@ -35,6 +35,10 @@ class Spark(Section):
     environment_archive: str | None = None
     """The environment's archive, a path or a URL that Spark opens; default dist/ncf-dist-env-VERSION.tar.gz beside the
     code, which executors get from the driver."""
+    one_application: bool = True
+    """A night is one application: executors, with the environment that they have unpacked, serve it from its first
+    stage to its last, also while the driver's machine trains. `false`: on a cluster each stage has an application of
+    its own and gives its executors back."""
     shuffle_partitions: PositiveInt = 8
     """Partitions of a shuffle. Changes the speed, never a byte of the tables."""
     authenticate: bool | None = None

@@ -24,7 +24,7 @@ from ncf_dist.publish.model import check as check_model
 from ncf_dist.publish.model import refused as refused_model
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
-from ncf_dist.spark_io import kept_session
+from ncf_dist.spark_io import kept_session, lent_session
 from ncf_dist.stage import Outcome, Upstream
 from ncf_dist.train.pipeline import train
 
@@ -52,7 +52,7 @@ def nightly(config: Config, ds: str) -> Outcome:
     if "publish" in names:
         check_ahead(config, ds)
     night = _Night()
-    with kept_session():
+    with kept_session(config.spark):
         for number, name in enumerate(names, 1):
             log.info("── %d/%d %s ──", number, len(names), name)
             with night.standing_in(name, config, ds):
@@ -78,7 +78,9 @@ class _Night:
 
     def take(self, name: str, config: Config, ds: str) -> None:
         """Run a stage and gather what it says."""
-        with self._told(name), attempts.stage(name) as took:
+        # Ranks that train on the executors do so in the night's own application.
+        shared = lent_session() if name == "train" and config.train.launcher == "spark" else contextlib.nullcontext()
+        with self._told(name), attempts.stage(name) as took, shared:
             took(outcome := STAGES[name](config, ds, self.made))
         if outcome.manifest:
             self.made[name] = outcome.manifest
