@@ -3,7 +3,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install check format test soak cluster-test package demo nightly-demo ml-1m bench docs lock audit sbom clean
+.PHONY: help install check format test soak cluster-test package demo nightly-demo ml-1m bench extras docs lock audit sbom clean
 
 # Choose another with `make PYTHON=/path/to/python3.11 install`.
 PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) python3.11)
@@ -12,6 +12,8 @@ NCF_DATA_DIR ?= $(CURDIR)/../shared/data
 export NCF_DATA_DIR
 # What `make ml-1m` trains: history, or neumf.
 MODEL ?= history
+# The extras that have a lock of their own.
+EXTRAS ?= ops sweep
 # Processes that share the tests, each with a Spark session of its own.
 TEST_WORKERS ?= 2
 
@@ -121,12 +123,17 @@ bench: install ## run every script in benchmarks/; those for GPUs where there is
 	  esac; \
 	done
 
-lock: install ## resolve requirements.in and requirements-audit.in again into their locks, with hashes
+extras: install ## install what the extras need (ops, sweep), from their locks; EXTRAS=sweep chooses
+	for name in $(EXTRAS); do $(checked) -r requirements-$$name.lock; done
+
+# The extras' locks go on top of the environment's own, whose pins hold.
+lock: install ## resolve requirements.in, and those of the audit and the extras, again into their locks, with hashes
 	$(pip) install --quiet uv
-	for name in requirements requirements-audit; do \
-	  $(python) -m uv pip compile $$name.in --override requirements-override.txt --universal --python-version 3.10 \
-	    --generate-hashes --upgrade --no-emit-index-url --custom-compile-command "make lock" --quiet -o $$name.lock; \
-	done
+	compile() { $(python) -m uv pip compile "$$1.in" "$${@:2}" --override requirements-override.txt --universal \
+	    --python-version 3.10 --generate-hashes --upgrade --no-emit-index-url --custom-compile-command "make lock" \
+	    --quiet -o "$$1.lock"; }; \
+	for name in requirements requirements-audit; do compile $$name; done; \
+	for name in $(EXTRAS); do compile requirements-$$name -c requirements.lock -c requirements-torch.txt; done
 
 # Tools that are no part of the environment live in one of their own, which is gone afterwards.
 with_tools = tools=$$(mktemp -d); trap 'rm -rf "$$tools"' EXIT; $(python) -m venv --without-pip "$$tools"; \
@@ -145,8 +152,10 @@ audit: install ## look up known vulnerabilities of everything that is pinned
 	  audit -s $$source -r "$$tools/known.txt" -f json -o "$$tools/known.json" >"$$tools/log" 2>&1 || true; \
 	  if grep -qs "$(known_for)" "$$tools/known.json"; then \
 	    echo "ncf-dist: advisories from $$source"; \
-	    sed -e '/--hash=/d' -e 's/ \\$$//' requirements.lock requirements-torch.txt >"$$tools/pinned.txt"; \
-	    audit -s $$source --strict -r "$$tools/pinned.txt"; exit; \
+	    pinned() { sed -e '/--hash=/d' -e 's/ \\$$//' "$$@"; }; \
+	    pinned requirements.lock requirements-torch.txt >"$$tools/pinned.txt"; \
+	    for lock in $(wildcard $(EXTRAS:%=requirements-%.lock)); do pinned $$lock >"$$tools/pinned-$$lock.txt"; done; \
+	    for list in "$$tools"/pinned*.txt; do audit -s $$source --strict -r "$$list"; done; exit; \
 	  fi; \
 	done; \
 	{ tail -n 1 "$$tools/log"; \

@@ -13,6 +13,7 @@ from ncf_dist.errors import ContractError
 from ncf_dist.files import list_names, read_json
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
+from ncf_dist.published import shown
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +36,21 @@ def come_since(lake: Lake, prepare: Manifest, train: Manifest, bundle: Bundle) -
     return Sizes(sizes.users - bundle.n_users, sizes.items - bundle.n_items)
 
 
-def objection(lake: Lake, prepare: Manifest, train: Manifest) -> str | None:
-    """Why the model of an earlier night is not to rank `prepare`'s; None where nothing speaks against it."""
+def objection(lake: Lake, table: str, prepare: Manifest, train: Manifest) -> str | None:
+    """Why the model of an earlier night is not to rank `prepare`'s; None where nothing speaks against it. table: the
+    published one's name."""
     try:
         since = come_since(lake, prepare, train, read_bundle(posixpath.join(train.root, BUNDLE)))
     except ContractError as error:
         return str(error)
     if since is not None and any(since) and prepare.facts.get("feedback") == "explicit":
         return f"it cannot predict ratings of {since.users:,} users and {since.items:,} items that have come since"
-    return _refused(lake, train)
+    return rejected(lake, table, train)
+
+
+def rejected(lake: Lake, table: str, train: Manifest) -> str | None:
+    """Why no later night is to build on a model: a gate refused it in its own night, or that night was rolled back."""
+    return _refused(lake, train) or _rolled_back(lake, table, train)
 
 
 def _refused(lake: Lake, train: Manifest) -> str | None:
@@ -57,6 +64,24 @@ def _refused(lake: Lake, train: Manifest) -> str | None:
             continue
         if record.get("train_run") == train.run_key and record.get("refused"):
             return f"it was refused by {', '.join(map(str, record['refused']))}"
+    return None
+
+
+def _rolled_back(lake: Lake, table: str, train: Manifest) -> str | None:
+    """What a rollback said of the model's own night, unless it was published again. A run that is gone is taken for one
+    of this model."""
+    try:
+        now = shown(lake, table)
+        keys = sorted(key for ds, key in now.undone if ds == train.ds)
+        seen = now.score_run(lake, train.ds) if keys else None
+        if seen is not None and seen.inputs.get("train") == train.run_key:
+            return None
+        for key in keys:
+            scored = lake.stage(train.ds, "score").find(key)
+            if scored is None or scored.inputs.get("train") == train.run_key:
+                return f"a rollback took the run {key} of {train.ds} back, which it ranked"
+    except (ContractError, OSError) as error:
+        log.warning("whether the night %s was rolled back cannot be told (%s)", train.ds, error)
     return None
 
 

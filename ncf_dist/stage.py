@@ -222,7 +222,7 @@ def model_of_earlier_night(lake: Lake, config: Config, prepare: Manifest) -> Man
     first = (tonight - dt.timedelta(days=config.train.every_days - 1)).isoformat()
     for night in reversed([night for night in lake.nights() if first <= night < prepare.ds]):
         for run in _fitting_of_night(lake, config, night, "train"):
-            if (why := earlier.objection(lake, prepare, run)) is None:
+            if (why := earlier.objection(lake, config.publish.table, prepare, run)) is None:
                 return run
             log.info("train.every is %s; not the model of %s: %s", config.train.every, night, why)
     return None

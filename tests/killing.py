@@ -13,7 +13,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ REPO = Path(__file__).parents[1]
 KILLED = -signal.SIGKILL
 SERVER = """
 import importlib, json, os, signal, sys, time
+
+import duckdb, pandas, pyarrow.dataset, pyarrow.parquet
 
 from ncf_dist.config import Config
 from ncf_dist.errors import NcfError
@@ -68,20 +71,43 @@ def run(job, config, ds, step, nth, meeting):
         os._exit(99)
     os._exit(0)
 
-print("ready", flush=True)
-for line in sys.stdin:
-    asked = json.loads(line)
-    delay = asked.pop("delay")
-    began = time.monotonic()
+def start(asked):
     child = os.fork()
     if child == 0:
         run(**asked)
-    if delay is not None:
-        time.sleep(delay)
+    return child
+
+print("ready", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    delays = [one.pop("delay") for one in asked]
+    began = time.monotonic()
+    children = [start(one) for one in asked]
+    for delay, child in sorted((delay, child) for delay, child in zip(delays, children) if delay is not None):
+        time.sleep(max(0, began + delay - time.monotonic()))
         os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    print(json.dumps([os.waitstatus_to_exitcode(status), time.monotonic() - began]), flush=True)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    print(json.dumps([codes, time.monotonic() - began]), flush=True)
 """
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job that is killed when it reaches `step` for the nth time, or after `delay` seconds; else it runs to its end.
+    step: `any change` stands for whatever Python is about to do to a file. meeting: (a folder, how many): at `step` the
+    job waits there for others, and is not killed."""
+
+    job: str
+    config: Config
+    ds: str
+    step: str = ""
+    nth: int = 1
+    delay: float | None = None
+    meeting: tuple[str, int] | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        return {**vars(self), "config": self.config.model_dump(mode="json", by_alias=True)}
 
 
 class Killer:
@@ -100,32 +126,17 @@ class Killer:
     def run(
         self, job: str, config: Config, ds: str, step: str = "", nth: int = 1, delay: float | None = None
     ) -> tuple[int, float]:
-        """(exit code, seconds) of one job that is killed when it reaches `step` for the nth time, or after `delay`
-        seconds; else it runs to its end. step: `any change` stands for whatever Python is about to do to a file."""
-        self.ask(job, config, ds, step, nth, delay)
-        return self.answer()
+        """(exit code, seconds) of one."""
+        [code], seconds = self.at_once([Run(job, config, ds, step, nth, delay)])
+        return code, seconds
 
-    def ask(
-        self,
-        job: str,
-        config: Config,
-        ds: str,
-        step: str = "",
-        nth: int = 1,
-        delay: float | None = None,
-        meeting: tuple[str, int] | None = None,
-    ) -> None:
-        """Begin it. meeting: (a folder, how many): at `step` the job waits there for others, and is not killed."""
-        tree = config.model_dump(mode="json", by_alias=True)
-        asked = {"job": job, "config": tree, "ds": ds, "step": step, "nth": nth, "delay": delay, "meeting": meeting}
+    def at_once(self, runs: Sequence[Run]) -> tuple[list[int], float]:
+        """(exit codes, seconds until the last has ended) of some at the same time, each a process of its own."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps([run.asked for run in runs]) + "\n")
         self._process.stdin.flush()
-
-    def answer(self) -> tuple[int, float]:
-        """What `run` returns."""
-        code, seconds = json.loads(self._said())
-        return int(code), float(seconds)
+        codes, seconds = json.loads(self._said())
+        return list(codes), float(seconds)
 
     def _said(self) -> str:
         assert self._process.stdout is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,14 @@ class Night:
         return {"user_idx": user, "item_idx": item, "rating": [1.0] * len(user), "timestamp": times, "split": split}
 
     def score(
-        self, rows: list[Row] | None = None, key: str = "s1", cuts: tuple[int, ...] = (4,), **facts: Any
+        self,
+        rows: list[Row] | None = None,
+        key: str = "s1",
+        cuts: tuple[int, ...] = (4,),
+        train: str = "t1",
+        **facts: Any,
     ) -> Manifest:
-        """`cuts`: the rows at which a new file begins."""
+        """`cuts`: the rows at which a new file begins. train: key of the model's run."""
         form = facts.get("form", "long")
         contract = contracts.recommendations(self.id_type, self.id_type)
         rows = [(self.id(r[0]), r[1], self.id(r[2]), *r[3:]) for r in (good() if rows is None else rows)]
@@ -143,7 +149,7 @@ class Night:
             "prepare_run": "p1",
         }
         self._made_with(**facts.pop("config", {}))
-        inputs = {"train": "t1", "prepare": "p1"}
+        inputs = {"train": train, "prepare": "p1"}
         return self._run("score", key, {contract: tables}, known | facts, inputs)
 
     def evaluate(
@@ -174,6 +180,13 @@ class Night:
 
     def rollback(self, to: int | str = "PREVIOUS") -> Outcome:
         return rollback(self.configured(rollback_to=to), self.ds)
+
+    def copied(self, root: Path) -> Night:
+        """The same night, with all that is in its lake, at another place."""
+        shutil.copytree(self.lake.root, root / "lake")
+        night = Night(root, self.ds, self.numbers)
+        night._made_with(**self.sections)
+        return night
 
     @property
     def table(self) -> Path:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ncf_dist import contracts
+from ncf_dist import contracts, earlier
 from ncf_dist.ancestry import DIGESTS, INDEXES, Index, Line, digest_of, index_sizes, joined, partial_digest
 from ncf_dist.bundle import BUNDLE, CARD, read_bundle, version_of
 from ncf_dist.config import Model, Train
@@ -26,6 +26,7 @@ from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_table, write_parts
 from ncf_dist.prepare.index import base_run
+from ncf_dist.published import Shown
 from ncf_dist.train.start import start_bundle
 
 GMF, MF = Model(name="gmf"), Model(name="mf")
@@ -89,7 +90,7 @@ class Nights:
         """Train on the night's current run; every row is its user's own afterwards. Returns the bundle started from."""
         prepare = self.lake.stage(ds, "prepare").newest()
         line = Line(self.lake, prepare)
-        first = start_bundle(Train(warm_start=start), model, line)
+        first = start_bundle(Train(warm_start=start), model, line, "recommendations")
         if first is not None:
             line.check(Index.of_bundle(read_bundle(first)), "train.warm_start")
         index = {number: user for user, number in read_index(prepare, "users").items()}
@@ -187,6 +188,18 @@ def test_a_model_of_another_kind_is_passed_over(nights: Nights, caplog: pytest.L
     assert nights.train(DAYS[4], model=wider) is None
     careful = GMF.model_copy(update={"dropout": 0.5})
     assert nights.train(DAYS[4], model=careful) == nights.bundle(DAYS[3]), "the weights are of one kind"
+
+
+def test_a_model_whose_night_was_rolled_back_is_passed_over(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for day in DAYS[:3]:
+        nights.prepare(day, A)
+    for day in DAYS[:2]:
+        nights.train(day)
+    monkeypatch.setattr(earlier, "shown", lambda *_: Shown(undone=frozenset({(DAYS[1], "s")})))
+    assert nights.train(DAYS[2]) == nights.bundle(DAYS[0])
+    assert f"warm start: not from the model of {DAYS[1]}: a rollback took the run s of {DAYS[1]} back" in caplog.text
 
 
 def test_the_newest_model_of_the_line_is_started_from(nights: Nights) -> None:

@@ -413,6 +413,28 @@ def test_a_checkpoint_that_says_something_else_is_not_put_in_place(
     assert names(night.table / "_delta_log") == before
 
 
+@pytest.mark.parametrize("hint", [None, "{", '{"version": 1}'], ids=["none", "torn", "older"])
+def test_a_checkpoint_that_a_killed_clean_did_not_name_is_named_by_the_next(tmp_path: Path, hint: str | None) -> None:
+    night = [published(tmp_path, number) for number in range(6)][-1]
+    cleaned(night, published=None)
+    last = night.table / "_delta_log" / "_last_checkpoint"
+    said, before, live = last.read_text(), names(last.parent), DeltaLog(str(night.table)).live()
+    last.unlink() if hint is None else last.write_text(hint)
+    cleaned(night, published=None)
+    assert json.loads(last.read_text()) == json.loads(said)
+    assert set(before) >= set(names(last.parent)) >= {f"{json.loads(said)['version']:020d}.checkpoint.parquet"}
+    assert DeltaLog(str(night.table)).live() == live
+
+
+def test_what_a_killed_clean_was_writing_goes_with_the_next(tmp_path: Path) -> None:
+    night = [published(tmp_path, number) for number in range(2)][-1]
+    left = [night.table / name / f"x.{'0' * 32}.tmp" for name in (".", "_delta_log")]
+    for path in left:
+        path.write_bytes(b"half")
+    cleaned(night, published=None)
+    assert not any(path.exists() for path in left)
+
+
 def test_a_log_with_checkpoints_of_another_kind_is_left_alone(tmp_path: Path) -> None:
     night = [published(tmp_path, number) for number in range(6)][-1]
     other = f"{2:020d}.checkpoint.0000000001.0000000002.parquet"

@@ -281,7 +281,7 @@ def test_make_lists_its_targets() -> None:
     listed = [line.split()[1] for line in run("make").stdout.splitlines()]
     assert listed[:6] == ["help", "install", "check", "format", "test", "soak"]
     assert listed[6:11] == ["cluster-test", "package", "demo", "nightly-demo", "ml-1m"]
-    assert listed[11:] == ["bench", "lock", "audit", "docs", "sbom", "clean"]
+    assert listed[11:] == ["bench", "extras", "lock", "audit", "docs", "sbom", "clean"]
 
 
 @pytest.fixture
@@ -425,7 +425,13 @@ def test_a_second_make_install_does_nothing() -> None:
 # --- what is pinned ---
 
 
-LOCKS = ("requirements.lock", "requirements-audit.lock")
+LOCKS = {
+    "requirements.lock": 40,
+    "requirements-audit.lock": 40,
+    "requirements-ops.lock": 40,
+    "requirements-sweep.lock": 8,
+}
+"""By name: more packages than this are in it."""
 
 
 def entries(name: str) -> list[tuple[Requirement, list[str]]]:
@@ -445,16 +451,17 @@ def pins(*names: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", LOCKS)
 def test_everything_in_a_lock_has_one_version_and_its_hashes(name: str) -> None:
     found = entries(name)
-    assert len(found) > 40
+    assert len(found) > LOCKS[name]
     for requirement, digests in found:
         assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), requirement
         assert digests, requirement
         assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in digests), requirement
 
 
-def test_the_lock_holds_everything_the_project_asks_for() -> None:
-    pinned = pins("requirements.lock", "requirements-torch.txt")
-    env = {k: str(v) for k, v in default_environment().items()} | {"extra": "dev"}
+@pytest.mark.parametrize(("extra", "locks"), [("dev", []), ("ops", ["ops"]), ("sweep", ["sweep"])])
+def test_the_lock_holds_everything_the_project_asks_for(extra: str, locks: list[str]) -> None:
+    pinned = pins("requirements.lock", "requirements-torch.txt", *(f"requirements-{name}.lock" for name in locks))
+    env = {k: str(v) for k, v in default_environment().items()} | {"extra": extra}
     wanted = [Requirement(text) for text in metadata.requires("ncf-dist") or []]
     assert wanted
     wrong = [
@@ -465,7 +472,21 @@ def test_the_lock_holds_everything_the_project_asks_for() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", ["requirements.in", "requirements-audit.in", "requirements-torch.txt", *LOCKS])
+@pytest.mark.parametrize("extra", ["ops", "sweep"])
+def test_an_extra_changes_no_version_of_the_environment(extra: str) -> None:
+    ours, more = pins("requirements.lock", "requirements-torch.txt"), pins(f"requirements-{extra}.lock")
+    assert {name: more[name] for name in ours.keys() & more.keys()} == {
+        name: ours[name] for name in ours.keys() & more.keys()
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("requirements.in", "requirements-audit.in", "requirements-ops.in", "requirements-sweep.in"),
+        *("requirements-torch.txt", *LOCKS),
+    ],
+)
 def test_pins_name_no_registry(name: str) -> None:
     text = (ROOT / name).read_text()
     assert "://" not in text

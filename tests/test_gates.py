@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from ncf_dist import cli
-from ncf_dist.config import Config, Gate, Publish
+from ncf_dist.config import Gate, Publish
 from ncf_dist.contracts import INTERACTIONS
 from ncf_dist.errors import ContractError, ExitCode, GateRefused
 from ncf_dist.files import remove
@@ -28,6 +28,7 @@ from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
 from ncf_dist.train.pipeline import train
 from tests.published import Night, good
+from tests.shop import shop
 
 GATES = get_args(Gate)
 
@@ -336,27 +337,7 @@ def test_the_scheduler_is_told(night: Night, capsys: pytest.CaptureFixture[str])
 
 def test_a_log_that_stopped_leaves_the_old_night(spark: SparkSession, tmp_path: Path) -> None:
     """Twenty users whose last interactions are of 19 May; three weeks later nobody was active in three days."""
-    log = tmp_path / "log.csv"
-    rows = [f"u{user},i{(user + item) % 12},{19 - item % 5}" for user in range(20) for item in range(6)]
-    log.write_text("u,i,t\n" + "".join(f"{u},{i},2024-05-{d}T12:00:00\n" for u, i, d in (r.split(",") for r in rows)))
-    config = Config.model_validate(
-        {
-            "paths": {"lake": str(tmp_path / "lake"), "work": str(tmp_path / "work")},
-            "input": {
-                "path": str(log),
-                "format": "csv",
-                "columns": {"user": "u", "item": "i", "timestamp": "t"},
-                "time_unit": "iso",
-            },
-            "negatives": {"per_positive": 1, "draws": 1, "candidates": 3},
-            "layout": {"min_files": 1},
-            "model": {"name": "mf", "factors": 2},
-            "train": {"launcher": "none", "epochs": 1, "device": "cpu"},
-            "score": {"active_since": 3, "k": 2, "tasks": 1},
-            "publish": {"require": []},
-            "spark": {"master": "local[2]", "shuffle_partitions": 2},
-        }
-    )
+    config = shop(tmp_path, score={"active_since": 3})
     for job in (prepare, train, score, publish):
         job(config, "2024-05-20")
     latest = (tmp_path / "lake/recommendations/latest.json").read_bytes()

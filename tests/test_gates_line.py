@@ -10,10 +10,10 @@ import pytest
 from pyspark.sql import SparkSession
 
 from ncf_dist.champion import champion
-from ncf_dist.config import Config
 from ncf_dist.lake import Lake
 from ncf_dist.nightly.pipeline import nightly
 from ncf_dist.publish import model
+from tests.shop import new_users, shop
 
 FIRST, SECOND = "2024-05-20", "2024-05-21"
 
@@ -21,34 +21,12 @@ FIRST, SECOND = "2024-05-20", "2024-05-21"
 def test_the_champion_is_judged_beside_the_model_and_ranks_in_its_place(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = tmp_path / "log.csv"
-    rows = [(f"u{user}", f"i{(3 * user + item) % 12}", 19 - item % 5) for user in range(20) for item in range(6)]
-    log.write_text("u,i,t\n" + "".join(f"{user},{item},2024-05-{day}T12:00:00\n" for user, item, day in rows))
-    tree = {
-        "paths": {"lake": str(tmp_path / "lake"), "work": str(tmp_path / "work")},
-        "input": {
-            "path": str(log),
-            "format": "csv",
-            "columns": {"user": "u", "item": "i", "timestamp": "t"},
-            "time_unit": "iso",
-        },
-        "negatives": {"per_positive": 1, "draws": 1, "candidates": 3},
-        "layout": {"min_files": 1},
-        "model": {"name": "mf", "factors": 2},
-        "train": {"launcher": "none", "epochs": 1, "device": "cpu"},
-        "evaluate": {"bootstrap": 50},
-        "score": {"k": 2, "tasks": 1},
-        "publish": {"require": ["users", "evaluated"]},
-        "gates": {"on_refusal": "champion"},
-        "spark": {"master": "local[2]", "shuffle_partitions": 2},
-    }
-    config = Config.model_validate(tree)
+    config = shop(tmp_path, publish={"require": ["users", "evaluated"]}, gates={"on_refusal": "champion"})
     lake = Lake(config.paths.lake)
     outcome = nightly(config, FIRST)
     assert outcome.extra["gates"]["canary"]["outcome"] == "passed"
     assert not any(name.startswith("champion.") for name in outcome.metrics), "a first night has none"
-    with log.open("a") as more:
-        more.writelines(f"new{user},i{item},2024-05-20T12:00:00\n" for user in range(3) for item in range(5))
+    new_users(config)
 
     # A gate refuses the model of the second night.
     real = dict(model.GATES)

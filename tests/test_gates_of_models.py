@@ -288,14 +288,41 @@ def test_the_champion_ranks_where_the_model_is_refused(
     night.sections["publish"] = {"require": ["users", "interactions", "beats_popularity", "evaluated"]}
     night.config = night.configured()
     stages(night, monkeypatch, finite)
+    gate = "champion" if finite else "scores"
     outcome = line.nightly(night.config, night.ds)
     assert {row[4] for row in night.read()} == {"m0"}, "the table says which model"
     assert night.latest()["model_version"] == "m0"
     warnings = outcome.extra["warnings"]
     assert any("the model of this night is refused, and the champion of 2026-01-30 ranks" in text for text in warnings)
     assert any("ranked by the champion, train run t0 of 2026-01-30" in text for text in warnings)
+    assert outcome.extra["gates"][gate]["outcome"] == "refused", "what the champion's lists pass does not hide it"
     again = line.nightly(night.config, night.ds)
     assert (again.extra["version"], again.extra["stages"]["publish"]) == (1, "already-done")
+
+
+def test_publish_alone_finds_what_the_champion_ranked(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the night was killed before its publication; once nothing speaks against tonight's model it is its own."""
+    night.sections["gates"] = {"on_refusal": "champion"}
+    night.config = night.configured()
+    stages(night, monkeypatch)
+    monkeypatch.setitem(line.STAGES, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        line.nightly(night.config, night.ds)
+    alone = publish(night.config, night.ds)
+    assert (alone.status, alone.run_key, alone.extra["version"]) == ("done", "s2", 1)
+    assert {row[4] for row in night.read()} == {"m0"}
+    assert any("ranked by the champion, train run t0 of 2026-01-30" in text for text in alone.extra["warnings"])
+    assert publish(night.config, night.ds).status == "already-done"
+    stopping = night.config.model_copy(update={"gates": Gates()})
+    with pytest.raises(GateRefused, match="champion: "):
+        publish(stopping, night.ds)
+    night.sections["gates"] = {"on_refusal": "champion", "champion": None}
+    assert publish(night.configured(), night.ds).run_key == "s1"
+    assert {row[4] for row in night.read()} == {"m1"}
+
+
+def killed(*_: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_an_experiment_is_not_judged(night: Night, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ readers over files that are overwritten in place do see torn nights, so they wou
 from __future__ import annotations
 
 import contextlib
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -19,7 +20,8 @@ from deltalake import DeltaTable
 from ncf_dist.clean.pipeline import clean
 from ncf_dist.config import Config
 from ncf_dist.publish.log import DeltaLog
-from tests.killing import Killer, killer
+from ncf_dist.stage import LINE
+from tests.killing import KILLED, Killer, Run, killer
 from tests.published import Night, good
 
 READER = """
@@ -56,6 +58,12 @@ while not os.path.exists(stop):
     except Exception as error:
         print("error", type(error).__name__, " ".join(str(error).split())[:200], flush=True)
 """
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Killer]:
+    with killer(*(f"tests.quick_nights:{job}" for job in ("nightly", "clean", "rollback", "publish"))) as made:
+        yield made
 
 
 class Readers:
@@ -165,13 +173,10 @@ def test_the_same_readers_see_nights_torn_that_are_overwritten_in_place(tmp_path
 # ---- publishers at once ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def publishers() -> Iterator[list[Killer]]:
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(killer("ncf_dist.publish.pipeline:publish")) for _ in range(4)]
+PUBLISHERS = 4
 
 
-def races(root: Path, publishers: list[Killer], rounds: int, same: bool) -> int:
+def races(root: Path, processes: Killer, rounds: int, same: bool) -> int:
     """Each round, four publishers meet right before their commits, so that all have looked at the same version; the
     number of winners. same: all of one ds, each from a lake of its own with the table of the first."""
     shared = Night(root / "lake-0", "2026-01-01")
@@ -181,7 +186,7 @@ def races(root: Path, publishers: list[Killer], rounds: int, same: bool) -> int:
     wanted, winners = {shared.ds: "m0"}, 0
     for number in range(1, rounds + 1):
         nights = []
-        for who in range(len(publishers)):
+        for who in range(PUBLISHERS):
             ds = f"2026-02-{number:02d}" if same else f"2026-{who + 2:02d}-{number:02d}"
             night = Night(root / (f"lake-{who}" if same else "lake-0"), ds)
             night.prepare()
@@ -191,9 +196,8 @@ def races(root: Path, publishers: list[Killer], rounds: int, same: bool) -> int:
             nights.append(night)
         folder = root / f"meeting-{number}"
         folder.mkdir()
-        for night, publisher in zip(nights, publishers, strict=True):
-            publisher.ask("publish", night.config, night.ds, "committing", meeting=(str(folder), len(publishers)))
-        codes = [publisher.answer()[0] for publisher in publishers]
+        meeting = (str(folder), PUBLISHERS)
+        codes, _ = processes.at_once([Run("publish", n.config, n.ds, "committing", meeting=meeting) for n in nights])
         assert sorted(codes) == [0, 5, 5, 5], codes
         winner = codes.index(0)
         wanted[nights[winner].ds] = f"m{number}{winner}"
@@ -208,11 +212,87 @@ def races(root: Path, publishers: list[Killer], rounds: int, same: bool) -> int:
 
 
 @pytest.mark.parametrize("same", [False, True])
-def test_of_publishers_at_once_one_wins(tmp_path: Path, publishers: list[Killer], same: bool) -> None:
-    assert races(tmp_path, publishers, 2, same) == 2
+def test_of_publishers_at_once_one_wins(tmp_path: Path, processes: Killer, same: bool) -> None:
+    assert races(tmp_path, processes, 2, same) == 2
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("same", [False, True])
-def test_of_publishers_at_once_one_wins_each_time(tmp_path: Path, publishers: list[Killer], same: bool) -> None:
-    assert races(tmp_path, publishers, 25, same) == 25
+def test_of_publishers_at_once_one_wins_each_time(tmp_path: Path, processes: Killer, same: bool) -> None:
+    assert races(tmp_path, processes, 25, same) == 25
+
+
+# ---- nightly, clean and rollback at once -----------------------------------------------------------------------------
+
+DAYS = ("2026-01-29", "2026-01-30", "2026-01-31")
+LAWFUL = {"nightly": {0, 5}, "clean": {0}, "rollback": {0, 3, 5}}
+"""How each may end beside the others: done · 3, nothing to undo, or cleaned away · 5, another holds the night, or was
+faster."""
+
+
+def configured(night: Night, model: int) -> Config:
+    retention = {"versions": 7, "nights": 3, "days": 0, "published": None}
+    return Config.model_validate({**night.config.model_dump(), "seed": model, "retention": retention})
+
+
+def at_once(root: Path, processes: Killer, rounds: int, seed: int) -> Counter[str]:
+    """Each round a whole night, a clean and a rollback are three live processes, one of which may be killed; how each
+    ended. Readers see whole nights, and what a night or a rollback said it did is there."""
+    rng, ended, longest = random.Random(seed), Counter[str](), 0.0
+    nights = {ds: Night(root, ds) for ds in DAYS}
+    offered = {ds: [1] for ds in DAYS}
+    for ds, night in nights.items():
+        longest = max(longest, processes.run("nightly", configured(night, 1), ds)[1])
+        assert night.read() == sorted(good("m1"))
+    for number in range(2, rounds + 2):
+        mine, other = rng.choice(DAYS), rng.choice(DAYS)
+        before = {ds: night.read() for ds, night in nights.items()}
+        offered[mine].append(number)
+        config = configured(nights[mine], number)
+        jobs = {"nightly": mine, "clean": mine, "rollback": other}
+        dying = rng.choice([*jobs, None])
+        delays = {job: rng.uniform(0, 2 * longest) if job == dying else None for job in jobs}
+        codes, _ = processes.at_once([Run(job, config, ds, delay=delays[job]) for job, ds in jobs.items()])
+        found = dict(zip(jobs, codes, strict=True))
+        for job, code in found.items():
+            assert code in LAWFUL[job] or (code == KILLED and job == dying), found
+            ended[f"{job} {code}"] += 1
+        assert_whole(nights, offered)
+        now = {ds: night.read() for ds, night in nights.items()}
+        if found["nightly"] == 0 and (other != mine or found["rollback"] not in (0, KILLED)):
+            assert now[mine] == sorted(good(f"m{number}")), "a night that is done is what readers see"
+        for ds in DAYS:
+            if ds not in (mine, other):
+                assert now[ds] == before[ds], "nobody asked for a change of this night"
+    for ds, night in nights.items():
+        assert processes.run("nightly", configured(night, rounds + 2), ds)[0] == 0
+        assert night.read() == sorted(good(f"m{rounds + 2}"))
+    assert nights[DAYS[-1]].latest()["model_version"] == f"m{rounds + 2}"
+    assert processes.run("clean", configured(night, 1), DAYS[0])[0] == 0
+    assert [path.name for path in night.table.rglob("*.tmp")] == []
+    return ended
+
+
+def assert_whole(nights: dict[str, Night], offered: dict[str, list[int]]) -> None:
+    """Every night is one model's, every version that stays has its files, and every run those that it was made from."""
+    for ds, night in nights.items():
+        assert night.read() in ([], *(sorted(good(f"m{model}")) for model in offered[ds]))
+    delta, lake = DeltaLog(str(night.table)), night.lake
+    newest = delta.opened().version()
+    for version in range(max(0, newest - 6), newest + 1):
+        assert all((night.table / path).exists() for path in delta.live(version)), version
+    for ds in nights:
+        for stage in LINE:
+            for run in lake.stage(ds, stage).finished():
+                assert all(lake.stage(ds, above).find(str(run.inputs[above])) for above in LINE[stage].builds_on)
+
+
+def test_a_night_a_clean_and_a_rollback_at_once_leave_a_whole_lake(tmp_path: Path, processes: Killer) -> None:
+    assert sum(at_once(tmp_path, processes, 4, 1).values()) == 4 * 3
+
+
+@pytest.mark.soak
+def test_nights_cleans_and_rollbacks_at_once_leave_a_whole_lake_for_long(tmp_path: Path, processes: Killer) -> None:
+    ended = at_once(tmp_path, processes, 200, 2)
+    print(dict(ended))
+    assert min(ended["nightly 0"], ended["clean 0"], ended["rollback 0"]) > 50

@@ -24,9 +24,15 @@ def rows(model: str) -> list[Any]:
 
 
 @pytest.fixture
-def night(tmp_path: Path) -> Night:
+def night(made: Night, tmp_path: Path) -> Night:
+    return made.copied(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Night:
     """2026-01-30 is published by m1, 2026-01-31 by m1 and then by m2 and m3: versions 0 to 3."""
-    before, night = Night(tmp_path, "2026-01-30"), Night(tmp_path)
+    root = tmp_path_factory.mktemp("made")
+    before, night = Night(root, "2026-01-30"), Night(root)
     for each in (before, night):
         each.prepare()
     before.offer("m1")

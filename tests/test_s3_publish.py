@@ -19,7 +19,7 @@ from ncf_dist.clean.pipeline import clean
 from ncf_dist.config import Retention
 from ncf_dist.errors import ExitCode
 from ncf_dist.publish.log import DeltaLog
-from tests.killing import KILLED, Killer, killer
+from tests.killing import KILLED, Killer, Run, killer
 from tests.published import Night, good
 from tests.s3 import KEY, SECRET, TOKEN, Store, served
 
@@ -36,9 +36,9 @@ def store() -> Iterator[Store]:
 
 
 @pytest.fixture(scope="module")
-def publishers(store: Store) -> Iterator[list[Killer]]:
-    with killer("ncf_dist.publish.pipeline:publish") as one, killer("ncf_dist.publish.pipeline:publish") as other:
-        yield [one, other]
+def publishers(store: Store) -> Iterator[Killer]:
+    with killer("ncf_dist.publish.pipeline:publish") as made:
+        yield made
 
 
 def night_at(store: Store, name: str, root: Path, ds: str = DS) -> Night:
@@ -64,18 +64,19 @@ def model_shown(night: Night) -> tuple[str | None, str | None]:
 # ---- races -----------------------------------------------------------------------------------------------------------
 
 
-def races(store: Store, publishers: list[Killer], root: Path, rounds: int) -> int:
+def races(store: Store, publishers: Killer, root: Path, rounds: int) -> int:
     """Each round two publishers of two nights meet right before their commits, so that both have looked at the same
     version; how often one won and the other was told."""
     nights = [night_at(store, f"race-{rounds}", root, f"2026-01-{day}") for day in (30, 31)]
     won = 0
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            for night, publisher in zip(nights, publishers, strict=True):
+            for night in nights:
                 night.offer(f"m{number}")
-                publisher.ask("publish", night.config, night.ds, "committing", meeting=(folder, 2))
-            codes = sorted(publisher.answer()[0] for publisher in publishers)
-        assert codes == [ExitCode.DONE, ExitCode.BUSY_OR_STALE], f"round {number}"
+            meeting = (folder, len(nights))
+            runs = [Run("publish", night.config, night.ds, "committing", meeting=meeting) for night in nights]
+            codes = publishers.at_once(runs)[0]
+        assert sorted(codes) == [ExitCode.DONE, ExitCode.BUSY_OR_STALE], f"round {number}"
         won += 1
         for night in nights:  # The loser comes again.
             assert night.publish()[0] in ("done", "already-done")
@@ -84,12 +85,12 @@ def races(store: Store, publishers: list[Killer], root: Path, rounds: int) -> in
     return won
 
 
-def test_of_two_publishers_one_wins(store: Store, publishers: list[Killer], tmp_path: Path) -> None:
+def test_of_two_publishers_one_wins(store: Store, publishers: Killer, tmp_path: Path) -> None:
     assert races(store, publishers, tmp_path, 2) == 2
 
 
 @pytest.mark.soak
-def test_of_two_publishers_one_wins_25_times(store: Store, publishers: list[Killer], tmp_path: Path) -> None:
+def test_of_two_publishers_one_wins_25_times(store: Store, publishers: Killer, tmp_path: Path) -> None:
     assert races(store, publishers, tmp_path, 25) == 25
 
 
@@ -116,19 +117,19 @@ def killed_at(
 
 @pytest.mark.parametrize("step", ["staged", "committing", "committed"])
 def test_a_publication_that_is_killed_leaves_the_old_night_or_the_new_one(
-    store: Store, publishers: list[Killer], tmp_path: Path, step: str
+    store: Store, publishers: Killer, tmp_path: Path, step: str
 ) -> None:
-    assert killed_at(store, publishers[0], tmp_path, f"kill-{step}", step) == KILLED
+    assert killed_at(store, publishers, tmp_path, f"kill-{step}", step) == KILLED
 
 
 @pytest.mark.soak
-def test_a_publication_that_is_killed_at_20_points(store: Store, publishers: list[Killer], tmp_path: Path) -> None:
+def test_a_publication_that_is_killed_at_20_points(store: Store, publishers: Killer, tmp_path: Path) -> None:
     dice, killed = random.Random(7), 0
     for step in STEPS:
-        killed += killed_at(store, publishers[0], tmp_path, f"every-{step}", step) == KILLED
+        killed += killed_at(store, publishers, tmp_path, f"every-{step}", step) == KILLED
     assert killed == len(STEPS)
     for number in range(20 - len(STEPS)):
-        killed_at(store, publishers[0], tmp_path, f"moment-{number}", delay=dice.uniform(0, 2.0))
+        killed_at(store, publishers, tmp_path, f"moment-{number}", delay=dice.uniform(0, 2.0))
 
 
 def test_a_commit_whose_answer_was_lost_is_known_to_have_been_made(store: Store, tmp_path: Path) -> None:

@@ -90,6 +90,27 @@ def test_each_night_is_shown_with_what_became_of_it(week: Night) -> None:
     assert found["07"].paired
 
 
+def test_every_refusal_of_a_night_is_listed(tmp_path: Path) -> None:
+    """Also those of attempts before the last one, and that of a model in whose place the champion ranked."""
+    lake, ds = Lake(str(tmp_path)), "2026-01-01"
+
+    def refused(*gates: str) -> dict[str, Any]:
+        return {"gates": {gate: {"outcome": "refused"} for gate in gates}}
+
+    tried(lake, ds, 1, outcome="refused", exit_code=4, error="volume: …", **refused("volume", "age"))
+    tried(lake, ds, 2, outcome="refused", exit_code=4, error="churn: …", **refused("churn"))
+    tried(lake, ds, 3, outcome="failed", exit_code=3, error="no room")
+    [night] = last_nights(lake, "recommendations", 1)
+    assert [(one.gates, one.error) for one in night.refusals] == [
+        *((["age", "volume"], "volume: …"), (["churn"], "churn: …"))
+    ]
+    assert text_table([night]).splitlines()[-1].endswith("no room; earlier: age, volume, churn")
+    tried(lake, ds, 4, **refused("champion"))
+    [night] = last_nights(lake, "recommendations", 1)
+    assert (night.outcome, night.refused, night.refusals[-1].error) == ("done", ["champion"], None)
+    assert text_table([night]).splitlines()[-1].endswith("champion; earlier: age, volume, churn")
+
+
 def test_the_table_tells_the_story_in_a_line_a_night(week: Night) -> None:
     lines = text_table(list(nights(week).values())).splitlines()
     assert [re.split(r"  +", line)[1] for line in lines] == [

@@ -8,18 +8,22 @@ one clean more and for `retention.days`: a reader that has listed the log still 
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import posixpath
 import re
 from collections.abc import Iterator
+from typing import Any
 
+import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from ncf_dist.clean import steps
 from ncf_dist.clean.removal import Removal
 from ncf_dist.clean.versions import CHECKPOINT, ENTRY, LOG, Published
 from ncf_dist.errors import ContractError
-from ncf_dist.files import delta_options, make_dirs, read_bytes, write_atomic, write_bytes
+from ncf_dist.files import delta_options, make_dirs, read_bytes, read_json, write_atomic, write_bytes
 from ncf_dist.scratch import scratch_folder
 
 LAST = "_last_checkpoint"
@@ -64,6 +68,29 @@ def write(published: Published, work: str) -> None:
     steps.reached("checkpointed")
     write_atomic(posixpath.join(root, LOG, LAST), made[LAST])
     steps.reached("checkpoint-named")
+
+
+def name_newest(published: Published) -> None:
+    """Have `_last_checkpoint` name the newest checkpoint, where a clean was killed before it did: readers begin with
+    the one that it names, and a later clean removes the older ones."""
+    there, root = published.versions_of(CHECKPOINT), published.delta.root
+    if not there or _named(root) == there[-1]:
+        return
+    data = read_bytes(posixpath.join(root, LOG, _name(there[-1])))
+    file = pq.ParquetFile(io.BytesIO(data))
+    files = sum(add is not None for add in file.read(columns=["add"])["add"].to_pylist())
+    said = {"version": there[-1], "size": file.metadata.num_rows, "sizeInBytes": len(data), "numOfAddFiles": files}
+    write_atomic(posixpath.join(root, LOG, LAST), json.dumps(said, separators=(",", ":")).encode())
+    steps.reached("checkpoint-named")
+
+
+def _named(root: str) -> int | None:
+    """The version of the checkpoint that `_last_checkpoint` names."""
+    try:
+        found = read_json(dict[str, Any], posixpath.join(root, LOG, LAST)).get("version")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def outdated(published: Published, before: float) -> Iterator[Removal]:

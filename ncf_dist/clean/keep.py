@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ncf_dist.ancestry import DIGESTS, Line
 from ncf_dist.bundle import BUNDLE, Bundle, read_bundle
 from ncf_dist.config import Config
+from ncf_dist.earlier import rejected
 from ncf_dist.errors import ContractError
 from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
@@ -56,7 +57,7 @@ def what_stays(lake: Lake, config: Config, shown: Iterable[tuple[str, str]]) -> 
 
     roots = [run for run in found if run.ds in nights]
     roots += [run for ds, key in shown if (run := found.get(ds, "score", key))]
-    roots += _newest(found)
+    roots += _newest(lake, config.publish.table, found)
     roots += [run for run in found if _is_named(run, config)]
     kept = _with_upstream(roots, found)
     kept |= {run.root: run for run in found if run.stage == "evaluate" and _judged_one_of(run, kept, found)}
@@ -65,12 +66,14 @@ def what_stays(lake: Lake, config: Config, shown: Iterable[tuple[str, str]]) -> 
     return Kept(nights, frozenset(kept))
 
 
-def _newest(found: _Runs) -> Iterator[Manifest]:
-    """The runs that the next night begins with: the newest index, and of each kind of model the newest one."""
+def _newest(lake: Lake, table: str, found: _Runs) -> Iterator[Manifest]:
+    """The runs that the next night begins with: the newest index, and of each kind of model the newest good one."""
     seen = set()
     for run in sorted(found, key=lambda run: (run.ds, run.finished), reverse=True):
         what = json.dumps(run.config.get("model"), sort_keys=True) if run.stage == "train" else run.stage
         if run.stage in ("prepare", "train") and run.name is None and what not in seen:
+            if run.stage == "train" and rejected(lake, table, run) is not None:
+                continue
             seen.add(what)
             yield run
 

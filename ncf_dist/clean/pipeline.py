@@ -47,8 +47,11 @@ def clean(config: Config, ds: str) -> Outcome:
                 done += carried_out(work.of_night(night, work.published()))
                 remove_empty(work.lake, night, f"{work.delta.root}/ds={night}")
     if (published := work.published()) is not None:
+        leftovers.sweep_log(work.delta)
         if checkpoint.is_due(published):
             checkpoint.write(published, resolve(config.paths.work))
+        else:
+            checkpoint.name_newest(published)
         done += carried_out(checkpoint.outdated(published, work.before))
     log.info("removed %s", _in_words(done))
     warnings = [f"passed over, as another run holds it: ds {night}" for night in busy]

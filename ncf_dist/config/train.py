@@ -94,11 +94,13 @@ class Train(Section):
     """neumf: start from a trained gmf and a trained mlp."""
     every: Annotated[str, Field(pattern=r"^[1-9]\d{0,3}d$")] | None = None
     """How often a model is trained, such as 7d: the nights between are ranked by the newest model of less than so many
-    days before, where it was made with these settings, no gate refused it and tonight's index extends its own. Users
-    and items that have come since are treated as the model's kind allows, and said. Default: every night."""
+    days before, where it was made with these settings, no gate refused it, no rollback took it back and tonight's
+    index extends its own. Users and items that have come since are treated as the model's kind allows, and said.
+    Default: every night."""
     warm_start: str | None = None
     """Start from an earlier bundle of the same model, whose users and items may be fewer: its folder, or `previous` for
-    that of the latest night before ds (none there: a fresh start)."""
+    that of the latest night before ds whose model no gate refused and no rollback took back (none there: a fresh
+    start)."""
     checkpoint_steps: PositiveInt | None = None
     """Save after this many steps."""
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = 5.0

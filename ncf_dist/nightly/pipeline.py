@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,7 +88,7 @@ class _Night:
         self.outputs |= outcome.outputs
         self.metrics |= outcome.metrics
         self.warnings += outcome.extra.get("warnings", ())
-        self.extra |= outcome.extra
+        self.extra |= {**outcome.extra, **self._gates(outcome.extra)}
 
     def judge(self, name: str, config: Config, ds: str) -> None:
         """Refuse a night whose data publish would refuse before a model is trained on it, and one whose model it would
@@ -113,14 +113,23 @@ class _Night:
             if isinstance(error, ScoresNotFinite):
                 said, error = error.extra, refused_model(config, ds, self.made["train"].run_key, str(error))
                 error.extra = {**said, **error.extra}
-            found = champion(lake, config.publish.table, ds) if config.gates.on_refusal == CHAMPION else None
-            if found is None or objection(lake, self.made["prepare"], found) is not None:
+            table = config.publish.table
+            found = champion(lake, table, ds) if config.gates.on_refusal == CHAMPION else None
+            if found is None or objection(lake, table, self.made["prepare"], found) is not None:
                 raise error from None
             warning = f"the model of this night is refused, and the champion of {found.ds} ranks in its place: {error}"
             log.warning("%s", warning)
             self.warnings.append(warning)
+            self.extra |= self._gates(error.extra)
             self.stages.setdefault(name, "refused")
             self.made["train"] = found
+
+    def _gates(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """What was said of each gate; a refusal stays one when the champion's lists pass in place of the model's."""
+        before, now = self.extra.get("gates", {}), extra.get("gates", {})
+        refused = {name: said for name, said in before.items() if said["outcome"] == "refused"}
+        gates = {**before, **now, **refused}
+        return {"gates": gates} if gates else {}
 
     @contextlib.contextmanager
     def _told(self, stage: str) -> Iterator[None]:
@@ -133,6 +142,7 @@ class _Night:
             error.extra = {
                 **said,
                 **error.extra,
+                **self._gates(error.extra),
                 "warnings": [*self.warnings, *last],
                 "stages": {**self.stages, stage: error.status},
             }

@@ -77,12 +77,16 @@ class Decision:
             found[gate] = {**found.get(gate, {}), "outcome": "overridden" if gate in self.overrides else "refused"}
         return found
 
+    def record(self, lake: Lake) -> str:
+        """Where it is kept what the gates said of this run."""
+        return lake.path("runs", self.ds, "gates", f"{self.run}.json")
+
     def enforce(self, lake: Lake) -> list[str]:
         """Keep what was decided; returns the warnings. Raises GateRefused."""
         warnings = self.warnings
         for warning in warnings:
             log.warning("%s", warning)
-        folder = lake.path("runs", self.ds, "gates")
+        folder = posixpath.dirname(self.record(lake))
         body = {
             "ds": self.ds,
             "run_key": self.run,
@@ -95,7 +99,7 @@ class Decision:
         }
         make_dirs(folder)
         leftovers.sweep(folder)
-        write_atomic(posixpath.join(folder, f"{self.run}.json"), json.dumps(body, indent=1).encode())
+        write_atomic(self.record(lake), json.dumps(body, indent=1).encode())
         if self.refused:
             raise GateRefused(
                 f"ds {self.ds} is not published and what is published stays: "

@@ -7,11 +7,13 @@ rest."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import posixpath
 import re
 import time
+from collections.abc import Iterator
 
 from ncf_dist.contracts import PARTITION
 from ncf_dist.files import is_local, list_names, remove
@@ -44,16 +46,29 @@ def sweep_table(delta: DeltaLog) -> None:
     """Remove what is left of runs that died, in the whole table."""
     if not is_local(delta.root):
         return
-    try:
-        for name in ("", "_delta_log"):
-            sweep(posixpath.join(delta.root, name))
+    sweep_log(delta)
+    with _tolerated(delta.root):
         needed = _ever_added(delta)
         for night in [name for name in list_names(delta.root) if name.startswith(f"{PARTITION}=")]:
             sweep(posixpath.join(delta.root, night))
             if needed is not None:
                 _sweep_staged(delta.root, night, needed)
+
+
+def sweep_log(delta: DeltaLog) -> None:
+    """Remove what killed writers left half-written beside the log and in it."""
+    with _tolerated(delta.root):
+        for name in ("", "_delta_log"):
+            sweep(posixpath.join(delta.root, name))
+
+
+@contextlib.contextmanager
+def _tolerated(root: str) -> Iterator[None]:
+    """What cannot be removed is said, and stops nothing."""
+    try:
+        yield
     except OSError as error:
-        log.warning("leftovers in %s cannot be removed (%s); the next run tries again", delta.root, error)
+        log.warning("leftovers in %s cannot be removed (%s); the next run tries again", root, error)
 
 
 def _sweep_staged(root: str, night: str, needed: set[str]) -> None:

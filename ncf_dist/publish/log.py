@@ -141,9 +141,12 @@ class DeltaLog:
     def __init__(self, root: str) -> None:
         self.root = root
         self._entries: dict[int, Entry] = {}
+        self._newest: DeltaTable | None = None
 
     def open(self) -> DeltaTable | None:
         """The newest version, or None where there is no table. Raises ContractError where the log is damaged."""
+        if self._newest is not None and self._is_newest(self._newest.version()):
+            return self._newest
         latest = self.latest()  # Before the log is read: it only grows.
         known = latest.version if latest is not None else None
         with self.understood():
@@ -159,11 +162,16 @@ class DeltaLog:
             for version in self._back_from(table.version()):
                 self.entry(version)
             self._check_snapshot(table)
+        self._newest = table
         return table
 
     def at(self, version: int | None = None) -> DeltaTable:
         """A version (default: the newest) as delta-rs reads it, and raises what it raises."""
         return DeltaTable(self.root, version=version, storage_options=delta_options(self.root))
+
+    def _is_newest(self, version: int) -> bool:
+        """Whether nothing was committed since this version was read: reading a log takes longer than asking that."""
+        return exists(self.path(version)) and not exists(self.path(version + 1))
 
     def opened(self) -> DeltaTable:
         """The newest version of a table that is there."""

@@ -16,6 +16,7 @@ from ncf_dist.champion import CHAMPION
 from ncf_dist.config import Config, Gates
 from ncf_dist.config.gates import MODEL_GATES
 from ncf_dist.errors import GateRefused
+from ncf_dist.files import exists
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.publish import gates as rules
@@ -49,8 +50,10 @@ def check(config: Config, ds: str, prepare: Manifest, evaluate: Manifest) -> Non
     facts = rules.Facts("", train, 1, 0, None, found, held_out)
     verdicts = [verdict for verdict in rules.judge(facts, require) if verdict.refuses] + judge(config.gates, found)
     decision = Decision(ds, train, [], verdicts, config.gates.overrides, (*require, *active(config.gates)), train)
-    if decision.refused:
-        decision.enforce(Lake(config.paths.lake))
+    lake = Lake(config.paths.lake)
+    # What was kept of a refusal that no longer holds would keep later nights from building on this model.
+    if decision.refused or exists(decision.record(lake)):
+        decision.enforce(lake)
 
 
 def refused(config: Config, ds: str, train: str, why: str) -> GateRefused:

@@ -24,6 +24,7 @@ from ncf_dist.publish.log import DeltaLog
 from ncf_dist.publish.measures import Check
 from ncf_dist.publish.past import Night, before
 from ncf_dist.publish.unseen import bucket_of
+from ncf_dist.published import nights_before
 
 SAMPLED_USERS = 10_000
 
@@ -95,5 +96,4 @@ def files_before(log: DeltaLog, ds: str) -> list[str]:
     """The published files of the newest night before `ds`; none where there is none."""
     table = log.open()
     nights = log.nights(table) if table is not None else {}
-    earlier = [night for night in nights if night < ds]
-    return [posixpath.join(log.root, path) for path, _ in nights[max(earlier)]] if earlier else []
+    return [posixpath.join(log.root, path) for night in nights_before(nights, ds)[:1] for path, _ in nights[night]]

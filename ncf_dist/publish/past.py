@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ncf_dist.publish.log import DeltaLog, Entry
+from ncf_dist.published import nights_before
 from ncf_dist.stored import typed
 
 VALUES, OVERRIDES = "ncf.values", "ncf.overrides"
@@ -46,7 +47,7 @@ def good_nights(log: DeltaLog, ds: str, most: int) -> list[Night]:
     table = log.open()
     nights = log.nights(table) if table is not None else {}
     found: list[Night] = []
-    for night in sorted((other for other in nights if other < ds), reverse=True)[:most]:
+    for night in nights_before(nights, ds)[:most]:
         assert table is not None
         explained = log.explain(table, night)
         if explained is not None and (measured := measured_of(explained[1])) is not None:

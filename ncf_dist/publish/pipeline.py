@@ -28,6 +28,7 @@ from ncf_dist.publish.judging import judge
 from ncf_dist.publish.log import LATEST, DeltaLog
 from ncf_dist.publish.repair import restore, restore_all
 from ncf_dist.publish.runs import Runs, find_runs
+from ncf_dist.publish.standing_in import standing_in
 from ncf_dist.publish.table import Publication, PublishedTable
 from ncf_dist.stage import Outcome, Upstream
 
@@ -43,7 +44,7 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     folder cannot be written. What readers see changes in none of these, but for InputError, which says so.
     """
     lake = Lake(config.paths.lake)
-    runs = find_runs(lake, config, ds, given)
+    runs = find_runs(lake, config, ds, given if given is not None else standing_in(config, ds))
     score, promise = runs.score, Promise.of(runs.score)
     contract = contract_of(runs.prepare, promise.form)
     forget, path = runs.prepare.inputs.get("forget"), config.input.forget

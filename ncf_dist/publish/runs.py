@@ -33,10 +33,15 @@ class Runs:
 def find_runs(lake: Lake, config: Config, ds: str, given: Upstream | None) -> Runs:
     """Raises ContractError where no finished run of score fits this config."""
     upstream = find_upstream(lake, config, ds, STAGE, given)
+    evaluate = best_evaluation(lake, ds, upstream["train"].run_key)
+    return Runs(upstream["prepare"], upstream["score"], evaluate)
+
+
+def best_evaluation(lake: Lake, ds: str, train_run: str) -> Manifest | None:
+    """The newest of tonight's of a model; but one that compares says more than one that does not, also where tonight's
+    config has no baselines."""
     judged = lake.stage(ds, "evaluate").production()
-    mine = [run for run in judged if run.inputs.get("train") == upstream["train"].run_key]
-    # The newest; but one that compares says more than one that does not, also where tonight's config has no baselines.
-    return Runs(upstream["prepare"], upstream["score"], max(mine, key=_says, default=None))
+    return max((run for run in judged if run.inputs.get("train") == train_run), key=_says, default=None)
 
 
 def _says(run: Manifest) -> int:

@@ -25,12 +25,24 @@ class Published:
     run_key: str | None
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """gates: those that refused; job: of the attempt; error: what it said of that, None where it went on (the champion
+    ranked)."""
+
+    attempt: str
+    job: str
+    gates: list[str]
+    error: str | None
+
+
 @dataclass
 class Night:
     """A night, all attempts at it together. outcome: of the last attempt, None where no record is left; failed: the
     stage that ended it, unless all went well; metric: the headline metric's name; champion: the model minus the one
-    that was published before it, on the same rows where `paired`; refused: gates; seconds: of all attempts; bytes: of
-    the tables that the stages made; published: None where readers do not see it; undone: by a rollback."""
+    that was published before it, on the same rows where `paired`; refused: gates, by the last attempt; refusals: every
+    attempt that a gate refused something of; seconds: of all attempts; bytes: of the tables that the stages made;
+    published: None where readers do not see it; undone: by a rollback."""
 
     ds: str
     attempts: int = 0
@@ -46,6 +58,7 @@ class Night:
     champion: float | None = None
     paired: bool = False
     refused: list[str] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
     warnings: int = 0
     interactions: int | None = None
     rows: int | None = None
@@ -97,6 +110,8 @@ def _night(ds: str, records: Sequence[Record], shown: Published | None, undone: 
             night.seconds = (night.seconds or 0.0) + record.seconds
         night.model_version = record.model_version or night.model_version
         night.undone |= record.run_key in undone
+        if refused := _refused(record):
+            night.refusals.append(Refusal(record.attempt, record.job, refused, record.error))
         gates |= record.gates
         measured |= record.metrics
     if records:
@@ -112,8 +127,13 @@ def _judge(night: Night, last: Record) -> None:
     night.outcome, night.error, night.warnings = last.outcome, last.error, len(last.warnings)
     ended = [name for name, stage in last.stages.items() if stage.status in ("failed", "refused", "running")]
     night.failed = ended[-1] if ended and last.outcome not in ("done", "already-done") else None
-    outcomes = {name: gate.get("outcome") for name, gate in last.gates.items() if isinstance(gate, Mapping)}
-    night.refused = sorted(name for name, outcome in outcomes.items() if outcome == "refused")
+    night.refused = _refused(last)
+
+
+def _refused(record: Record) -> list[str]:
+    """The gates that refused something of this attempt."""
+    outcomes = {name: gate.get("outcome") for name, gate in record.gates.items() if isinstance(gate, Mapping)}
+    return sorted(name for name, outcome in outcomes.items() if outcome == "refused")
 
 
 def _tables(night: Night, records: Sequence[Record]) -> None:

@@ -40,10 +40,12 @@ def champion_text(night: Night) -> str:
 
 
 def why_text(night: Night) -> str:
-    """The gates that refused it, or else the beginning of what stopped it."""
+    """The gates that refused it, or else the beginning of what stopped it; then the gates that refused it earlier."""
     text = ", ".join(night.refused) or " ".join((night.error or "").split())
     text = text if len(text) <= WHY else f"{text[: WHY - 1]}…"
-    return visible(text)
+    before = {gate: None for refusal in night.refusals for gate in refusal.gates if gate not in night.refused}
+    earlier = f"earlier: {', '.join(before)}" if before else ""
+    return visible("; ".join(filter(None, (text, earlier))))
 
 
 def metric_name(nights: Sequence[Night]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ncf_dist import config as settings
 from ncf_dist.ancestry import INDEXES, Index, Line, index_sizes
 from ncf_dist.bundle import BUNDLE, Bundle, load_model, read_bundle, verify_weights
+from ncf_dist.earlier import rejected
 from ncf_dist.errors import ContractError
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF, MLP, Embedding, NeuMF, Recommender, build_model
@@ -33,9 +34,10 @@ SAME = {"name", "factors", "layers", "biases", "embedding_sizes", "batch_norm", 
 """What of `model` must be equal for one model's weights to fit another."""
 
 
-def start_bundle(train: settings.Train, model: settings.Model, line: Line) -> str | None:
+def start_bundle(train: settings.Train, model: settings.Model, line: Line, table: str) -> str | None:
     """The bundle that a warm start begins with: the named one; with `previous` the newest of an earlier night that is a
-    model of this kind and whose index tonight's begins with; None for a fresh start."""
+    model of this kind, whose index tonight's begins with, and which no gate refused and no rollback took back; None for
+    a fresh start. table: the published one's name."""
     if train.warm_start != PREVIOUS:
         return train.warm_start
     wanted = kind(model)
@@ -47,14 +49,16 @@ def start_bundle(train: settings.Train, model: settings.Model, line: Line) -> st
                 different = {name: value for name, value in found.items() if value != wanted[name]}
                 log.info("warm start: not from %s of %s, whose model has %s", bundle.model_version, run.ds, different)
                 continue
-            objection = line.objection(Index.of_bundle(bundle))
+            objection = line.objection(Index.of_bundle(bundle)) or rejected(line.lake, table, run)
         except ContractError as error:
             objection = str(error)
         if objection is None:
             log.info("warm start: from the model of %s, %s", run.ds, bundle.model_version)
             return bundle.path
         log.warning("warm start: not from the model of %s: %s", run.ds, objection)
-    log.info("warm start: no earlier night has a model of this kind whose index tonight's begins with: a fresh start")
+    log.info(
+        "warm start: no earlier night has a good model of this kind whose index tonight's begins with: a fresh start"
+    )
     return None
 
 
