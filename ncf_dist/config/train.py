@@ -48,6 +48,11 @@ class Train(Section):
     """`auto`: CUDA (NCCL) where there is a GPU for every rank, else CPU (gloo)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: matrix products in bfloat16 under autocast; weights, optimiser and loss stay float32."""
+    exchange: Literal["auto", "dense", "rows"] = "auto"
+    """Several ranks: how they add up the gradients of embedding tables. `rows`: each sends the rows that its batch
+    looked up · `dense`: all of a table · `auto`: whichever is fewer bytes, on GPUs `dense`. Equal within rounding."""
+    exchange_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Several ranks: what gradients travel in. `bf16` is half the bytes, and rounds them to 8 bits."""
     compiled: bool = True
     """gmf, mlp and neumf by bce or bpr, fp32 without dropout, on a CPU: compute a step's loss and gradients in one
     compiled call, where it was built. Faster, and equal within rounding. `false`: torch's operations do it."""

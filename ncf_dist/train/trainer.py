@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ncf_dist.config import Train
 from ncf_dist.errors import ContractError, Preempted, TrainingFailed
@@ -33,6 +32,7 @@ from ncf_dist.stored import misfit, typed
 from ncf_dist.train import checkpoints
 from ncf_dist.train.checkpoints import Checkpoint
 from ncf_dist.train.epoch_order import Phase
+from ncf_dist.train.exchange import Exchange
 from ncf_dist.train.loaders import Batch, TrainLoader
 from ncf_dist.train.losses import Objective
 from ncf_dist.train.optimisers import build_optimiser, set_rate, state_like
@@ -101,10 +101,8 @@ class Trainer:
         self.model = model.to(world.device)
         self.signals = Objective(self.model, loss, config.precision, 2, config.embedding_l2, config.compiled)
         self.signals.to(world.device)
-        self.objective: nn.Module = self.signals
-        if world.size > 1:
-            devices = [world.local_rank] if world.device.startswith("cuda") else None
-            self.objective = DistributedDataParallel(self.objective, device_ids=devices, gradient_as_bucket_view=True)
+        self.exchange = Exchange(self.signals, loss, config, world)
+        self.objective = self.exchange.objective
         self.loader, self.validate, self.config, self.world = loader, validate, config, world
         self.seed, self.folder, self.stop = seed, folder, stop
         self.optimiser = build_optimiser(self.model, config)
@@ -177,6 +175,7 @@ class Trainer:
         rate = set_rate(self.optimiser, self.config, done)
         self._seed_step()
         alone = self.world.size == 1
+        self.exchange.announce(batch)
         loss = self.objective(batch, () if alone else asked)
         # As nn.Module.zero_grad, but without going through all modules in every step.
         for parameter in (*self.parameters, self.signals.signals):
@@ -185,6 +184,7 @@ class Trainer:
         if batch.rating is not None:
             finite = finite & batch.rating.isfinite().all()
         loss.backward(torch.where(finite, 1.0, math.nan))
+        self.exchange.finish()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(in_few_pieces(gradients))
         value = batch.mean(loss.item())
