@@ -126,9 +126,14 @@ def remove(path: str) -> None:
 def list_names(path: str) -> list[str]:
     """Names in a folder, sorted; empty where there is no such folder."""
     fs, inner = filesystem(path)
-    if not fs.exists(inner):
+    if is_local(path) and not fs.exists(inner):
         return []
-    return sorted(posixpath.basename(str(p).rstrip("/")) for p in fs.ls(inner, detail=False))
+    try:
+        found = fs.ls(inner, detail=False)
+    except FileNotFoundError:
+        return []
+    # Some stores keep an object for the folder itself.
+    return sorted(posixpath.basename(p) for p in (str(p).rstrip("/") for p in found) if is_local(path) or p != inner)
 
 
 class Size(NamedTuple):
@@ -146,6 +151,7 @@ def sizes(path: str) -> dict[str, Size]:
         return {
             posixpath.relpath(name, inner): Size(int(info["size"] or 0), _modified(info))
             for name, info in found.items()
+            if not str(name).endswith("/")  # An object that some stores keep for a folder.
         }
     return {}
 

@@ -39,6 +39,7 @@ MOST = {
         "version": 40,
         "model_version": 80,
         "rows": 250,
+        "retries": 12,
     },
     **{"metrics": 130, "warnings": 100, "outputs": 400, "runs": 400},
 }
@@ -49,7 +50,7 @@ HEADLINES = ("{}.ndcg@{}", "{}.hr@{}")
 RATINGS = ("rating.rmse", "rating.mae")
 ORDER = (
     *("job", "ds", "run_key", "status", "error", "nights", "rows", "metrics", "version", "model_version", "warnings"),
-    *("outputs", "runs", "lake", "details"),
+    *("retries", "outputs", "runs", "lake", "details"),
 )
 """Of the line's keys; others follow, and `seconds` is last."""
 FILE_ONLY = {"traceback", "command", "work", "exit_code", "intervals", "comparisons", "gates", "details_of_nights"}

@@ -134,6 +134,16 @@ def test_nothing_is_remembered_of_a_listing(store: Store) -> None:
     assert files.list_names(folder) == ["a", "b"]
 
 
+def test_an_object_for_a_folder_is_none_of_its_files(store: Store) -> None:
+    folder = f"{store.root}/marked"
+    store.objects[f"{store.prefix}/marked/"] = Stored(b"", "tag", time.time())
+    assert files.list_names(folder) == []
+    assert files.sizes(folder) == {}
+    files.write_bytes(f"{folder}/a", b"1")
+    assert files.list_names(folder) == ["a"]
+    assert [*files.sizes(folder)] == ["a"]
+
+
 def test_a_large_file_goes_in_parts_and_comes_back_whole(store: Store) -> None:
     data = os.urandom(2**20) * 120
     files.write_verified(f"{store.root}/large", data)

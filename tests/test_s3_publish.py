@@ -193,6 +193,7 @@ def test_credentials_are_in_no_file_log_or_line(store: Store, tmp_path: Path, fo
     if form == "profile":
         (tmp_path / "aws").write_text(f"[night]\naws_access_key_id = {KEY}\naws_secret_access_key = {SECRET}\n")
         keys = {"AWS_PROFILE": "night", "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "aws")}
+    store.fail_every = 5 if form == "token" else 0
     done = subprocess.run(
         [sys.executable, "-m", "ncf_dist.cli", "publish", "--config", str(config), "--ds", DS],
         env={
@@ -206,7 +207,9 @@ def test_credentials_are_in_no_file_log_or_line(store: Store, tmp_path: Path, fo
         text=True,
         check=False,
     )
+    store.fail_every = 0
     assert done.returncode == (3 if form == "wrong" else 0), done.stderr
+    assert ("retries" in json.loads(done.stdout.splitlines()[-1])) == (form == "token")
     written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "aws"]
     texts = [done.stdout.encode(), done.stderr.encode(), *(path.read_bytes() for path in written)]
     texts += [store.data(name) for name in store.names()]
