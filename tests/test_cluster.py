@@ -1,12 +1,11 @@
-"""A night on a cluster: a driver with Spark's standalone master, and two workers, on machines that share nothing but a
-network and the lake. What they have of ours is what `make package` made.
+"""A night on a cluster: a driver with Spark's standalone master and an S3 server, and two workers, on machines that
+share nothing but a network. What they have of ours is what `make package` made.
 
 `make cluster-test` runs this; it needs root.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -22,6 +21,7 @@ import yaml
 
 from ncf_dist import archives
 from tests.machines import SPARK_HOME, Machine, Network, cluster_of, wait_for, why_not
+from tests.s3 import Store
 
 PACKED = archives.environment_archive()
 REASON = why_not() or (None if PACKED.is_file() else f"there is no {PACKED}: run make package")
@@ -30,9 +30,17 @@ pytestmark = [pytest.mark.cluster, pytest.mark.skipif(REASON is not None, reason
 JAVA = {"JAVA_HOME": "/usr/lib/jvm/java-17-openjdk-amd64"}
 HOME = "/opt/ncf-dist"
 MASTER = "spark://driver:7077"
-SHARED = "/shared"
+STORE = "http://driver:9000"
+LAKES = "s3://lake/nights"
+SERVER = f"""
+import sys; sys.path.insert(0, "/root")
+import s3
+store = s3.Store(url={STORE!r})
+s3._Server(("driver", 9000), type("Handler", (s3._Handler,), {{"store": store}})).serve_forever(0.05)
+"""
 DS = "2023-07-01"
 GIB = 2**30
+ENV = {**JAVA, **Store(url=STORE).environment}
 
 
 @dataclass
@@ -41,8 +49,6 @@ class Cluster:
     driver: Machine
     workers: list[Machine]
     logs: Path
-    shared: Path
-    """What all three see as /shared, from outside."""
 
     def submit(self, job: str, *words: str) -> tuple[int, dict[str, Any], str]:
         """A job as a person on the driver's machine submits it: (exit code, last line, log)."""
@@ -51,12 +57,18 @@ class Cluster:
     def begin(self, job: str, *words: str) -> Job:
         stem = f"{job}-{len(list(self.logs.iterdir()))}"
         out, log = self.logs / f"{stem}.out", self.logs / f"{stem}.log"
-        command = self.driver.command([f"{HOME}/spark-submit.sh", job, *words], env=JAVA, folder=HOME)
+        command = self.driver.command([f"{HOME}/spark-submit.sh", job, *words], env=ENV, folder=HOME)
         with out.open("wb") as stdout, log.open("wb") as stderr:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
             )
         return Job(process, out, log)
+
+    def ask(self, script: str, *words: str) -> Any:
+        """What a script says that runs on the driver's machine."""
+        done = self.driver.run(f"{HOME}/.venv/bin/python", "-c", script, *words, env=ENV, folder=HOME)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
 
     def lose(self, machine: Machine) -> None:
         """A power cut. The machine comes back at once, empty, with a new worker."""
@@ -106,10 +118,9 @@ def begin_worker(machine: Machine, logs: Path) -> None:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    (shared := folder / "shared").mkdir()
     (logs := folder / "logs").mkdir()
     spark = Path(pyspark.__file__).parent
-    with cluster_of(folder / "machines", ["driver", "one", "two"], spark, {shared: SHARED}) as (network, machines):
+    with cluster_of(folder / "machines", ["driver", "one", "two"], spark) as (network, machines):
         driver, *workers = machines
         install(driver)
         begin(driver, "master.Master", "--port", "7077", "--webui-port", "8080", logs=logs)
@@ -117,7 +128,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         wait_for(lambda: "I have been elected leader" in log.read_text(), "Spark's master")
         for worker in workers:
             begin_worker(worker, logs)
-        yield Cluster(network, driver, workers, logs, shared)
+        shutil.copy(archives.ROOT / "tests/s3.py", driver.root / "root")
+        driver.begin("/usr/bin/python3", "-c", SERVER, log=logs / "s3.log")
+        yield Cluster(network, driver, workers, logs)
 
 
 def install(machine: Machine) -> None:
@@ -137,7 +150,7 @@ def config(cluster: Cluster, name: str, lake: str, **sections: Any) -> str:
     """The demo's config with `lake`, on the driver's machine. Returns its path there."""
     tree = yaml.safe_load((archives.ROOT / "conf/demo.yaml").read_text())
     tree["paths"] = {"lake": lake, "work": "/var/tmp/work"}
-    tree["input"] |= {"path": f"{SHARED}/raw/ratings.dat", "items": f"{SHARED}/raw/movies.dat"}
+    tree["input"] |= {"path": f"{LAKES}/raw/ratings.dat", "items": f"{LAKES}/raw/movies.dat"}
     tree["spark"] |= {"master": MASTER, "executor_memory": "1g"}
     for section, values in sections.items():
         tree[section] = {**tree.get(section, {}), **values}
@@ -187,33 +200,41 @@ def test_the_environment_runs_where_nothing_else_is(cluster: Cluster) -> None:
     there.run("rm", "-rf", "/tmp/any where", f"/tmp/{PACKED.name}")
 
 
-def published(lake: Path) -> list[str]:
-    """The digests of the published table's files."""
-    files = sorted((lake / "recommendations").rglob("*.parquet"))
-    assert files
-    return sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if "_delta_log" not in path.parts)
+PUBLISHED = """
+import hashlib, json, sys
+from ncf_dist.demo import read_latest
+from ncf_dist.files import read_bytes
+root = sys.argv[1] + "/recommendations"
+print(json.dumps(sorted(hashlib.sha256(read_bytes(f"{root}/{file}")).hexdigest() for file in read_latest(root).files)))
+"""
+CHECKPOINTS = """
+import json, sys
+from ncf_dist.files import sizes
+print(json.dumps([name for name in sizes(sys.argv[1]) if "/checkpoints/" in name]))
+"""
 
 
 @pytest.fixture(scope="module")
 def near(cluster: Cluster) -> list[str]:
     """What a night of the driver's machine alone publishes."""
-    path = config(cluster, "near", f"{SHARED}/near", spark={"master": "local[2]"})
-    code, _, log = cluster.submit("fetch", "--config", path, "--set", f"fetch.to={SHARED}/raw")
+    path = config(cluster, "near", "/var/tmp/near", spark={"master": "local[2]"})
+    code, _, log = cluster.submit("fetch", "--config", path, "--set", f"fetch.to={LAKES}/raw")
     assert code == 0, log
     code, line, log = cluster.submit("nightly", "--config", path, "--ds", DS)
     assert (code, line["status"]) == (0, "done"), log
-    return published(cluster.shared / "near")
+    found: list[str] = cluster.ask(PUBLISHED, "/var/tmp/near")
+    return found
 
 
 def test_a_night_on_a_cluster_publishes_what_a_local_one_does(cluster: Cluster, near: list[str]) -> None:
-    path = config(cluster, "far", f"{SHARED}/far")
+    path = config(cluster, "far", f"{LAKES}/far")
     code, line, log = cluster.submit("doctor", "--config", path, "--ds", DS, "--cluster")
     assert code == 0, log
     assert "executors 2 on one, two, 4 tasks at once" in log
-    assert f"executors' lake {SHARED}/far is read and written by all" in log
+    assert f"executors' lake {LAKES}/far is read and written by all" in log
     code, line, log = cluster.submit("nightly", "--config", path, "--ds", DS, "--cluster")
     assert (code, line["status"]) == (0, "done"), log
-    assert published(cluster.shared / "far") == near
+    assert cluster.ask(PUBLISHED, f"{LAKES}/far") == near
 
 
 IMPATIENT = ("--", "--conf", "spark.network.timeout=30s", "--conf", "spark.executor.heartbeatInterval=5s")
@@ -233,26 +254,26 @@ def ended(cluster: Cluster, job: Job, words: tuple[str, ...]) -> int:
 
 def test_a_night_survives_the_loss_of_workers(cluster: Cluster, near: list[str]) -> None:
     """One in prepare and the other in score: what is published has no byte less or other."""
-    words = ("--config", config(cluster, "lost", f"{SHARED}/lost"), "--ds", DS, "--cluster", *IMPATIENT)
+    words = ("--config", config(cluster, "lost", f"{LAKES}/lost"), "--ds", DS, "--cluster", *IMPATIENT)
     job = cluster.begin("nightly", *words)
     for worker, stage in zip(cluster.workers, ("1/5 prepare", "4/5 score"), strict=True):
         job.wait_for(lambda stage=stage: job.says(stage), stage)  # type: ignore[misc]
         job.wait_for(lambda worker=worker: bool(worker.processes("pyspark.worker")), "work")  # type: ignore[misc]
         cluster.lose(worker)
     assert ended(cluster, job, words) <= 1
-    assert published(cluster.shared / "lost") == near
+    assert cluster.ask(PUBLISHED, f"{LAKES}/lost") == near
 
 
 def test_training_on_executors_goes_on_after_a_worker_is_lost(cluster: Cluster, near: list[str]) -> None:
     """Ranks on two machines: the night ends in time, no rank is left anywhere, and the rerun publishes."""
     train = {"launcher": "spark", "timeout_s": 60, "checkpoint_steps": 20, "epochs": 4}
-    path = config(cluster, "ranks", f"{SHARED}/ranks", train=train)
+    path = config(cluster, "ranks", f"{LAKES}/ranks", train=train)
     words = ("--config", path, "--ds", DS, "--cluster", *IMPATIENT)
     job = cluster.begin("nightly", *words)
     rank = "ncf_dist.train.worker"
     job.wait_for(lambda: job.says("2/5 train"), "train")
     job.wait_for(lambda: all(worker.processes(rank) for worker in cluster.workers), "a rank on each machine")
-    job.wait_for(lambda: bool(list(cluster.shared.glob(f"ranks/runs/{DS}/train/*/checkpoints/*"))), "a checkpoint")
+    job.wait_for(lambda: bool(cluster.ask(CHECKPOINTS, f"{LAKES}/ranks/runs/{DS}/train")), "a checkpoint")
     cluster.lose(cluster.workers[0])
     code, _, log = job.end()
     assert code == 1, log
@@ -260,4 +281,4 @@ def test_training_on_executors_goes_on_after_a_worker_is_lost(cluster: Cluster, 
     code, line, log = cluster.submit("nightly", *words)
     assert (code, line["status"]) == (0, "done"), log
     assert "going on from" in log
-    assert published(cluster.shared / "ranks")
+    assert cluster.ask(PUBLISHED, f"{LAKES}/ranks")
