@@ -335,8 +335,10 @@ def test_the_scheduler_is_told(night: Night, capsys: pytest.CaptureFixture[str])
 # ---- a log that stopped ------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_a_log_that_stopped_leaves_the_old_night(spark: SparkSession, tmp_path: Path) -> None:
-    """Twenty users whose last interactions are of 19 May; three weeks later nobody was active in three days."""
+    """Twenty users whose last interactions are of 19 May; three weeks later nobody was active in three days. The suite
+    has the like in tests/test_score.py, by its own tables."""
     config = shop(tmp_path, score={"active_since": 3})
     for job in (prepare, train, score, publish):
         job(config, "2024-05-20")

@@ -3,7 +3,9 @@ damaged and taken back, in any order, readers see what a dict says. Each guard, 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -40,13 +42,27 @@ class Killed(BaseException):
     """What a process that is killed does: nothing more."""
 
 
+@functools.cache
+def prepared() -> Night:
+    """The last of the nights, all of which are prepared. No canary reads what is published: it changes nothing, and
+    takes a fifth of the time."""
+    root = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, root)
+    for ds in NIGHTS:
+        night = Night(root, ds)
+        night._made_with(gates={"canary": None})
+        night.prepare()
+    return night
+
+
 class Table(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.root = Path(tempfile.mkdtemp())
+        shutil.copytree(prepared().root, self.root, dirs_exist_ok=True)
         self.nights = {ds: Night(self.root, ds) for ds in NIGHTS}
         for night in self.nights.values():
-            night.prepare()
+            night._made_with(**prepared().sections)
         self.live: dict[str, str] = {}
         self.past: dict[str, list[tuple[int, str | None, bool]]] = {ds: [] for ds in NIGHTS}
         """Of each night: the version, the model that readers saw since, and whether it was a rollback."""
@@ -159,8 +175,7 @@ class Table(RuleBasedStateMachine):
                 assert self.nights[ds].publish()[0] == "done"
                 return
             night = Night(self.root, other)
-            night.sections = self.nights[other].sections
-            night.config = self.nights[other].config
+            night._made_with(**self.nights[other].sections)
             night.offer(others)
             assert night.publish()[0] == "done"
 

@@ -29,7 +29,7 @@ from ncf_dist import contracts, demo, engines, last_line, spark_io
 from ncf_dist.bundle import read_bundle, save_bundle
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config, Model, Score, load_config
-from ncf_dist.errors import ConfigError, ContractError, InputError
+from ncf_dist.errors import ConfigError, ContractError, GateRefused, InputError
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.models import GMF
@@ -264,6 +264,19 @@ def test_only_active_users(line: Line, since: Any) -> None:
     assert {row["reason"] for rows in found.values() for row in rows} == {"model", "popular"}
     assert line.facts["active_since"] == "2026-01-27"
     assert publish(line.config(table="active", active_since=since), DS).status == "done"
+
+
+def test_where_nobody_was_active_the_old_night_stays(line: Line, table: dict[str, list[dict[str, Any]]]) -> None:
+    """A log that stopped: nobody is ranked, and nothing of that is published."""
+    assert line.scored(active_since=DS) == {}
+    assert line.facts["users"] == 0
+    assert publish(line.config(table="stopped"), DS).status == "done"
+    latest = Path(line.lake.root, "stopped", "latest.json")
+    before = latest.read_bytes()
+    with pytest.raises(GateRefused, match=f"ds {DS} is not published and what is published stays: rows: .* 0 rows"):
+        publish(line.config(table="stopped", active_since=DS), DS)
+    assert latest.read_bytes() == before
+    assert json.loads(before)["rows"] == sum(map(len, table.values()))
 
 
 def test_item_lists(line: Line, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ run pass one that has changed what it was checked against, so its retries are of
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -101,8 +102,9 @@ def _sizes(delta: DeltaLog, table: DeltaTable, ds: str) -> dict[str, int]:
 def _facts(
     delta: DeltaLog, table: DeltaTable | None, ds: str, facts: Mapping[str, Any], kept: Iterable[str]
 ) -> dict[str, Any]:
-    """What the commit says about itself, with what every commit carries on."""
-    said = {"ncf.ds": ds, **facts, **({"ncf.kept": list(kept)} if kept else {})}
+    """What the commit says about itself, with what every commit carries on. `ncf.commit` tells it from that of another
+    process which publishes the same run at the same time."""
+    said = {"ncf.ds": ds, **facts, "ncf.commit": os.urandom(8).hex(), **({"ncf.kept": list(kept)} if kept else {})}
     undone = set(delta.undone(table.version())) if table is not None else set()
     undone |= {(ds, str(one["run_key"])) for one in facts.get("ncf.undoes", ())}
     undone -= {(ds, str(facts.get("ncf.run_key")))}

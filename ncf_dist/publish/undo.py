@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 To = int | Literal["PREVIOUS"]
 Listed = Callable[[pa.Array], "np.ndarray[Any, np.dtype[np.bool_]]"]
 """(R,) which of these user ids are on the list of input.forget."""
-_OF_ITS_OWN = {"ncf.ds", "ncf.files", "ncf.kept", "ncf.undone", "ncf.undoes", "ncf.restores", "ncf.digest"}
+_OF_ITS_OWN = {"ncf.ds", "ncf.commit", "ncf.files", "ncf.kept", "ncf.undone", "ncf.digest"} | {
+    *("ncf.undoes", "ncf.restores")
+}
 """What a commit says about itself alone, and not about the run that it publishes."""
 
 
