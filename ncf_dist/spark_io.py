@@ -236,7 +236,8 @@ def on_executor(entry: str, *given: Any) -> Pass:
 
 
 def on_one_executor(spark: SparkSession, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` returns (of JSON's types) in a Python worker of an executor. Raises the NcfError that it raises."""
+    """What `work` returns (of JSON's types) in a Python worker of an executor. Raises the NcfError that it raises. On
+    this machine all workers do it at once, so that what it imports is there when the first large task comes."""
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
@@ -246,8 +247,9 @@ def on_one_executor(spark: SparkSession, work: Callable[[], dict[str, Any]]) -> 
                 body = {"kind": type(error).__name__, "message": str(error)}
             yield pa.RecordBatch.from_pydict({"body": [json.dumps(body)]})
 
-    [row] = map_in_arrow(spark.range(0, 1, 1, 1), run, "body string").collect()
-    body = json.loads(row["body"])
+    workers = spark.sparkContext.defaultParallelism if _on_this_machine(spark) else 1
+    rows = map_in_arrow(spark.range(0, workers, 1, workers), run, "body string").collect()
+    body = json.loads(rows[0]["body"])
     if "kind" in body:
         raise getattr(errors, body["kind"])(body["message"])
     found: dict[str, Any] = body["found"]

@@ -112,3 +112,9 @@ def test_another_process_works_in_the_context_that_it_was_lent(spark: SparkSessi
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [spark.sparkContext.applicationId, "7"]
     assert spark.range(5).count() == 5
+
+
+def test_a_small_night_may_leave_the_second_compiler_out() -> None:
+    key = "spark.driver.defaultJavaOptions"
+    assert gateway.option(gateway.spark_options(Spark()), key) is None
+    assert gateway.option(gateway.spark_options(Spark(compiler="quick")), key) == "-XX:TieredStopAtLevel=1"
