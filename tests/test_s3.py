@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -15,12 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ncf_dist import files, locks, retries
 from ncf_dist.config import Paths
 from ncf_dist.doctor import places
 from ncf_dist.errors import BusyRun, ConfigError, StaleRun
 from ncf_dist.lake import Lake
+from ncf_dist.prepare import streams
+from ncf_dist.prepare.formats import FORMATS
+from ncf_dist.prepare.input_files import find_files
+from ncf_dist.prepare.source import plan
+from ncf_dist.train import checkpoints
 from tests.s3 import KEY, SECRET, Store, Stored, forget_clients, served
 
 pytest.importorskip("s3fs")
@@ -205,6 +212,60 @@ def test_a_store_that_stays_away_ends_within_the_budget(store: Store, monkeypatc
     assert 1 <= retries.OURS.taken <= 9
 
 
+# ---- input and checkpoints -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["log", "log/*.csv*", "log/b.csv", ["log/a.csv", "log/z.csv.gz"]])
+def test_a_log_in_s3_is_found_and_read_as_one_in_a_folder_is(store: Store, tmp_path: Path, given: Any) -> None:
+    rows = b"".join(b"%d,%d\n" % (number, number % 7) for number in range(20_000))
+    for name in ("a.csv", "b.csv", "_hidden.csv", "z.csv.gz"):
+        data = gzip.compress(rows) if name.endswith("gz") else rows
+        (tmp_path / "log").mkdir(exist_ok=True)
+        (tmp_path / "log" / name).write_bytes(data)
+        files.write_bytes(f"{store.root}/input/log/{name}", data)
+    said = []
+    for root in (str(tmp_path), f"{store.root}/input"):
+        paths = [f"{root}/{each}" for each in ([given] if isinstance(given, str) else given)]
+        found = find_files(paths, FORMATS["csv"], "csv")
+        texts = []
+        for path in found.paths:
+            with streams.opened(path) as stream:
+                if not path.endswith("gz"):
+                    stream.seek(70_001)
+                texts.append(stream.read(50))
+        names = [path.removeprefix(root) for path in (*found.paths, *found.left_out)]
+        said.append((names, texts, [range_of.end for unit in plan(found.paths, "text") for range_of in unit]))
+    assert said[0] == said[1]
+
+
+def test_checkpoints_in_s3_are_whole_or_passed_over(store: Store) -> None:
+    folder = f"{store.root}/checkpoints"
+    for step in (1, 2, 3):
+        checkpoints.save(folder, step, {"w": torch.full((4,), float(step))}, {"step": step})
+    assert files.list_names(folder) == ["step-000000002", "step-000000003"]
+    found = checkpoints.latest(folder)
+    assert found is not None
+    assert found.progress == {"step": 3}
+    assert found.tensors["w"].tolist() == [3.0] * 4
+    files.remove(f"{folder}/step-000000003/SHA256SUMS")  # Killed before its end.
+    found = checkpoints.latest(folder)
+    assert found is not None
+    assert found.progress == {"step": 2}
+    name = f"{store.prefix}/checkpoints/step-000000002/tensors.safetensors"
+    store.objects[name] = Stored(store.objects[name].data[:-1] + b"x", "tag", time.time())
+    assert checkpoints.latest(folder) is None
+
+
+def test_what_a_store_keeps_otherwise_than_it_was_given_is_noticed(store: Store) -> None:
+    def damage(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("/kept"):
+            store.objects[f"{store.prefix}/kept"].data = b"other"
+
+    store.hook = damage
+    with pytest.raises(OSError, match="was written with SHA-256"):
+        files.write_verified(f"{store.root}/kept", b"given")
+
+
 # ---- doctor ----------------------------------------------------------------------------------------------------------
 
 
@@ -268,13 +329,21 @@ def test_a_lock_that_has_grown_old_is_taken_over_and_its_owner_stops(
 KILLED = """
 import sys, time
 from ncf_dist.lake import Lake
+from ncf_dist.prepare import streams
+from ncf_dist.prepare.formats import FORMATS
+from ncf_dist.prepare.input_files import find_files
+from ncf_dist.prepare.source import plan
+from ncf_dist.train import checkpoints
 with Lake(sys.argv[1]).hold(sys.argv[2]):
     print("held", flush=True)
     time.sleep(600)
 """
 
 
-def test_the_lock_of_a_process_of_this_machine_that_was_killed_is_free_at_once(store: Store) -> None:
+def test_the_lock_of_a_process_of_this_machine_that_was_killed_is_free_at_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "POLL_S", -1.0)  # Nobody waits: time.sleep would raise.
     lake = Lake(f"{store.root}/killed")
     with subprocess.Popen([sys.executable, "-c", KILLED, lake.root, DS], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -12,12 +12,14 @@ from pyspark.sql import SparkSession
 
 from ncf_dist import files, retries
 from ncf_dist.config import Config
+from ncf_dist.contracts import INTERACTIONS
 from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
+from ncf_dist.spark_io import read_table
 from ncf_dist.stage import Outcome
 from ncf_dist.train.pipeline import train
 from tests.s3 import KEY, SECRET, Store, served
@@ -39,6 +41,18 @@ def night_of(config: Config, *stages: Stage) -> dict[str, Outcome]:
 def store() -> Iterator[Store]:
     with served() as server:
         yield server
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_before(spark: SparkSession) -> Iterator[None]:
+    """What reading from S3 sets in the session, which is that of all tests, goes with these."""
+    names = ("spark.sql.autoBroadcastJoinThreshold", "spark.sql.adaptive.autoBroadcastJoinThreshold")
+    before = {name: spark.conf.get(name, None) for name in names}
+    yield
+    for name, value in before.items():
+        spark.conf.unset(name)
+        if value is not None:
+            spark.conf.set(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +87,13 @@ def local(spark: SparkSession, config_of: Callable[[str], Config], tmp_path_fact
 
 @pytest.fixture(scope="module")
 def far(spark: SparkSession, store: Store, config_of: Callable[[str], Config]) -> Config:
-    """A night in S3, whose store refuses every fifth request."""
+    """A night in S3, whose store refuses every tenth request."""
     config, before = config_of(f"{store.root}/lake"), retries.OURS.taken
-    store.fail_every = 5
+    store.fail_every = 10
     outcomes = night_of(config, prepare, train, evaluate, score, publish)
     store.fail_every = 0
     assert {name: outcome.status for name, outcome in outcomes.items()} == dict.fromkeys(outcomes, "done")
-    refused = len(store.requests) // 5
+    refused = len(store.requests) // 10
     assert refused / 2 < retries.OURS.taken - before <= refused, "those of tasks and ranks are counted, too"
     return config
 
@@ -106,6 +120,15 @@ def test_what_is_published_is_read_by_latest_json_and_by_the_log(local: Config, 
     found = [files.read_bytes(f"{root}/{path}") for path in latest["files"]]
     assert sorted(hashlib.sha256(data).hexdigest() for data in found) == wanted
     assert night_of(far, publish)["publish"].status == "already-done"
+
+
+def test_a_table_in_s3_is_not_taken_for_a_small_one(spark: SparkSession, far: Config) -> None:
+    """Of rows from Python Spark sees no size, and would send a table of any size to every executor."""
+    rows = read_table(spark, run_of(far, "prepare"), INTERACTIONS)
+    other = spark.range(100).withColumnRenamed("id", "user_idx")
+    plan = rows.join(other.repartition(2), "user_idx")._jdf.queryExecution().executedPlan().toString()
+    assert "Broadcast" not in plan
+    assert spark.conf.get("spark.sql.adaptive.autoBroadcastJoinThreshold") not in (None, "-1")
 
 
 def test_no_credential_is_stored(far: Config, store: Store) -> None:

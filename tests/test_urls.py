@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -264,3 +265,12 @@ def test_a_log_behind_a_password_is_read_and_the_password_is_nowhere(line: Path,
     for path in stored:
         assert PASSWORD.encode() not in path.read_bytes(), path
         assert TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_credentials_of_the_environment_are_scrubbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.setenv(name, f"the/{name}+=")
+        said = urls.scrub(f"refused the/{name}+= and {quote(f'the/{name}+=', safe='')}")
+        assert said == "refused *** and ***"
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    assert urls.scrub("in eu-central-1") == "in eu-central-1"
