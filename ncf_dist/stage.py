@@ -58,7 +58,7 @@ LINE: Mapping[str, Rule] = {
         {
             "train": frozenset(
                 {"launcher", "ranks", "nodes", "rendezvous", "device", "checkpoint_steps", "checkpoint_minutes"}
-                | {"timeout_s", "lr_find", "max_model_bytes", "every", "exchange"}
+                | {"timeout_s", "lr_find", "max_model_bytes", "every", "exchange", "other_nodes"}
             ),
             "loader": frozenset({"backend", "cache", "cache_bytes", "local_bytes", "workers"}),
         },

@@ -28,7 +28,7 @@ from ncf_dist.config import Config, Model
 from ncf_dist.errors import ExitCode, Preempted, TrainingFailed
 from ncf_dist.lake import Lake
 from ncf_dist.models import build_model
-from ncf_dist.train import checkpoints, losses, worker
+from ncf_dist.train import checkpoints, losses, reports, worker
 from ncf_dist.train.checkpoints import Checkpoint
 from ncf_dist.train.epoch_order import Phase
 from ncf_dist.train.loaders import Batch
@@ -237,6 +237,28 @@ def test_ranks_do_not_outlive_a_job_that_is_killed(tmp_path: Path) -> None:
     assert len(tree) >= 3
     process.kill()
     assert not psutil.wait_procs(tree, timeout=25)[1]
+
+
+def test_who_only_lost_others_is_named_last(tmp_path: Path) -> None:
+    """Rank 0 waited for rank 1 in vain: what ended rank 1 is the message."""
+    spec = str(tmp_path / "spec.json")
+    reports.report(spec, 0, *worker.failure(RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")))
+    with pytest.raises(TrainingFailed, match=r"^rank 0: .*Connection closed .*needed all ranks within train.timeout_s"):
+        reports.raise_reported(str(tmp_path))
+    reports.report(spec, 1, *worker.failure(MemoryError("no room")))
+    with pytest.raises(TrainingFailed, match=r"^rank 1: MemoryError: no room$"):
+        reports.raise_reported(str(tmp_path))
+
+
+def test_a_report_that_cannot_be_written_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the lake cannot be reached any more."""
+    over = threading.Event()
+    monkeypatch.setattr(reports, "WRITE_S", 0.05)
+    monkeypatch.setattr(reports, "write_atomic", lambda *_: over.wait(60))
+    began = time.monotonic()
+    reports.report(str(tmp_path / "spec.json"), 0, reports.LOST, "nobody answers")
+    assert time.monotonic() - began < 50
+    over.set()
 
 
 # ---- numbers that are not finite ---------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from ncf_dist import machine
+from ncf_dist import other_nodes as far
 from ncf_dist.config import Config, Model
 from ncf_dist.errors import ContractError, TrainingFailed
-from ncf_dist.train.launchers import LAUNCHERS, WORKER, threads, torchrun
+from ncf_dist.train import run_ranks
+from ncf_dist.train.launchers import LAUNCHERS, WORKER, other_nodes, others, threads, torchrun
 from ncf_dist.train.pipeline import train
 from tests.conftest import SPARK
 from tests.tables import DS, prepared, small_config
@@ -84,6 +86,53 @@ def test_two_machines_train_what_one_trains_with_two_ranks(tmp_path: Path, caplo
     assert losses(train(two, DS).outputs) == wanted
     assert agents[0].wait(30) == 0
     assert "needed on 1 other machine(s): the same command" in caplog.text
+
+
+# ---- the other machines, started by Spark ----------------------------------------------------------------------------
+
+
+def of_two_nodes(folder: Path, **train: Any) -> Config:
+    return small_config(folder, GMF, ranks=1, nodes=2, rendezvous=f"127.0.0.1:{free_port()}", epochs=2, **train)
+
+
+def test_who_starts_the_other_machines_is_said(tmp_path: Path) -> None:
+    by_hand, by_spark = of_two_nodes(tmp_path), of_two_nodes(tmp_path, other_nodes="spark")
+    assert other_nodes(by_hand, "/lake/spec.json") is None
+    assert "the same command with --node-rank 1" in others(by_hand)
+    command = other_nodes(by_spark, "/lake/spec.json")
+    assert command is not None
+    assert command[1:] == ["-m", "ncf_dist.other_nodes", "--spec", "/lake/spec.json"]
+    assert "a free slot of Spark on each" in others(by_spark)
+
+
+def test_a_task_that_spark_runs_again_starts_no_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks that are left do not wait for new ones: these would meet nobody, or a later training."""
+    monkeypatch.setattr(far, "torchrun", lambda config, spec, node: [sys.executable, "-c", f"exit({node} + 2)"])
+    spec = str(tmp_path / "spec.json")
+    assert [far.run_node(of_two_nodes(tmp_path), spec, 1) for _ in range(2)] == [1 + 2, 75]
+
+
+def test_machines_that_spark_cannot_start_end_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = of_two_nodes(tmp_path, other_nodes="spark")
+    prepared(config, 41)
+    monkeypatch.setattr(run_ranks, "FAILED_S", 0.1)
+    monkeypatch.setattr(run_ranks, "other_nodes", lambda *_: [sys.executable, "-c", "exit(7)"])
+    with pytest.raises(TrainingFailed, match=r"on the other machines ended with code 7; needed 1 free slots at once"):
+        train(config, DS)
+
+
+@pytest.mark.cluster
+def test_spark_starts_the_other_machine(tmp_path: Path) -> None:
+    """The other machine is a barrier task of a local master: the weights are those of two ranks of one machine."""
+    one = small_config(tmp_path / "one", GMF, ranks=2, epochs=2)
+    two = of_two_nodes(tmp_path / "two", other_nodes="spark")
+    two = Config.model_validate({**two.model_dump(by_alias=True), "spark": SPARK})
+    for config in (one, two):
+        prepared(config, 41)
+    assert losses(train(two, DS).outputs) == losses(train(one, DS).outputs)
+
+
+# ---- the ranks, started by Spark -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

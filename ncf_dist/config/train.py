@@ -41,9 +41,12 @@ class Train(Section):
     ranks: PositiveInt = 1
     """Processes on each node; one a GPU, or a share of the cores each without GPUs."""
     nodes: PositiveInt = 1
-    """torchrun: machines. The job starts its own ranks and prints the command that the other machines need."""
+    """torchrun: machines. The job starts its own ranks; `other_nodes` says who starts those of the others."""
     rendezvous: str | None = None
     """torchrun, several nodes: HOST:PORT of this machine, as the others reach it."""
+    other_nodes: Literal["command", "spark"] = "command"
+    """torchrun, several nodes: `command`: a person or a program runs the command that the job prints on each of the
+    other machines · `spark`: the job starts them itself, in one barrier task of Spark a machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA (NCCL) where there is a GPU for every rank, else CPU (gloo)."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -79,7 +79,8 @@ class _Night:
     def take(self, name: str, config: Config, ds: str) -> None:
         """Run a stage and gather what it says."""
         # Ranks that train on the executors do so in the night's own application.
-        shared = lent_session() if name == "train" and config.train.launcher == "spark" else contextlib.nullcontext()
+        tasks = name == "train" and "spark" in (config.train.launcher, config.train.other_nodes)
+        shared = lent_session() if tasks else contextlib.nullcontext()
         with self._told(name), attempts.stage(name) as took, shared:
             took(outcome := STAGES[name](config, ds, self.made))
         if outcome.manifest:

@@ -1,8 +1,9 @@
 """How the ranks are started: a command each. All run the same file, `worker.py`; none of them is imported here.
 
 - torchrun: `ranks` processes on this machine under `supervisor.py`, with the environment that torchrun gives; with
-  `nodes` > 1 the others run the command that the job prints. Not torch's own program, whose store listens on every
-  interface of the machine. A rank that a cluster's torchrun starts works all the same
+  `nodes` > 1 the others run the command that the job prints, or tasks of Spark run it there
+  (`ncf_dist/other_nodes.py`, a process of its own). Not torch's own program, whose store listens on every interface of
+  the machine. A rank that a cluster's torchrun starts works all the same
 - spark: TorchDistributor, one barrier task a rank (`ncf_dist/distribute.py`, a process of its own: the trainer never
   imports pyspark)
 - none: one plain process
@@ -15,6 +16,7 @@ from collections.abc import Callable
 
 from ncf_dist import machine
 from ncf_dist.config import Config
+from ncf_dist.train.network import MEET_S
 
 WORKER = "ncf_dist.train.worker"
 SUPERVISOR = "ncf_dist.train.supervisor"
@@ -35,15 +37,23 @@ def torchrun(config: Config, spec: str, node: int = 0) -> list[str]:
     ]
 
 
+def other_nodes(config: Config, spec: str) -> list[str] | None:
+    """The command that starts the other machines' ranks from here; None where there are none, or a person does."""
+    if config.train.nodes == 1 or config.train.other_nodes == "command":
+        return None
+    return [sys.executable, "-m", "ncf_dist.other_nodes", "--spec", spec]
+
+
 def others(config: Config) -> str:
     """What a person has to do on the other machines, and what network that takes."""
     train = config.train
     which = "1" if train.nodes == 2 else f"N, N from 1 to {train.nodes - 1}"
+    by_hand = train.other_nodes == "command"
+    how = f"the same command with --node-rank {which}" if by_hand else "a free slot of Spark on each"
     return (
-        f"needed on {train.nodes - 1} other machine(s): the same command with --node-rank {which}, within "
-        f"train.timeout_s={train.timeout_s} s. Rank 0 listens at {train.rendezvous}, all ranks at ports of the "
-        "interface that faces it. Whoever reaches these may disturb the training or run code as this user: let only "
-        "these machines reach them"
+        f"needed on {train.nodes - 1} other machine(s): {how}, within {max(train.timeout_s, MEET_S)} s. Rank 0 "
+        f"listens at {train.rendezvous}, all ranks at ports of the interface that faces it. Whoever reaches these may "
+        "disturb the training or run code as this user: let only these machines reach them"
     )
 
 

@@ -13,6 +13,9 @@ from ncf_dist.errors import ConfigError
 STORE, LISTENING = "NCF_STORE", "NCF_LISTENING"
 """Environment of ranks that our supervisor starts: the file that they meet in · of several machines: the open socket
 that rank 0 serves the others at. Ranks that something else started have neither: they meet as torchrun says."""
+MEET_S = 300
+"""What ranks have at least to start in: on a busy machine their imports take unequally long, and one that is started
+through others comes late."""
 ANY_PORT = 9
 """A datagram socket that is connected sends nothing: the port does not matter."""
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import posixpath
+import threading
 
 from ncf_dist import errors, retries
 from ncf_dist.errors import NcfError, Preempted, TrainingFailed
@@ -16,17 +17,27 @@ log = logging.getLogger(__name__)
 UNEXPECTED = "unexpected"
 """The kind of a failure that is no NcfError."""
 _RETRIES = "retries-"
+LOST = "lost"
+"""The kind of a rank's that waited for others in vain."""
+WRITE_S = 20
+"""What a report may take to be written."""
 
 
 def report(spec: str, rank: int | str, kind: str, message: str) -> None:
-    """Write a rank's report. kind: the name of an NcfError, or UNEXPECTED. A folder that cannot be written is only
-    logged: it must not hide the failure itself."""
+    """Write a rank's report. kind: the name of an NcfError, or UNEXPECTED. A folder that cannot be written, or not
+    soon, as where the network is cut, is only logged: it must neither hide the failure nor keep the process."""
+    path = posixpath.join(posixpath.dirname(spec), f"error-{rank}.json")
+    writing = threading.Thread(target=_write, args=(path, {"kind": kind, "message": message}), daemon=True)
+    writing.start()
+    writing.join(WRITE_S)
+    if writing.is_alive():
+        log.error("the failure could not be reported: %s was not written within %d s", path, WRITE_S)
+
+
+def _write(path: str, body: dict[str, str]) -> None:
     try:
-        write_atomic(
-            posixpath.join(posixpath.dirname(spec), f"error-{rank}.json"),
-            json.dumps({"kind": kind, "message": message}).encode(),
-        )
-    except OSError:
+        write_atomic(path, json.dumps(body).encode())
+    except Exception:  # Each kind of store has errors of its own.
         log.exception("the failure could not be reported")
 
 
@@ -56,9 +67,9 @@ def raise_reported(folder: str) -> None:
     reported = []
     for name in reports_in(folder):
         said, message = _read_report(posixpath.join(folder, name))
-        kind: type[NcfError] = TrainingFailed if said == UNEXPECTED else getattr(errors, said)
+        kind: type[NcfError] = TrainingFailed if said in (UNEXPECTED, LOST) else getattr(errors, said)
         rank = name.removeprefix("error-").removesuffix(".json")
-        reported.append(((said == UNEXPECTED, kind is Preempted, int(rank)), kind, rank, message))
+        reported.append(((said == LOST, said == UNEXPECTED, kind is Preempted, int(rank)), kind, rank, message))
     if reported:
         _, kind, rank, message = min(reported, key=lambda report: report[0])
         raise kind(f"rank {rank}: {message}")
@@ -69,7 +80,7 @@ def _read_report(path: str) -> tuple[str, str]:
     try:
         body = read_json(dict[str, str], path)
         kind, message = body["kind"], body["message"]
-        if kind != UNEXPECTED and not issubclass(getattr(errors, kind, object), NcfError):
+        if kind not in (UNEXPECTED, LOST) and not issubclass(getattr(errors, kind, object), NcfError):
             raise ValueError(f"{kind} is no error of ours")
         return kind, message
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -18,7 +18,7 @@ from ncf_dist.config import Config
 from ncf_dist.errors import Preempted, TrainingFailed
 from ncf_dist.files import exists, make_dirs, write_atomic
 from ncf_dist.stopping import SIGNALS
-from ncf_dist.train.launchers import LAUNCHERS, others, rank_environment, threads, world_size
+from ncf_dist.train.launchers import LAUNCHERS, other_nodes, others, rank_environment, threads, world_size
 from ncf_dist.train.processes import dying_with_us, end_tree
 from ncf_dist.train.reports import count_retries, raise_reported, reports_in
 from ncf_dist.train.worker import SPEC, STOP, Spec
@@ -48,37 +48,55 @@ def run_ranks(config: Config, spec: Spec, wanted: str) -> None:
     # The ranks must not import modules from the folder that the job was started in.
     environment["PYTHONSAFEPATH"] = "1"
     with _asked_to_stop() as asked:
-        # The scheduler reads our stdout, so a rank's goes to stderr. A session of their own: a signal to our process
-        # group must reach us alone; we ask the ranks to save, and they must not end before they have.
-        process = subprocess.Popen(
-            dying_with_us(command, signal.SIGTERM), stdout=sys.stderr, env=environment, start_new_session=True
-        )
+        running = [_started(command, environment)]
+        if (others_command := other_nodes(config, path)) is not None:
+            running.append(_started(others_command, environment))
         try:
-            _wait(process, folder, asked)
+            _wait(running, folder, asked)
+            codes = [process.poll() for process in running]
         finally:
-            end_tree(process, grace_s=5)
+            for process in running:
+                end_tree(process, grace_s=5)
         count_retries(folder)
         raise_reported(folder)
-    if process.returncode != 0 or not exists(posixpath.join(spec.run, wanted)):
+    left = exists(posixpath.join(spec.run, wanted))
+    if codes[0] == 0 and left:
+        return
+    if len(codes) > 1 and codes[1]:
         raise TrainingFailed(
-            f"training ended with code {process.returncode} and "
-            f"{'a' if exists(posixpath.join(spec.run, wanted)) else 'no'} {wanted}; its log is above"
+            f"Spark's tasks on the other machines ended with code {codes[1]}; needed {config.train.nodes - 1} free "
+            "slots at once, and machines that reach train.rendezvous: the log is above; then run the job train again: "
+            "it goes on from the last checkpoint"
         )
+    raise TrainingFailed(
+        f"training ended with code {running[0].returncode} and {'a' if left else 'no'} {wanted}; its log is above"
+    )
 
 
-def _wait(process: subprocess.Popen[bytes], folder: str, asked: threading.Event) -> None:
-    """Wait until the ranks have ended, or their time to end after a failure or a request to stop is over."""
-    end = float("inf")
-    stopping = False
-    while process.poll() is None and time.monotonic() < end:
+def _started(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    # The scheduler reads our stdout, so a rank's goes to stderr. A session of their own: a signal to our process
+    # group must reach us alone; we ask the ranks to save, and they must not end before they have.
+    return subprocess.Popen(
+        dying_with_us(command, signal.SIGTERM), stdout=sys.stderr, env=environment, start_new_session=True
+    )
+
+
+def _wait(running: list[subprocess.Popen[bytes]], folder: str, asked: threading.Event) -> None:
+    """Wait until all of `running` have ended (this machine's ranks, and where there are any what started those of
+    others), or their time to end after a failure or a request to stop, or after our own ranks' end, is over."""
+    ranks, end, stopping = running[0], float("inf"), False
+    while any(process.poll() is None for process in running) and time.monotonic() < end:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)
+            (ranks if ranks.poll() is None else running[-1]).wait(0.5)
         if asked.is_set() and not stopping:
             log.warning("asked to stop: the ranks save a checkpoint and end")
             write_atomic(posixpath.join(folder, STOP), b"")
             stopping, end = True, min(end, time.monotonic() + STOP_S)
-        if end == float("inf") and reports_in(folder):
+        failed = any(process.poll() for process in running)
+        if end == float("inf") and (failed or reports_in(folder)):
             end = time.monotonic() + FAILED_S
+        elif end == float("inf") and ranks.poll() is not None:
+            end = time.monotonic() + STOP_S
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from ncf_dist import contracts, products
 from ncf_dist.ancestry import DIGESTS, index_sizes
@@ -38,7 +39,7 @@ from ncf_dist.train.item_parts import parts_of
 from ncf_dist.train.loaders import Task, TrainLoader, verify_files
 from ncf_dist.train.lr_find import rate_curve
 from ncf_dist.train.processes import die_with_parent
-from ncf_dist.train.reports import UNEXPECTED, report, tell_retries
+from ncf_dist.train.reports import LOST, UNEXPECTED, report, tell_retries
 from ncf_dist.train.start import pretrained_start, users_there, warm_start
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
@@ -196,6 +197,17 @@ def _go_on(trainer: Trainer, world: World) -> None:
             log.info("going on from %s: epoch %d, %s", path, trainer.progress.epoch, trainer.progress.phases)
 
 
+def failure(error: BaseException) -> tuple[str, str]:
+    """(kind, message) for the report of what is no NcfError."""
+    message = f"{type(error).__name__}: {error}"[:1000]
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return UNEXPECTED, message
+    return LOST, (
+        f"{message}; needed all ranks within train.timeout_s: another was ended, stands still or cannot be reached, "
+        "and its log, on its own machine, says why; run the job train again: it goes on from the last checkpoint"
+    )
+
+
 def run(path: str) -> NoReturn:
     """Run this process as a rank, and end it."""
     rank = os.environ.get("RANK", "0")
@@ -219,7 +231,7 @@ def run(path: str) -> NoReturn:
         code = int(error.exit_code)
     except BaseException as error:
         log.exception("rank %s failed", rank)
-        report(path, rank, UNEXPECTED, f"{type(error).__name__}: {error}"[:1000])
+        report(path, rank, *failure(error))
         code = int(ExitCode.UNEXPECTED)
     logging.shutdown()
     sys.stderr.flush()

@@ -12,10 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ncf_dist.train.network import LISTENING, STORE, bound_to, interface_facing
-
-MEET = dt.timedelta(minutes=5)
-"""What the ranks of one machine have at least to start in."""
+from ncf_dist.train.network import LISTENING, MEET_S, STORE, bound_to, interface_facing
 
 
 @dataclass(frozen=True)
@@ -93,11 +90,12 @@ class World:
 def meeting(world: World, timeout: dt.timedelta) -> Any:
     """The store in which the ranks find each other, as the launcher set it up. None: torch's own store, at MASTER_ADDR
     and MASTER_PORT, which torchrun sets. Raises ConfigError."""
+    patience = max(timeout, dt.timedelta(seconds=MEET_S))
     if path := os.environ.get(STORE):
         store = dist.FileStore(path, world.size)  # type: ignore[attr-defined]
-        # On a busy machine the ranks' imports take unequally long. Where one never comes, the supervisor ends us.
+        # Where one never comes, the supervisor ends us.
         store.set(f"here/{world.rank}", "")
-        store.wait([f"here/{rank}" for rank in range(world.size)], max(timeout, MEET))
+        store.wait([f"here/{rank}" for rank in range(world.size)], patience)
         store.set_timeout(timeout)
         return store
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -106,6 +104,8 @@ def meeting(world: World, timeout: dt.timedelta) -> Any:
     if (listening := os.environ.get(LISTENING)) is None:
         return None
     port, first = int(os.environ["MASTER_PORT"]), world.rank == 0
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, world.size, first, timeout, master_listen_fd=int(listening) if first else None
+    far = dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, world.size, first, patience, master_listen_fd=int(listening) if first else None
     )
+    far.set_timeout(timeout)
+    return far
