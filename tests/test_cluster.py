@@ -215,11 +215,17 @@ print(json.dumps([name for name in sizes(sys.argv[1]) if "/checkpoints/" in name
 
 
 @pytest.fixture(scope="module")
-def near(cluster: Cluster) -> list[str]:
-    """What a night of the driver's machine alone publishes."""
-    path = config(cluster, "near", "/var/tmp/near", spark={"master": "local[2]"})
+def raw(cluster: Cluster) -> None:
+    """The log of all nights, in the store."""
+    path = config(cluster, "raw", "/var/tmp/near", spark={"master": "local[2]"})
     code, _, log = cluster.submit("fetch", "--config", path, "--set", f"fetch.to={LAKES}/raw")
     assert code == 0, log
+
+
+@pytest.fixture(scope="module")
+def near(cluster: Cluster, raw: None) -> list[str]:
+    """What a night of the driver's machine alone publishes."""
+    path = config(cluster, "near", "/var/tmp/near", spark={"master": "local[2]"})
     code, line, log = cluster.submit("nightly", "--config", path, "--ds", DS)
     assert (code, line["status"]) == (0, "done"), log
     found: list[str] = cluster.ask(PUBLISHED, "/var/tmp/near")
@@ -237,7 +243,10 @@ def test_a_night_on_a_cluster_publishes_what_a_local_one_does(cluster: Cluster, 
     assert cluster.ask(PUBLISHED, f"{LAKES}/far") == near
 
 
-IMPATIENT = ("--", "--conf", "spark.network.timeout=30s", "--conf", "spark.executor.heartbeatInterval=5s")
+IMPATIENT = (
+    *("--", "--conf", "spark.network.timeout=30s", "--conf", "spark.network.timeoutInterval=10s"),
+    *("--conf", "spark.executor.heartbeatInterval=5s"),
+)
 """How soon the driver gives up a machine that is silent; Spark's default is 120 s."""
 
 
@@ -264,7 +273,8 @@ def test_a_night_survives_the_loss_of_workers(cluster: Cluster, near: list[str])
     assert cluster.ask(PUBLISHED, f"{LAKES}/lost") == near
 
 
-def test_training_on_executors_goes_on_after_a_worker_is_lost(cluster: Cluster, near: list[str]) -> None:
+@pytest.mark.usefixtures("raw")
+def test_training_on_executors_goes_on_after_a_worker_is_lost(cluster: Cluster) -> None:
     """Ranks on two machines: the night ends in time, no rank is left anywhere, and the rerun publishes."""
     train = {"launcher": "spark", "timeout_s": 60, "checkpoint_steps": 20, "epochs": 4}
     path = config(cluster, "ranks", f"{LAKES}/ranks", train=train)
