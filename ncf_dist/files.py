@@ -183,15 +183,15 @@ def open_read(path: str) -> Iterator[BinaryIO]:
         with fs.open(inner, "rb") as file:
             yield file
         return
-    with io.BufferedReader(_Ranges(path, int(fs.size(inner))), RANGE_BYTES) as file:
+    with io.BufferedReader(_Ranges(path, fs.info(inner)), RANGE_BYTES) as file:
         yield cast(BinaryIO, file)
 
 
 class _Ranges(io.RawIOBase):
-    """A stored file whose reads are requests of their own."""
+    """A file in S3 whose reads are requests of their own, all of the object that it was when it was opened."""
 
-    def __init__(self, path: str, size: int) -> None:
-        self._path, self._size, self._place = path, size, 0
+    def __init__(self, path: str, info: Mapping[str, Any]) -> None:
+        self._path, self._size, self._tag, self._place = path, int(info["size"]), str(info["ETag"]), 0
 
     def readable(self) -> bool:
         return True
@@ -210,7 +210,8 @@ class _Ranges(io.RawIOBase):
         end = min(self._place + len(buffer), self._size)
         if end <= self._place:
             return 0
-        data = read_bytes(self._path, self._place, end)
+        fs, inner = filesystem(self._path)
+        data = retried(lambda: fs.get_range(inner, self._place, end, self._tag))
         buffer[: len(data)] = data
         self._place += len(data)
         return len(data)

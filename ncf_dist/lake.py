@@ -13,9 +13,9 @@ import dataclasses
 import datetime as dt
 import json
 import logging
-import os
 import posixpath
 import re
+import uuid
 from collections.abc import Iterator, Sequence
 
 from filelock import FileLock, Timeout
@@ -56,7 +56,8 @@ class Lake:
 
     def check_writable(self) -> None:
         """Raise InputError unless a file can be made and removed at the root."""
-        probe = self.path(f".probe-{os.getpid()}")
+        # Not the process's number: in containers, and on several machines, that is often the same.
+        probe = self.path(f".probe-{uuid.uuid4().hex}")
         try:
             make_dirs(self.root)
             write_bytes(probe, b"")
@@ -162,8 +163,10 @@ class StageRuns:
         )
 
     def begin(self, run_key: str, keep: Sequence[str] = ()) -> str:
-        """A folder for this run; what an attempt that died left there is removed, but for the names in `keep`."""
+        """A folder for this run; what an attempt that died left there is removed, but for the names in `keep`. Raises
+        StaleRun where another run holds this night by now: it may have finished this very one."""
         path = self.run_path(run_key)
+        locks.confirm()
         for name in list_names(path):
             if name not in keep:
                 remove(posixpath.join(path, name))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -29,6 +30,8 @@ BEAT_S = 10.0
 """Between two heartbeats."""
 DEAD_S = 60.0
 """Age at which a lock is taken over: its owner has missed six heartbeats."""
+FRESH_S = 2 * BEAT_S
+"""So soon after a heartbeat nobody can have taken a lock over."""
 POLL_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -72,21 +75,28 @@ def _machine() -> str:
         return ""
 
 
+def _now() -> tuple[float, float]:
+    """Two clocks: one stands still while the machine sleeps, the other may be set."""
+    return time.monotonic(), time.time()
+
+
 class Lock:
     """A lock that this process holds."""
 
     def __init__(self, path: str, what: str, owner: Owner, tag: str) -> None:
         self.path, self.what, self.owner, self._tag = path, what, owner, tag
         self.lost = False
-        self._renewed = time.monotonic()
+        self._renewed, self._asked = time.monotonic(), (-math.inf, -math.inf)
         self._busy = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def confirm(self) -> None:
-        """Raise StaleRun where the lock is not ours any more. It is asked of the store, now."""
-        if not self._beat():
+    def confirm(self, fresh_s: float = 0.0) -> None:
+        """Raise StaleRun where the lock is not ours any more. It is asked of the store, now, unless a heartbeat of the
+        last `fresh_s` seconds says it."""
+        asked = max(now - then for now, then in zip(_now(), self._asked, strict=True))
+        if (self.lost or asked >= fresh_s) and not self._beat():
             raise StaleRun(
                 f"this run has lost {self.what} to another one, as its heartbeat had stopped for more than "
                 f"{DEAD_S:.0f} s; it makes nothing visible any more: look at what the other run does, and run this "
@@ -116,12 +126,12 @@ class Lock:
         with self._busy:
             if self.lost:
                 return False
-            owner = Owner(**{**asdict(self.owner), "beat": self.owner.beat + 1})
+            began, owner = _now(), Owner(**{**asdict(self.owner), "beat": self.owner.beat + 1})
             tag = files.replace(self.path, owner.encoded(), self._tag)
             if tag is None:
                 self.lost = True
                 return False
-            self.owner, self._tag, self._renewed = owner, tag, time.monotonic()
+            self.owner, self._tag, self._renewed, self._asked = owner, tag, time.monotonic(), began
             return True
 
 
@@ -141,27 +151,33 @@ def held(path: str, what: str) -> Iterator[Lock]:
             log.warning("%s could not be given back (%s): it can be taken over in %.0f s", what, error, DEAD_S)
 
 
-def confirm() -> None:
-    """Raise StaleRun where this process has lost a lock that it holds. To be asked before anything becomes visible."""
+def confirm(fresh_s: float = 0.0) -> None:
+    """Raise StaleRun where this process has lost a lock that it holds. To be asked before anything becomes visible, or
+    goes. fresh_s: as for `Lock.confirm`."""
     for lock in _held:
-        lock.confirm()
+        lock.confirm(fresh_s)
 
 
 def _acquired(path: str, what: str, owner: Owner) -> Lock:
-    seen: str | None = None
+    seen, began = None, time.monotonic()
     while True:
         if tag := files.create(path, owner.encoded()):
             return Lock(path, what, owner, tag)
         try:
             found = files.read_tagged(path)
-        except FileNotFoundError:
-            continue  # Somebody has removed it.
+        except FileNotFoundError:  # Somebody has removed it.
+            if time.monotonic() - began > DEAD_S:
+                raise
+            time.sleep(POLL_S)
+            continue
         other = _owner(found.data)
-        # By the store's clock a lock may be as old as this machine's clock is off: so its age counts where the store
-        # says it, and a change while we look is a heartbeat whatever the clocks say.
+        # A store may have several clocks, of which one is wrong: so a change while we look is a heartbeat whatever the
+        # clocks say, one has time to come, and nobody waits for longer than a heartbeat can.
         if seen is not None and found.tag != seen:
             raise _busy(what, other)
-        if other is None or other.free or other.is_dead or found.age_s > DEAD_S:
+        watched = time.monotonic() - began
+        old = (found.age_s > DEAD_S and watched > 2 * BEAT_S) or watched > DEAD_S
+        if other is None or other.free or other.is_dead or old:
             if tag := files.replace(path, owner.encoded(), found.tag):
                 if other is not None and not other.free:
                     log.warning("took over %s of %s, which is dead", what, other)

@@ -31,6 +31,9 @@ _OF_THE_WIRE = {
 }
 """Names of the classes, whose packages are not imported for them: botocore's, aiohttp's."""
 
+_OVER = "_ncf_tried_enough"
+"""Set on an error that is given on: a caller who tries again, too, would multiply the tries."""
+
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +49,7 @@ class Retries:
     def pause(self, failed: int, error: BaseException) -> float | None:
         """Seconds to wait before the next try of a request that has failed so many times; None where it is over."""
         if failed >= TRIES or not transient(error):
+            error.__dict__[_OVER] = True
             return None
         # Two that were turned away at once must not come again at once.
         seconds: float = min(LONGEST_S, FIRST_S * 2 ** (failed - 1)) * random.uniform(0.5, 1.0)
@@ -96,6 +100,8 @@ async def retried_async(call: Callable[[], Awaitable[T]]) -> T:
 
 def transient(error: BaseException) -> bool:
     """Whether the same request may well succeed in a moment."""
+    if _OVER in error.__dict__:
+        return False
     answer = answered(error)
     if answer is not None:
         return answer[0] in _BUSY or answer[1] in _PASSING

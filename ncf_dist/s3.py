@@ -18,8 +18,6 @@ from fsspec.asyn import sync_wrapper
 from ncf_dist.retries import answered, retried_async
 
 LARGE_BYTES = 2**26
-_MISSING = (404, 412)
-"""What a store answers to If-Match where there is no such object."""
 
 
 class S3(s3fs.S3FileSystem):  # type: ignore[misc]
@@ -49,7 +47,7 @@ class S3(s3fs.S3FileSystem):  # type: ignore[misc]
             return str(self.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
         except OSError as error:
             answer = answered(error)
-            if answer is not None and answer[0] in _MISSING and answer[1] != "NoSuchBucket":
+            if answer is not None and (answer[0] == 412 or (answer[0] == 404 and _is_gone(condition, answer[1]))):
                 return None
             raise
 
@@ -58,6 +56,18 @@ class S3(s3fs.S3FileSystem):  # type: ignore[misc]
         bucket, key, _ = self.split_path(inner)
         answer = self.call_s3("get_object", Bucket=bucket, Key=key)
         return self._body(answer), str(answer["ETag"]), _age(answer)
+
+    def get_range(self, inner: str, start: int, end: int, tag: str) -> bytes:
+        """Bytes of the very object that has this entity tag. Raises OSError where it was replaced meanwhile."""
+        bucket, key, _ = self.split_path(inner)
+        part = {"Range": f"bytes={start}-{end - 1}", "IfMatch": tag}
+        try:
+            return bytes(self._body(self.call_s3("get_object", Bucket=bucket, Key=key, **part)))
+        except OSError as error:
+            if (answered(error) or (0,))[0] == 412:
+                said = f"{bucket}/{key} was replaced while it was read; needed a file that stays: run this again"
+                raise OSError(said) from None
+            raise
 
     def get_whole(self, inner: str) -> bytes:
         """An object's bytes by one request; a large one by several at once. Raises FileNotFoundError."""
@@ -76,6 +86,11 @@ class S3(s3fs.S3FileSystem):  # type: ignore[misc]
             body.close()
 
     _body = sync_wrapper(_read_body)
+
+
+def _is_gone(condition: Mapping[str, str], code: str) -> bool:
+    """Whether 404 says that there is no such object to replace. To a put without If-Match it says something else."""
+    return "IfMatch" in condition and code != "NoSuchBucket"
 
 
 def _age(answer: Mapping[str, Any]) -> float:

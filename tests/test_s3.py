@@ -353,6 +353,7 @@ def test_the_lock_of_a_process_of_this_machine_that_was_killed_is_free_at_once(
         pass
 
 
+@pytest.mark.usefixtures("quick")
 def test_of_eight_that_want_a_dead_lock_one_gets_it(store: Store) -> None:
     path = f"{store.root}/dead/.lock"
     for number in range(5):

@@ -62,9 +62,9 @@ class Work:
 def carried_out(found: Iterable[Removal]) -> list[Removal]:
     gone = list(found)  # All of it is looked up before the first thing goes.
     steps.reached("looked-up")
-    if gone:
-        locks.confirm()  # Else another run may be making what looks left behind.
     for removal in gone:
+        # Else another run may be making, or have published, what looked left behind: one that was suspended wakes here.
+        locks.confirm(locks.FRESH_S)
         log.info("removing %s %s (%s)", removal.kind, removal.path, bytes_text(removal.bytes))
         removal.carry_out()
     return gone
