@@ -37,6 +37,10 @@ SECRET = "SPARK_AUTHENTICATE_SECRET"
 LOOPBACK = "127.0.0.1"
 QUICK = "-XX:TieredStopAtLevel=1"
 """Has a JVM leave out its second compiler, which takes a third of a small night's processor time."""
+_SECRET_SETTING = re.compile(
+    r"\A((?:--conf=)?[^=]*(?:secret|password|token|credential|access\.?key|account\.key)[^=]*)=.*", re.I | re.S
+)
+"""As Spark tells them, `spark.redaction.regex`, and stores' own."""
 END_S = 10.0
 """What the JVM has to stop its context and remove its scratch."""
 
@@ -169,12 +173,17 @@ def start(options: Sequence[str]) -> dict[str, str]:
                 _process = None
                 raise NcfError(
                     f"Spark ended with code {code} before it was ready, and says why above; needed a JVM that starts: "
-                    f"look at the options that it got: {shlex.join(command[1:])}"
+                    f"look at the options that it got: {_shown(command[1:])}"
                 )
             time.sleep(0.05)
         port, secret = _connection(Path(told).read_bytes())
     _where.update(PYSPARK_GATEWAY_PORT=str(port), PYSPARK_GATEWAY_SECRET=secret)
     return dict(_where)
+
+
+def _shown(options: Sequence[str]) -> str:
+    """Options for a message: without the values of settings whose names say that they are secret."""
+    return shlex.join(_SECRET_SETTING.sub(r"\1=***", each) for each in options)
 
 
 def lent() -> contextlib.AbstractContextManager[None]:
