@@ -21,6 +21,7 @@ from ncf_dist.bundle import read_bundle
 from ncf_dist.config import Config, Model
 from ncf_dist.train.launchers import torchrun
 from tests.machines import Machine, cluster_of, wait_for, why_not
+from tests.s3 import Store
 from tests.tables import DS, prepared, small_config
 
 REASON = why_not()
@@ -177,3 +178,51 @@ def test_a_slow_network_changes_no_weight(pair: Pair, undisturbed: str) -> None:
         inside(pair.two, "tc", "qdisc", "del", *queue)
     assert code == 0, log
     assert pair.weights("slow") == undisturbed
+
+
+# ---- a lake that is in no machine's file system ----------------------------------------------------------------------
+
+SERVER = """
+import sys; from tests import s3
+s3._Server((sys.argv[1], 9000), type("Handler", (s3._Handler,), {"store": s3.Store(url=sys.argv[2])})).serve_forever()
+"""
+UPLOAD = """
+import sys; from pathlib import Path; from ncf_dist.files import write_bytes
+for path in Path(sys.argv[1]).rglob("*"):
+    path.is_file() and write_bytes(f"{sys.argv[2]}/{path.relative_to(sys.argv[1])}", path.read_bytes())
+"""
+WEIGHTS = """
+import sys; from ncf_dist.bundle import read_bundle
+print(read_bundle(sys.argv[1] + "/bundle").sha256)
+"""
+
+
+def test_machines_whose_lake_is_in_s3_train_the_same(pair: Pair, undisturbed: str) -> None:
+    """Machine two is killed in mid-training; the next job goes on from the checkpoint in the store."""
+    url, lake = f"http://{pair.one.address}:9000", "s3://lake/two"
+    env = {**ENV, **Store(url=url).environment}
+    pair.one.begin(sys.executable, "-c", SERVER, pair.one.address, url, log=pair.folder / "s3.log", env=env)
+    there = f"{LAKE}/undisturbed/lake"
+    wait_for(
+        lambda: pair.one.run(sys.executable, "-c", UPLOAD, f"{there}/runs/{DS}/prepare",
+                             f"{lake}/runs/{DS}/prepare", env=env).returncode == 0, "the store"
+    )  # fmt: skip
+    config = pair.config("undisturbed")
+    config = config.model_copy(update={"paths": config.paths.model_copy(update={"lake": lake})})
+    (pair.folder / "lake/s3.json").write_text(config.model_dump_json(by_alias=True))
+    for killed in (True, False):
+        log, other_log = (pair.folder / f"s3-{killed}-{side}.log" for side in ("one", "two"))
+        job = pair.one.begin(sys.executable, "-c", JOB, f"{LAKE}/s3.json", DS, log=log, env=env)
+        wait_for(lambda: "--spec s3://" in log.read_text(), "the spec of the ranks", alive=job)  # noqa: B023
+        spec = log.read_text().split("--spec ")[1].split()[0]
+        wait_for(lambda: "other machine(s)" in log.read_text(), "the command", alive=job)  # noqa: B023
+        other = pair.two.begin(*torchrun(config, spec, node=1), log=other_log, env=env)
+        if killed:
+            wait_for(lambda: "loss and gradients of a step" in log.read_text(), "a step", alive=job)  # noqa: B023
+            time.sleep(1)
+            kill(pair.two)
+        code = job.wait(300)
+        other.wait(TIMEOUT_S + ENDS_S)
+        assert (code != 0) == killed, log.read_text()
+    run = spec.removesuffix("/ranks/spec.json")
+    assert pair.one.run(sys.executable, "-c", WEIGHTS, run, env=env).stdout.strip() == undisturbed
