@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent.parent
 SPARK: dict[str, Any] = {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 2}
 
 LONGEST = (
-    "any_log signals train line faults baselines urls score launchers cases publish_damage evaluate_score "
-    "ranks prepare forgetting stored_lakes gates_line clean clean_kills clean_machine published_table steps every"
+    "any_log signals s3_line train line faults baselines urls score launchers cases publish_damage evaluate_score "
+    "ranks prepare forgetting stored_lakes gates_line s3_publish clean clean_kills clean_machine published_table steps every"
 )
 
 
