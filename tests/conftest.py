@@ -29,7 +29,8 @@ SPARK: dict[str, Any] = {"master": "local[2]", "driver_memory": "1g", "shuffle_p
 
 LONGEST = (
     "any_log signals s3_line train line faults baselines urls score launchers cases publish_damage evaluate_score "
-    "ranks prepare forgetting stored_lakes gates_line s3_publish clean clean_kills clean_machine published_table steps every"
+    "ranks prepare forgetting stored_lakes gates_line s3_publish clean clean_kills clean_machine published_table "
+    "steps every"
 )
 
 
