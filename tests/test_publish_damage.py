@@ -274,7 +274,7 @@ def test_a_panic_of_delta_rs_is_an_error_and_an_interrupt_is_not(night: Night, m
         (KeyboardInterrupt(), KeyboardInterrupt),
     ):
 
-        def fail(root: str, error: BaseException = error) -> Any:
+        def fail(*_: object, error: BaseException = error, **__: object) -> Any:
             raise error
 
         with monkeypatch.context() as patch:
