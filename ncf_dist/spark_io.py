@@ -111,11 +111,7 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
     if "SPARK_REMOTE" not in os.environ:
         # Whatever started the job: a module of the working folder, such as random.py, is not for the workers.
         spark.sparkContext.environment["PYTHONSAFEPATH"] = "1"
-        # Workers on this and on other machines open the same URLs, with what this process has in its environment.
-        for name in (urls.SECRETS, *urls.CREDENTIALS):
-            spark.sparkContext.environment.pop(name, None)
-            if name in os.environ:
-                spark.sparkContext.environment[name] = os.environ[name]
+        _tell_credentials(spark.sparkContext.environment)
     _open.append(spark)
     try:
         yield spark
@@ -132,6 +128,14 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
         # A JVM that was ended because this process is, or that owes an answer, is asked nothing any more.
         elif ours and not asked():
             spark.stop()
+
+
+def _tell_credentials(workers: dict[str, Any]) -> None:
+    """Workers on this and on other machines open the same URLs, with what this process has in its environment."""
+    for name in (urls.SECRETS, *urls.CREDENTIALS):
+        workers.pop(name, None)
+        if name in os.environ:
+            workers[name] = os.environ[name]
 
 
 def lent_session() -> contextlib.AbstractContextManager[None]:

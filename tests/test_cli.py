@@ -270,7 +270,11 @@ def test_deploy_mode_cluster_becomes_spark_submit(
 
 # ---- hostile words on a command line -----------------------------------------------------------------------
 
-REACH_THE_COMMAND_LINE = ("master", "driver_memory", "executor_memory", "shuffle_partitions", "authenticate")
+FLAGS_AND_NUMBERS = ("shuffle_partitions", "authenticate", "one_application")
+REACH_THE_COMMAND_LINE = (
+    *("master", "driver_memory", "executor_memory", "compiler", "environment", "environment_archive"),
+    *FLAGS_AND_NUMBERS,
+)
 WHITE_OR_CONTROL = st.characters(categories=("Cc", "Cf", "Zs", "Zl", "Zp"))
 
 
@@ -284,7 +288,7 @@ def test_every_key_that_reaches_the_command_line_is_named_here() -> None:
 @example(before="1g", odd="\n", after="")
 def test_no_white_space_or_control_character_gets_there(key: str, before: str, odd: str, after: str) -> None:
     words: dict[str, Any] = {key: before + odd + after}
-    if key not in ("shuffle_partitions", "authenticate"):
+    if key not in FLAGS_AND_NUMBERS:
         with pytest.raises(ValidationError, match=f"spark.{key}|{key}"):
             settings.Spark(**words)
         return
@@ -315,6 +319,7 @@ def test_options_go_over_as_they_are(options: list[str]) -> None:
 
 def test_a_program_gets_the_options_word_by_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in for spark-submit writes down what it got and ends, which is one message."""
+    monkeypatch.setattr(gateway, "_process", None)  # Whose JVM is that of the other tests.
     program = tmp_path / "submit"
     program.write_text(f'#!/bin/bash\nprintf "%s\\0" "$@" >{tmp_path}/got; exit 3\n')
     program.chmod(0o755)

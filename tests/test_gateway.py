@@ -9,6 +9,7 @@ from ncf_dist.errors import NcfError
 
 
 def test_a_spark_that_does_not_start_shows_no_secret_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "_process", None)  # Whose JVM is that of the other tests.
     monkeypatch.setenv("NCF_SPARK_SUBMIT", "false")
     names = ("hadoop.fs.s3a.secret.key", "hadoop.fs.s3a.access.key", "hadoop.fs.s3a.session.token", "ssl.keyPassword")
     hidden = [part for name in names for part in ("--conf", f"spark.{name}=Hidden=1")]

@@ -11,12 +11,27 @@ from ncf_dist.config.section import PositiveInt, Section
 MEMORY_PATTERN = r"^[1-9][0-9]*[kmgt]$"
 
 
+def _is_word(text: str) -> bool:
+    """Whether a command line takes `text` as one word and nothing else."""
+    return text.isprintable() and " " not in text and not text.startswith("-") and bool(text)
+
+
 def _master(text: str) -> str:
-    """`text`, if a command line takes it as one word and nothing else. Raises ValueError."""
-    if not text.isprintable() or " " in text or text.startswith("-") or not text:
+    """`text`, if it is one word. Raises ValueError."""
+    if not _is_word(text):
         raise ValueError(
             f"spark.master is {text!r}; needed one word without white space, control characters or a leading -, "
             "such as local[*], yarn, spark://host:7077 or k8s://https://host:443"
+        )
+    return text
+
+
+def _archive(text: str) -> str:
+    """`text`, if it is one word, and one archive where Spark reads a list of them. Raises ValueError."""
+    if not _is_word(text) or set(text) & set(",#"):
+        raise ValueError(
+            f"spark.environment_archive is {text!r}; needed a path or URL without white space, control characters, a "
+            "leading -, a comma or #, as Spark reads a list of archives and their names there"
         )
     return text
 
@@ -36,7 +51,7 @@ class Spark(Section):
     """Where executors of a cluster find Python, its packages and this code. `archive`: in what `make package` made,
     which is sent with the job · `image`: in the image that conf/schedulers/Dockerfile makes · `none`: where Spark's
     own settings say, which by default is where the driver has them. `null`: none, and archive with `--cluster`."""
-    environment_archive: str | None = None
+    environment_archive: Annotated[str, AfterValidator(_archive)] | None = None
     """The environment's archive, a path or a URL that Spark opens; default dist/ncf-dist-env-VERSION.tar.gz beside the
     code, which executors get from the driver."""
     one_application: bool = True

@@ -10,18 +10,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ncf_dist import attempts
-from ncf_dist.champion import CHAMPION, champion
 from ncf_dist.config import Config
-from ncf_dist.earlier import objection
-from ncf_dist.errors import GateRefused, NcfError, ScoresNotFinite
+from ncf_dist.errors import GateRefused, NcfError
 from ncf_dist.evaluate.pipeline import evaluate
-from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
+from ncf_dist.nightly.stand_in import stand_in
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.ahead import check_ahead
 from ncf_dist.publish.data import check as check_data
 from ncf_dist.publish.model import check as check_model
-from ncf_dist.publish.model import refused as refused_model
 from ncf_dist.publish.pipeline import publish
 from ncf_dist.score.pipeline import score
 from ncf_dist.spark_io import kept_session, lent_session
@@ -110,14 +107,7 @@ class _Night:
         except GateRefused as error:
             if name != "evaluate" or config.run is not None:
                 raise
-            lake = Lake(config.paths.lake)
-            if isinstance(error, ScoresNotFinite):
-                said, error = error.extra, refused_model(config, ds, self.made["train"].run_key, str(error))
-                error.extra = {**said, **error.extra}
-            table = config.publish.table
-            found = champion(lake, table, ds) if config.gates.on_refusal == CHAMPION else None
-            if found is None or objection(lake, table, self.made["prepare"], found) is not None:
-                raise error from None
+            found, error = stand_in(config, ds, self.made, error)
             warning = f"the model of this night is refused, and the champion of {found.ds} ranks in its place: {error}"
             log.warning("%s", warning)
             self.warnings.append(warning)
