@@ -15,8 +15,9 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -36,6 +37,10 @@ FILES = 8
 Read = Callable[[], DataFrame]
 
 
+def as_table(made: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    return pa.table({field.name: pa.array(made[field.name]).cast(field.type) for field in schema}, schema)
+
+
 def interactions(rows: int) -> list[pa.Table]:
     dice = np.random.default_rng(1)
     schema = contracts.INTERACTIONS.schema
@@ -49,7 +54,7 @@ def interactions(rows: int) -> list[pa.Table]:
             "timestamp": dice.integers(10**15, 2 * 10**15, n),
             "split": np.zeros(n, np.int8),
         }
-        parts.append(pa.table({field.name: pa.array(made[field.name]).cast(field.type) for field in schema}, schema))
+        parts.append(as_table(made, schema))
     return parts
 
 
@@ -61,7 +66,7 @@ def history(users: int) -> list[pa.Table]:
         n = users // FILES
         lists = [dice.integers(0, 20_000, 100).astype(np.int32) for _ in range(n)]
         made = {"user_idx": np.arange(part * n, part * n + n), "item_idx": lists, "test_item_idx": [[1]] * n}
-        parts.append(pa.table({field.name: pa.array(made[field.name]).cast(field.type) for field in schema}, schema))
+        parts.append(as_table(made, schema))
     return parts
 
 

@@ -269,6 +269,11 @@ def takes_conditions(path: str) -> bool:
     return is_local(path) or is_s3(path) or path.startswith("memory://")
 
 
+def is_conditional(path: str) -> bool:
+    """Whether `create` and `replace` are the only way to have one winner: no lock here keeps others away."""
+    return not is_local(path) and takes_conditions(path)
+
+
 def create(path: str, data: bytes) -> str | None:
     """Make a file that is not there yet; its tag, or None where somebody was faster. Of writers at once one wins; those
     that write the same bytes may all be told that they have."""

@@ -25,6 +25,7 @@ from ncf_dist.errors import BusyRun, ContractError, InputError, StaleRun
 from ncf_dist.files import (
     create,
     exists,
+    is_conditional,
     is_local,
     list_names,
     make_dirs,
@@ -180,7 +181,7 @@ class StageRuns:
         body = {k: v for k, v in dataclasses.asdict(manifest).items() if k != "root"}
         path, data = posixpath.join(manifest.root, MANIFEST), json.dumps(body, indent=1, sort_keys=True).encode()
         locks.confirm()
-        if is_local(path) or not takes_conditions(path):
+        if not is_conditional(path):
             write_atomic(path, data)
         elif create(path, data) is None:
             raise StaleRun(

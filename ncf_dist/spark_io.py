@@ -101,9 +101,9 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
     }
     # Which session is active is known to a thread of the JVM, which py4j may replace: so we remember our own.
     ours = not _open and _kept is None and SparkSession.getActiveSession() is None
-    lent = False
     if ours and "SPARK_REMOTE" not in os.environ:
         lent = _start_context("ncf-nightly" if _keeping else app, options, config)
+        ours = not lent
     builder = SparkSession.builder.appName(app)
     for key, value in options.items():
         builder = builder.config(key, str(value))
@@ -121,9 +121,7 @@ def spark_session(app: str, config: settings.Spark, batch_rows: int = BATCH_ROWS
         raise known from error
     finally:
         _open.pop()
-        if lent:
-            pass  # It is another process's.
-        elif ours and _keeping is not None and _keeping(spark):
+        if ours and _keeping is not None and _keeping(spark):
             _kept = spark
         # A JVM that was ended because this process is, or that owes an answer, is asked nothing any more.
         elif ours and not asked():

@@ -133,11 +133,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield Cluster(network, driver, workers, logs)
 
 
-def install(machine: Machine) -> None:
-    """As docs/cluster.md says: unpack the two files of dist/ beside each other."""
+def bring(machine: Machine) -> None:
+    """Put the two files of dist/ into the machine's /tmp."""
     for path in (PACKED, archives.pack_code(machine.root / "tmp/jobs.zip")):
         if path.parent != machine.root / "tmp":
             subprocess.run(["cp", str(path), str(machine.root / "tmp")], check=True)
+
+
+def install(machine: Machine) -> None:
+    """As docs/cluster.md says: unpack the two files of dist/ beside each other."""
+    bring(machine)
     script = (
         f"mkdir -p {HOME}/.venv && python3 -m zipfile -e /tmp/jobs.zip {HOME} && chmod +x {HOME}/spark-submit.sh && "
         f"tar -xzf /tmp/{PACKED.name} -C {HOME}/.venv && mkdir {HOME}/dist && mv /tmp/{PACKED.name} {HOME}/dist/"
@@ -176,9 +181,7 @@ GLIBC = re.compile(r"/usr/lib(64)?/(\w+-linux-gnu/)?(ld-linux-[\w-]+|lib(c|m|dl|
 def test_the_environment_runs_where_nothing_else_is(cluster: Cluster) -> None:
     """On a machine without a checkout, at a path of its own, with libraries of its own but for glibc."""
     there = cluster.workers[0]
-    for path in (PACKED, archives.pack_code(there.root / "tmp/jobs.zip")):
-        if path.parent != there.root / "tmp":
-            subprocess.run(["cp", str(path), str(there.root / "tmp")], check=True)
+    bring(there)
     unpack = (
         f"mkdir -p '/tmp/any where/{archives.ENVIRONMENT}' && cd '/tmp/any where' && rm -f /tmp/x && "
         f"tar -xzf /tmp/{PACKED.name} -C {archives.ENVIRONMENT} && python3 -m zipfile -e /tmp/jobs.zip {archives.CODE}"

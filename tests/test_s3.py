@@ -79,13 +79,19 @@ def test_create_and_replace_have_one_winner(place: str) -> None:
         files.read_tagged(place)
 
 
+def one_creates(pool: ThreadPoolExecutor, path: str) -> str:
+    """Eight at once create a file: one is told so, and it is that one's. Returns its tag."""
+    tags = list(pool.map(lambda who: files.create(path, b"%d" % who), range(8)))
+    [tag] = filter(None, tags)
+    assert files.read_bytes(path) == b"%d" % tags.index(tag)
+    return tag
+
+
 def test_of_eight_at_once_one_creates_and_one_replaces(place: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         for number in range(5):
             path = f"{place}-{number}"
-            tags = list(pool.map(lambda who, path=path: files.create(path, b"%d" % who), range(8)))
-            [tag] = filter(None, tags)
-            assert files.read_bytes(path) == b"%d" % tags.index(tag)
+            tag = one_creates(pool, path)
             if place.startswith("memory"):
                 continue  # Of threads; it lives in one process.
             tags = list(pool.map(lambda who, path=path, tag=tag: files.replace(path, b"new %d" % who, tag), range(8)))

@@ -14,12 +14,11 @@ from ncf_dist.files import (
     Tagged,
     create,
     exists,
-    is_local,
+    is_conditional,
     read_bytes,
     read_tagged,
     remove,
     replace,
-    takes_conditions,
     write_atomic,
 )
 from ncf_dist.publish import steps
@@ -50,7 +49,7 @@ def settle(delta: DeltaLog) -> DeltaTable:
 
 def _tagged(path: str) -> Tagged | None:
     """latest.json before the log is read, where its store can tell whether it was changed since."""
-    if is_local(path) or not takes_conditions(path):
+    if not is_conditional(path):
         return None
     try:
         return read_tagged(path)
@@ -61,7 +60,7 @@ def _tagged(path: str) -> Tagged | None:
 def _described(path: str, body: bytes, before: Tagged | None) -> bool:
     """Whether latest.json is `body` now. False where somebody else has changed it since `before`, who may have seen a
     newer version of the log than this run has."""
-    if is_local(path) or not takes_conditions(path):
+    if not is_conditional(path):
         if not exists(path) or read_bytes(path) != body:
             write_atomic(path, body)
         return True
