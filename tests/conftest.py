@@ -13,7 +13,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from ncf_dist import config as settings
-from ncf_dist import logs, stopping
+from ncf_dist import gateway, logs, stopping
 from ncf_dist.config import Config
 from ncf_dist.spark_io import spark_session
 
@@ -42,9 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def tests_share_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What goes with the process that a night runs in ends with the test: what log lines are of, and that a request to
-    stop, which tests send to themselves, ends the process's JVM, which here is that of all tests."""
-    monkeypatch.delenv(logs.ENVIRONMENT, raising=False)
+    """What goes with the process that a night runs in ends with the test: what log lines are of, Spark's options, and
+    that a request to stop, which tests send to themselves, ends the process's JVM, which here is that of all tests."""
+    for name in (logs.ENVIRONMENT, gateway.OPTIONS):
+        monkeypatch.setenv(name, "")  # Else what a test leaves there would stay: there is nothing to restore.
+        monkeypatch.delenv(name)
     monkeypatch.setattr(stopping, "before_raising", [])
 
 

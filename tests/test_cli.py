@@ -231,18 +231,16 @@ def test_an_unknown_job_exits_2_and_lists_the_known_ones(
     [([], []), (["--set", "spark.master=local[2]"], ["--master", "local[2]"])],
 )
 def test_what_must_be_known_before_the_jvm_starts_is_handed_over(
-    shell: Shell, monkeypatch: pytest.MonkeyPatch, overrides: list[str], master: list[str]
+    shell: Shell, overrides: list[str], master: list[str]
 ) -> None:
     """The config's options first, so that a person's win."""
-    monkeypatch.setenv(gateway.OPTIONS, "[]")  # Restored at the end.
     mine = ["--driver-memory", "8g", "--conf", "spark.x=a b\n'c'"]
     code, _ = shell.run(done, "--set", "spark.driver_memory=3g", *overrides, "--", *mine)
     assert code == 0
     assert gateway.handed_over() == [*master, "--driver-memory", "3g", "--executor-memory", "2g", *mine]
 
 
-def test_without_options_nothing_is_handed_over(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(gateway.OPTIONS, raising=False)
+def test_without_options_nothing_is_handed_over(shell: Shell) -> None:
     assert shell.run(done)[0] == 0
     assert gateway.handed_over() is None
 
