@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings in place of the config's")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/history-CONFIG.json")
-    parser.add_argument("--add", action="store_true", help="keep the seeds that the results have already")
+    parser.add_argument("--add", action="store_true", help="keep the seeds that the results have")
     parser.add_argument("--shares-only", action="store_true", help="measure a step, train nothing")
     args = parser.parse_args()
     files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / DATA[args.config][0]
@@ -185,7 +185,7 @@ def main() -> None:
     more = dict(setting.split("=", 1) for setting in args.set)
     results = args.results or ROOT / f"benchmarks/results/history-{args.config}.json"
     results.parent.mkdir(exist_ok=True)
-    told = json.loads(results.read_text()) if args.add else {"settings": more, "runs": {}}
+    told = json.loads(results.read_text()) if args.add and results.exists() else {"settings": more, "runs": {}}
     if told["settings"] != more:
         sys.exit(f"{results} has runs with the settings {told['settings']}; needed {more} to add to them")
     machine = f"{cores()} cores, {processor()}"
