@@ -1,6 +1,6 @@
 """A synthetic log with planted order: what tables of order cost, and how near a model gets to the rule.
 
-    .venv/bin/python benchmarks/planted.py [--millions 5] [--rounds 1] [--models item_to_item history] [--set …]
+    .venv/bin/python -m benchmarks.planted [--millions 5] [--rounds 1] [--models item_to_item history] [--set …]
 
 Items stand on a ring, in random order. Each user takes LENGTH of them: after an item comes with odds RULE one of the
 FOLLOWERS that follow it on the ring, the n-th with a weight of 1 / n, and else an item at random; what the user has had
@@ -23,26 +23,21 @@ import json
 import platform
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pyarrow as pa
 import pyarrow.csv
 import yaml
 
-from ncf_dist import last_line
+from benchmarks._job import job
 from ncf_dist.machine import cores, processor
 
 ROOT = Path(__file__).parent.parent
-DS, K = "2026-01-31", 10
+K = 10
 LENGTH, ITEMS, FOLLOWERS, RULE = 100, 5_000, 20, 0.6
 WINDOW, HEAP = 100, "2g"
 START, STEP = 1_600_000_000, 3_600
@@ -108,38 +103,6 @@ def write_log(path: Path, taken: IntArray) -> None:
     }
     mixed = np.random.default_rng(2).permutation(users * LENGTH)
     pa.csv.write_csv(pa.table({name: column[mixed] for name, column in columns.items()}), path)
-
-
-class Watch(threading.Thread):
-    """The largest resident size of a Python process below the given one, MiB."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.process, self.ended, self.most = psutil.Process(pid), threading.Event(), 0.0
-
-    def run(self) -> None:
-        while not self.ended.wait(0.5):
-            try:
-                below = [p for p in self.process.children(recursive=True) if "python" in p.name()]
-                self.most = max([self.most, *(p.memory_info().rss / 2**20 for p in below)])
-            except psutil.Error:
-                continue
-
-
-def job(name: str, config: Path, settings: list[str]) -> dict[str, Any]:
-    """What the job said, its `wall` seconds and the MiB of `python`. Stops the benchmark where it fails."""
-    command = [str(ROOT / "spark-submit.sh"), name, "--config", str(config), "--ds", DS]
-    command += [part for setting in settings for part in ("--set", setting)]
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    watch = Watch(process.pid)
-    watch.start()
-    out, _ = process.communicate()
-    wall = time.monotonic() - start
-    watch.ended.set()
-    if process.returncode:
-        sys.exit(f"{name} exited {process.returncode}; its log is above")
-    return {**last_line.read(out.splitlines()[-1]), "wall": wall, "python": watch.most}
 
 
 def base(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -47,7 +48,11 @@ def size_of(run: Manifest, number: int) -> int:
 
 
 def held(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.parquet"))
+    size = 0
+    for path in folder.rglob("*.parquet"):
+        with contextlib.suppress(FileNotFoundError):  # Dropped by the thread that fetches ahead.
+            size += path.stat().st_size
+    return size
 
 
 def far_loader(run: Manifest, copies: Copies, **settings: object) -> TrainLoader:
