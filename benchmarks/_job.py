@@ -16,7 +16,7 @@ from ncf_dist import last_line
 ROOT = Path(__file__).parent.parent
 DS = "2026-01-31"
 MIB = 2**20
-SAMPLE_S = 0.5
+SAMPLE_S = 2.0
 
 
 class Watch(threading.Thread):

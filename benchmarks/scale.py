@@ -12,7 +12,11 @@ ranks; all rows of an epoch and their negatives), `score` (K = 10, the whole cat
 What a stage handles: prepare rows of the log, train its examples (rows × 5), score pairs (users × items). From the two
 smallest sizes follows a line through what they took, fixed seconds + seconds a unit; `forecast` is where it meets a
 larger size. A billion rows on 20 such machines: the slope of the two largest sizes / 20, as if work divided without
-loss; what the network costs comes on top. Prints a table and writes benchmarks/results/scale.json after each size.
+loss; what the network costs comes on top. A step of `train` updates every row of the tables of embeddings, as Adam's
+moments change rows that no example touched, so it takes longer where tables are larger, and no line forecasts it: with
+three sizes its seconds are fixed + a · examples + b · steps · rows of the tables, and that says what the billion takes,
+where 20 machines' ranks take 20 times as many examples a step. Prints a table and writes benchmarks/results/scale.json
+after each size.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from ncf_dist.manifests import read_manifest
 
 RESULTS = ROOT / "benchmarks/results/scale.json"
 NAMES = ["user", "item", "rating", "time"]
-ROWS_A_USER, ACTIVE, NEGATIVES = 100, 10, 4
+ROWS_A_USER, ACTIVE, NEGATIVES, BATCH = 100, 10, 4, 16_384
 YEAR = 365 * 86_400
 TIMES = (1_577_836_800, 1_577_836_800 + YEAR)
 """When the two years begin, in seconds: 2020-01-01 and 2020-12-31 (UTC). Users that are not ranked have rows in the
@@ -75,7 +79,7 @@ def base(folder: Path) -> dict[str, Any]:
         "split": {"strategy": "leave-one-out"},
         "negatives": {"per_positive": NEGATIVES, "draws": 1, "candidates": 99},
         "model": {"name": "neumf", "factors": 8, "layers": [64, 32, 16]},
-        "train": {"ranks": cores(), "batch_size": 16_384, "lr": 0.001, "epochs": 1},
+        "train": {"ranks": cores(), "batch_size": BATCH, "lr": 0.001, "epochs": 1},
         "score": {"k": 10, "active_since": "2020-12-31"},
         "spark": {"master": f"local[{cores()}]", "driver_memory": "2g", "shuffle_partitions": 16},
     }  # fmt: skip
@@ -122,10 +126,32 @@ def show(sizes: dict[int, dict[str, dict[str, float]]]) -> None:
             print(f"{text}  MiB: largest Python {found['python']:,.0f}, all {found['all']:,.0f}")
         if len(ordered) > 1:
             last = sizes[ordered[-1]][stage]
-            fixed, slope = line(sizes[ordered[-2]][stage], last, unit)
             units = last[unit] * (BILLION / ordered[-1]) ** (1.5 if stage == "score" else 1.0)
-            hours = (max(fixed, 0.0) + slope * units / WORKERS) / 3600
-            print(f"{BILLION:13,.0f} {stage:8} {units:18,.0f} {unit:8} {hours:9.2f} h on {WORKERS} such machines")
+            fixed, slope = line(sizes[ordered[-2]][stage], last, unit)
+            seconds = max(fixed, 0.0) + slope * units / WORKERS
+            if stage == "train" and len(ordered) > 2:
+                seconds = training(sizes, units)
+            print(
+                f"{BILLION:13,.0f} {stage:8} {units:18,.0f} {unit:8} {seconds / 3600:9.2f} h on {WORKERS} such machines"
+            )
+
+
+def training(sizes: dict[int, dict[str, dict[str, float]]], examples: float) -> float:
+    """Seconds of an epoch of the billion on WORKERS machines, from the three largest sizes."""
+    measured = sorted(sizes)[-3:]
+    terms = np.array([[1, *work(rows, sizes[rows]["train"]["examples"])] for rows in measured])
+    fixed, a, b = np.linalg.solve(terms, [sizes[rows]["train"]["seconds"] for rows in measured])
+    own, updates = work(int(BILLION), examples / WORKERS)
+    print(
+        f"{'':13} train    {fixed:.1f} s + {a * 1e6:.3f} µs an example + {b * 1e9:.0f} ns a step and row of the tables"
+    )
+    return float(fixed + a * own + b * updates)
+
+
+def work(rows: int, examples: float) -> tuple[float, float]:
+    """(examples of this machine, its steps x rows of the tables) in an epoch."""
+    steps = examples / (1 + NEGATIVES) / (BATCH * cores())
+    return examples, steps * (rows // ROWS_A_USER + catalogue(rows))
 
 
 def main() -> None:
