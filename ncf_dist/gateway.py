@@ -33,7 +33,7 @@ OPTIONS = "NCF_SPARK_OPTIONS"
 LENT = "NCF_SPARK_LENT"
 """Set for a process that shares its parent's context of Spark."""
 SECRET = "SPARK_AUTHENTICATE_SECRET"
-"""Holds the secret of a standalone cluster, which Spark cannot make by itself. Never an argument, nor a setting."""
+"""Holds the secret of a standalone cluster, which Spark cannot make by itself. Never an argument: others see these."""
 LOOPBACK = "127.0.0.1"
 QUICK = "-XX:TieredStopAtLevel=1"
 """Has a JVM leave out its second compiler, which takes a third of a small night's processor time."""
@@ -132,8 +132,6 @@ def environment(options: Sequence[str], ours: Mapping[str, str]) -> dict[str, st
     locale = ours.get("LC_ALL") or ours.get("LC_CTYPE") or ours.get("LANG") or "C"
     if locale in ("C", "POSIX"):
         theirs["LC_ALL"] = "C.UTF-8"
-    if secret := ours.get(SECRET):
-        theirs["_SPARK_AUTH_SECRET"] = secret  # Spark's own name for it.
     # Spark splits these options at spaces. Ours come first, so that a person's own win; the log would say of an archive
     # that it does not fit.
     if (archive := class_archive()).exists() and not re.search(r"\s", str(archive)):

@@ -54,6 +54,8 @@ WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
 """What a writer says of each file: `written_batch` as Spark names its columns."""
 
 
+_SECRET = "spark.authenticate.secret"
+
 _open: list[SparkSession] = []
 """Sessions that `spark_session` has handed out, the innermost last."""
 
@@ -189,12 +191,17 @@ def guarded(found: Mapping[str, str], given: Sequence[str], authenticate: bool |
     if master.startswith("local"):
         local = {"spark.driver.bindAddress": gateway.LOOPBACK, "spark.driver.host": gateway.LOOPBACK}
         return {key: value for key, value in local.items() if gateway.option(given, key) is None}
-    if authenticate is False or found.get("spark.authenticate") == "true":
+    if authenticate is False:
         return {}
-    makes_its_own = master.startswith(("yarn", "k8s")) and found.get("spark.shuffle.service.enabled") != "true"
-    if found.get("spark.authenticate") is None and (makes_its_own or gateway.SECRET in os.environ):
+    its_own = master.startswith(("yarn", "k8s"))
+    secret = {} if its_own or gateway.SECRET not in os.environ else {_SECRET: os.environ[gateway.SECRET]}
+    secret = {key: value for key, value in secret.items() if key not in found}
+    if found.get("spark.authenticate") == "true":
+        return secret
+    makes_one = its_own and found.get("spark.shuffle.service.enabled") != "true"
+    if found.get("spark.authenticate") is None and (makes_one or gateway.SECRET in os.environ):
         keys = ("spark.authenticate", "spark.network.crypto.enabled", "spark.io.encryption.enabled")
-        return {key: "true" for key in keys if key not in found}
+        return {key: "true" for key in keys if key not in found} | secret
     log.warning(
         "Spark on %s is neither authenticated nor encrypted: whoever reaches its ports can run code as this user. "
         "Needed spark.authenticate=true and a secret that the cluster knows (a standalone one: export %s), or "

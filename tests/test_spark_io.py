@@ -430,9 +430,15 @@ def test_nobody_else_gets_into_spark(
 
 def test_a_standalone_cluster_gets_its_secret_from_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gateway.SECRET, "s3cret")
-    assert guarded({"spark.master": "spark://host:7077"}, [], None) == GUARDED
+    """Also where Spark's own files turn authentication on; a secret that is in them wins, and YARN makes one itself."""
+    secret, on = {"spark.authenticate.secret": "s3cret"}, {"spark.authenticate": "true"}
+    standalone = {"spark.master": "spark://host:7077"}
+    assert guarded(standalone, [], None) == GUARDED | secret
+    assert guarded(standalone | on, [], None) == secret
+    assert guarded(standalone | on | {"spark.authenticate.secret": "theirs"}, [], None) == {}
+    assert guarded(standalone, [], False) == {}
+    assert guarded({"spark.master": "yarn"}, [], None) == GUARDED
     started = gateway.environment(["--master", "spark://host:7077"], {gateway.SECRET: "s3cret"})
-    assert started["_SPARK_AUTH_SECRET"] == "s3cret"
     assert "SPARK_LOCAL_IP" not in started
 
 
