@@ -158,6 +158,14 @@ def confirm(fresh_s: float = 0.0) -> None:
         lock.confirm(fresh_s)
 
 
+def check() -> None:
+    """Raise StaleRun where a heartbeat has found that this process lost a lock. Asks the store nothing: for what waits
+    long, and makes nothing visible meanwhile."""
+    for lock in _held:
+        if lock.lost:
+            lock.confirm()
+
+
 def _acquired(path: str, what: str, owner: Owner) -> Lock:
     seen, began = None, time.monotonic()
     while True:

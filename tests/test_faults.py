@@ -250,6 +250,28 @@ def test_who_only_lost_others_is_named_last(tmp_path: Path) -> None:
         reports.raise_reported(str(tmp_path))
 
 
+GLOO = "[/a/gloo/transport/tcp/pair.cc:553] "
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (GLOO + "Connection closed by peer [10.0.0.3]:4. This is typically so. GLHF!", "has ended (Conn"),
+        (GLOO + "Read error [10.0.0.3]:4: Connection reset by peer. Check the logs", "has ended (Read error"),
+        (GLOO + "Timed out waiting 6000ms for recv operation to complete", "in time (Timed out waiting 6000ms for "),
+        ("wait timeout after 6000ms, keys: /0//cpu//0/1\nat a.cpp:1", "in time (wait timeout after 6000ms, keys: /0/"),
+        (GLOO + "no device found", "the other ranks cannot be reached (no device found)"),
+    ],
+)
+def test_a_lost_rank_is_told_in_words(said: str, told: str) -> None:
+    """What happened and what to do; of gloo's own text, whole in the log, the first sentence without its source."""
+    kind, message = worker.failure(torch.distributed.DistStoreError(said))
+    assert kind == reports.LOST
+    assert told in message
+    assert message.endswith("run the job train again: it goes on from the last checkpoint")
+    assert not any(noise in message for noise in (".cc", "typically", "logs of", "\n", "GLHF"))
+
+
 def test_a_report_that_cannot_be_written_keeps_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the lake cannot be reached any more."""
     over = threading.Event()

@@ -21,9 +21,10 @@ import psutil
 import pytest
 import torch.distributed as dist
 
+from ncf_dist import files, locks
 from ncf_dist.config import Model
-from ncf_dist.errors import ConfigError, ExitCode, Preempted, TrainingFailed
-from ncf_dist.train import network
+from ncf_dist.errors import ConfigError, ExitCode, Preempted, StaleRun, TrainingFailed
+from ncf_dist.train import checkpoints, network
 from ncf_dist.train.launchers import SUPERVISOR, WORKER, rank_environment
 from ncf_dist.train.pipeline import train
 from ncf_dist.train.supervisor import meeting
@@ -260,3 +261,18 @@ def test_an_address_of_another_machine_is_none_to_listen_at() -> None:
         network.listen("192.0.2.1", 29500)
     with pytest.raises(ConfigError, match="no network interface here has the address 192.0.2.1"):
         network.interface_of("192.0.2.1")
+
+
+def test_a_job_that_has_lost_its_night_ends_its_ranks_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run trains there by now: the ranks save nothing more, as they do when they are asked to end."""
+    monkeypatch.setattr(locks, "BEAT_S", 0.1)
+    config, lock = job(tmp_path, checkpoint_steps=50), str(tmp_path / "lock")
+    with locks.held(lock, "the night"):
+        When(config.paths.lake, lambda: files.write_bytes(lock, b"theirs"))
+        with pytest.raises(StaleRun, match="has lost the night to another one"):
+            train(config, DS)
+    assert not ranks_alive()
+    (run,) = Path(config.paths.lake).glob("runs/*/train/*")
+    saved = checkpoints.latest(str(run / "checkpoints"))
+    assert saved is not None
+    assert saved.progress["updates"] % 50 == 0

@@ -14,8 +14,9 @@ import threading
 import time
 from collections.abc import Iterator
 
+from ncf_dist import locks
 from ncf_dist.config import Config
-from ncf_dist.errors import Preempted, TrainingFailed
+from ncf_dist.errors import Preempted, StaleRun, TrainingFailed
 from ncf_dist.files import exists, make_dirs, write_atomic
 from ncf_dist.stopping import SIGNALS
 from ncf_dist.train.launchers import LAUNCHERS, other_nodes, others, rank_environment, threads, world_size
@@ -35,7 +36,7 @@ FAILED_S = 8.0
 
 def run_ranks(config: Config, spec: Spec, wanted: str) -> None:
     """Start the ranks and wait until all have ended, leaving `wanted` in the run's folder. Raises what a rank reported,
-    or TrainingFailed. SIGTERM and SIGINT ask them to save and end."""
+    TrainingFailed, or StaleRun. SIGTERM and SIGINT ask them to save and end."""
     folder = posixpath.join(spec.run, RANKS)
     path = posixpath.join(folder, SPEC)
     make_dirs(folder)
@@ -51,12 +52,16 @@ def run_ranks(config: Config, spec: Spec, wanted: str) -> None:
         running = [_started(command, environment)]
         if (others_command := other_nodes(config, path)) is not None:
             running.append(_started(others_command, environment))
+        grace_s = 5.0
         try:
             _wait(running, folder, asked)
             codes = [process.poll() for process in running]
+        except StaleRun:
+            grace_s = 0.0  # What they would still save is in the way of the run that has this night now.
+            raise
         finally:
             for process in running:
-                end_tree(process, grace_s=5)
+                end_tree(process, grace_s)
         count_retries(folder)
         raise_reported(folder)
     left = exists(posixpath.join(spec.run, wanted))
@@ -69,7 +74,9 @@ def run_ranks(config: Config, spec: Spec, wanted: str) -> None:
             "it goes on from the last checkpoint"
         )
     raise TrainingFailed(
-        f"training ended with code {running[0].returncode} and {'a' if left else 'no'} {wanted}; its log is above"
+        f"training ended with code {running[0].returncode} and {'a' if left else 'no'} {wanted}; needed ranks that end "
+        "with their work done: the log above says why they did not; then run the job train again: it goes on from the "
+        "last checkpoint"
     )
 
 
@@ -83,11 +90,13 @@ def _started(command: list[str], environment: dict[str, str]) -> subprocess.Pope
 
 def _wait(running: list[subprocess.Popen[bytes]], folder: str, asked: threading.Event) -> None:
     """Wait until all of `running` have ended (this machine's ranks, and where there are any what started those of
-    others), or their time to end after a failure or a request to stop, or after our own ranks' end, is over."""
+    others), or their time to end after a failure or a request to stop, or after our own ranks' end, is over. Raises
+    StaleRun where another run has taken this night over meanwhile."""
     ranks, end, stopping = running[0], float("inf"), False
     while any(process.poll() is None for process in running) and time.monotonic() < end:
         with contextlib.suppress(subprocess.TimeoutExpired):
             (ranks if ranks.poll() is None else running[-1]).wait(0.5)
+        locks.check()
         if asked.is_set() and not stopping:
             log.warning("asked to stop: the ranks save a checkpoint and end")
             write_atomic(posixpath.join(folder, STOP), b"")

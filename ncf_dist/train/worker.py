@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import posixpath
+import re
 import signal
 import sys
 import time
@@ -199,13 +200,28 @@ def _go_on(trainer: Trainer, world: World) -> None:
 
 def failure(error: BaseException) -> tuple[str, str]:
     """(kind, message) for the report of what is no NcfError."""
-    message = f"{type(error).__name__}: {error}"[:1000]
     if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        return UNEXPECTED, message
+        return UNEXPECTED, f"{type(error).__name__}: {error}"[:1000]
     return LOST, (
-        f"{message}; needed all ranks within train.timeout_s: another was ended, stands still or cannot be reached, "
-        "and its log, on its own machine, says why; run the job train again: it goes on from the last checkpoint"
+        f"{_lost(str(error))}; needed all ranks within train.timeout_s: another was ended, stands still or cannot be "
+        "reached, and its log, on its own machine, says why; run the job train again: it goes on from the last "
+        "checkpoint"
     )
+
+
+_SOURCE_LINE = re.compile(r"^\[\S+:\d+\] ")
+_LOST = {
+    "another rank, or its machine, has ended": re.compile("closed|reset|broken pipe|refused", re.IGNORECASE),
+    "another rank did not answer in time": re.compile("time ?d? ?out", re.IGNORECASE),
+}
+
+
+def _lost(said: str) -> str:
+    """What became of another rank, of what gloo or the store says that the ranks meet in: its first sentence, without
+    the line of its source. All of it is in the log."""
+    cause = _SOURCE_LINE.sub("", said.strip().partition("\n")[0]).partition(". ")[0][:200]
+    what = (what for what, told in _LOST.items() if told.search(cause))
+    return f"{next(what, 'the other ranks cannot be reached')} ({cause})"
 
 
 def run(path: str) -> NoReturn:
