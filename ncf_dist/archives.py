@@ -30,7 +30,8 @@ MOMENT = (1980, 1, 1, 0, 0, 0)
 """Of every file in a zip archive, so that the same code gives the same bytes."""
 TRAVELS = ("spark-submit.sh", "requirements.lock", "LICENSE", "conf/**/*", "jobs/*.py", "ncf_dist/**/*")
 """What the archive of the code holds, of the folder that has ncf_dist in it: enough to submit from another machine."""
-LEFT = ("__pycache__", ".pyc", ".cpp")
+LEFT = ("__pycache__", ".pyc", ".cpp", "~")
+"""Ends of names that stay. So do hidden files: a `.env`, what an editor keeps."""
 
 
 def environment_archive() -> Path:
@@ -55,7 +56,8 @@ def pack_code(path: Path, root: Path = ROOT) -> Path:
 def _files(root: Path) -> Iterator[Path]:
     for pattern in TRAVELS:
         for file in sorted(root.glob(pattern)):
-            if file.is_file() and not any(part.endswith(LEFT) for part in file.relative_to(root).parts):
+            parts = file.relative_to(root).parts
+            if file.is_file() and not any(part.endswith(LEFT) or part.startswith(".") for part in parts):
                 yield file
 
 

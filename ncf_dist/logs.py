@@ -71,3 +71,5 @@ def log_to_stderr(who: str | None = None) -> None:
     # Once this process was asked to stop, Spark's JVM is gone, which is no news.
     handler.addFilter(lambda record: not (asked() and "py4j" in record.pathname))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for library in ("botocore", "aiobotocore"):  # Each client says where it found its credentials.
+        logging.getLogger(library).setLevel(logging.WARNING)

@@ -255,6 +255,18 @@ def test_a_traceback_is_part_of_its_line(capsys: pytest.CaptureFixture[str]) -> 
     assert "Traceback" in json.loads(text)["message"]
 
 
+def test_clients_of_a_store_do_not_say_where_credentials_are() -> None:
+    program = """if True:
+        import logging
+        from ncf_dist.logs import log_to_stderr
+        log_to_stderr()
+        for name in ("botocore.credentials", "aiobotocore.credentials", "ours"):
+            logging.getLogger(name).info("found credentials, says %s", name)
+        logging.getLogger("botocore.httpsession").warning("a warning")"""
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stderr
+    assert [line.split(": ", 1)[1] for line in shown.splitlines()] == ["found credentials, says ours", "a warning"]
+
+
 def test_a_job_leaves_nothing_behind_for_the_next(shell: Shell) -> None:
     before = logs.said()
     run_job("prepare", made("prepare"), ["--config", str(shell.conf), "--ds", DS])

@@ -112,6 +112,15 @@ def test_the_archive_of_the_code_is_the_code(tmp_path: Path) -> None:
     assert shown.stdout.strip() == code().sha256
 
 
+def test_what_is_hidden_stays(tmp_path: Path) -> None:
+    """A secret beside the settings, an editor's copies."""
+    for name in ("conf/a.yaml", "conf/.env", "conf/.git/config", "conf/a.yaml~", "ncf_dist/b.py", "ncf_dist/.b.py.swp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with zipfile.ZipFile(archives.pack_code(tmp_path / "code.zip", tmp_path)) as archive:
+        assert archive.namelist() == ["conf/a.yaml", "ncf_dist/b.py"]
+
+
 # --- the environment ---
 
 
