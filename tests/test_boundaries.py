@@ -18,8 +18,12 @@ FILE_LINES, PIPELINE_LINES, FUNCTION_LINES = 400, 150, 50
 FORBIDDEN = {
     ("pyspark", "py4j"): ("train.worker", "train.pipeline", "train.loaders"),
     ("pandas",): ("train.worker",),  # It costs each rank most of a second.
-    ("torch", "petastorm"): ("prepare.pipeline", "fetch.pipeline", "score.pipeline", "evaluate.pipeline"),
-    ("torch", "petastorm", "pyspark"): ("cli", "publish.pipeline", "doctor.pipeline"),
+    # Torch alone costs the process that drives a night two seconds.
+    ("torch", "petastorm"): (
+        *("prepare.pipeline", "fetch.pipeline", "score.pipeline", "evaluate.pipeline"),
+        *("nightly.pipeline", "sweep.pipeline"),
+    ),
+    ("torch", "petastorm", "pyspark"): ("cli", "publish.pipeline", "doctor.pipeline", "train.pipeline"),
 }
 
 

@@ -33,6 +33,7 @@ from ncf_dist.train.checkpoints import Checkpoint
 from ncf_dist.train.epoch_order import Phase
 from ncf_dist.train.loaders import Batch
 from ncf_dist.train.pipeline import train
+from ncf_dist.train.spec import Spec
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.world import World
 from tests.gloo import Ranks
@@ -120,7 +121,7 @@ def spec_in(folder: Path, seed: int) -> tuple[str, Path]:
     run = folder / "run"
     (run / "ranks").mkdir(parents=True)
     path = str(run / "ranks" / "spec.json")
-    worker.Spec(config.model_dump_json(by_alias=True), prepared(config, 47).root, str(run)).save(path)
+    Spec(config.model_dump_json(by_alias=True), prepared(config, 47).root, str(run)).save(path)
     return path, run
 
 

@@ -30,6 +30,7 @@ from ncf_dist.scoring import ModelScorer
 from ncf_dist.train import part_weights, worker
 from ncf_dist.train.part_weights import Candidate, choose
 from ncf_dist.train.pipeline import train
+from ncf_dist.train.spec import Spec
 from ncf_dist.train.world import World
 from tests.histories import TINY, history_run
 
@@ -173,7 +174,7 @@ def test_the_same_tables_give_the_same_version(tmp_path: Path) -> None:
 def test_parts_beside_a_trained_model(tmp_path: Path) -> None:
     config = config_of(tmp_path, "mf", parts=BOTH)
     prepare = prepare_run(config, walks())
-    spec = worker.Spec(config.model_dump_json(by_alias=True), prepare.root, str(tmp_path / "run"))
+    spec = Spec(config.model_dump_json(by_alias=True), prepare.root, str(tmp_path / "run"))
     Path(spec.run).mkdir()
     worker.train_rank(spec, World())
     bundle = read_bundle(str(tmp_path / "run/bundle"))

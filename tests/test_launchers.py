@@ -16,7 +16,7 @@ import pytest
 from ncf_dist import machine
 from ncf_dist import other_nodes as far
 from ncf_dist.config import Config, Model
-from ncf_dist.errors import ContractError, TrainingFailed
+from ncf_dist.errors import ConfigError, ContractError, TrainingFailed
 from ncf_dist.train import run_ranks
 from ncf_dist.train.launchers import LAUNCHERS, WORKER, other_nodes, others, threads, torchrun
 from ncf_dist.train.pipeline import train
@@ -86,6 +86,16 @@ def test_two_machines_train_what_one_trains_with_two_ranks(tmp_path: Path, caplo
     assert losses(train(two, DS).outputs) == wanted
     assert agents[0].wait(30) == 0
     assert "needed on 1 other machine(s): the same command" in caplog.text
+
+
+def test_a_rank_without_enough_memory_says_so_before_it_waits_for_others(tmp_path: Path) -> None:
+    """The other machine never comes: waiting for it would take minutes."""
+    config = small_config(
+        tmp_path, GMF, ranks=1, nodes=2, rendezvous=f"127.0.0.1:{free_port()}", max_model_bytes=1000, device="cpu"
+    )
+    prepared(config, 41)
+    with pytest.raises(ConfigError, match=r"^rank 0: model gmf for .* needs .* GiB on this machine, 1 rank"):
+        train(config, DS)
 
 
 # ---- the other machines, started by Spark ----------------------------------------------------------------------------

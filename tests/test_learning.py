@@ -30,13 +30,14 @@ from ncf_dist.models import GMF, MLP, NeuMF, build_model
 from ncf_dist.train import progress
 from ncf_dist.train.loaders import Batch
 from ncf_dist.train.losses import Objective, bce, bpr, mse, sampled_softmax
-from ncf_dist.train.lr_find import smoothed, suggest
+from ncf_dist.train.lr_curve import smoothed, suggest
 from ncf_dist.train.optimisers import build_optimiser, set_rate
 from ncf_dist.train.pipeline import train
 from ncf_dist.train.plots import history_figure, rate_figure
 from ncf_dist.train.progress import Meter
 from ncf_dist.train.schedules import SCHEDULES, one_cycle_momentum
-from ncf_dist.train.start import check_start, pretrained_start, users_there, warm_start
+from ncf_dist.train.start import check_start
+from ncf_dist.train.start_weights import pretrained_start, users_there, warm_start
 from ncf_dist.train.world import World
 from tests.tables import DS, ITEMS, USERS, prepared, small_config, table_of
 

@@ -30,9 +30,10 @@ from ncf_dist.files import file_url
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import write_parts
 from ncf_dist.train import loaders
-from ncf_dist.train.epoch_order import EpochOrder, Phase, deal, rows_per_rank, steps_per_epoch
+from ncf_dist.train.epoch_order import EpochOrder, Phase, deal
 from ncf_dist.train.loaders import Batch, Columns, Task, TrainLoader, verify_files
 from ncf_dist.train.negatives import OnlineNegatives, shared_items
+from ncf_dist.train.steps import rows_per_rank, steps_per_epoch
 from ncf_dist.train.world import World
 
 N, DRAWS = 2, 3

@@ -26,7 +26,8 @@ from ncf_dist.products import Products
 from ncf_dist.scoring import ModelScorer
 from ncf_dist.scoring import blocks as kernel
 from ncf_dist.spark_io import on_one_executor
-from ncf_dist.train.worker import Spec, train_rank
+from ncf_dist.train.spec import Spec
+from ncf_dist.train.worker import train_rank
 from ncf_dist.train.world import World
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,8 @@ from ncf_dist.errors import ConfigError, ExitCode, Preempted, StaleRun, Training
 from ncf_dist.train import checkpoints, network
 from ncf_dist.train.launchers import SUPERVISOR, WORKER, rank_environment
 from ncf_dist.train.pipeline import train
+from ncf_dist.train.spec import Spec
 from ncf_dist.train.supervisor import meeting
-from ncf_dist.train.worker import Spec
 from tests.tables import DS, prepared, small_config
 from tests.test_faults import When, job, ranks_alive
 

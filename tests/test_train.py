@@ -40,6 +40,7 @@ from ncf_dist.train.loaders import Batch, Task, TrainLoader
 from ncf_dist.train.losses import bce
 from ncf_dist.train.memory_check import check_memory, memory_parts
 from ncf_dist.train.pipeline import FEW_STEPS, few_steps, train
+from ncf_dist.train.spec import Spec
 from ncf_dist.train.trainer import History, Trainer
 from ncf_dist.train.validation import Validator, candidate_ranks, read_held_out
 from ncf_dist.train.world import World
@@ -368,14 +369,14 @@ def test_without_validation_rows_the_last_epoch_stands() -> None:
 # ---- a rank ------------------------------------------------------------------------------------------------
 
 
-def spec_of(folder: Path, model: Model = TINY["mlp"], rows: int = 10, **train: Any) -> worker.Spec:
+def spec_of(folder: Path, model: Model = TINY["mlp"], rows: int = 10, **train: Any) -> Spec:
     """The spec of a training over a hand-made prepare run."""
     config = small_config(folder, model, **train)
     run = prepared(config, rows)
-    return worker.Spec(config.model_dump_json(by_alias=True), run.root, str(folder / "run"))
+    return Spec(config.model_dump_json(by_alias=True), run.root, str(folder / "run"))
 
 
-def start_of(world: World, spec: worker.Spec) -> tuple[npt.NDArray[np.float32], list[list[float]]]:
+def start_of(world: World, spec: Spec) -> tuple[npt.NDArray[np.float32], list[list[float]]]:
     """(initial item weights, the first random numbers of the first two steps)"""
     found: list[Any] = []
 
@@ -683,6 +684,7 @@ def test_memory_is_refused_by_default_where_the_machine_has_too_little(
         check_memory(memory_config(None), 1, 1, ROWS, FILE_ROWS)
 
 
-def test_memory_is_checked_before_anything_starts(line: Line) -> None:
-    with pytest.raises(ConfigError, match="GiB"):
+def test_memory_is_checked_before_anything_is_read(line: Line) -> None:
+    """By the ranks: the job itself does without torch, and does not know on what they run."""
+    with pytest.raises(ConfigError, match=r"^rank \d: model gmf .* GiB"):
         train(line.config(train={"max_model_bytes": 1000, "lr": 0.3}), DS)

@@ -18,6 +18,7 @@ import torch
 from ncf_dist.config import Model
 from ncf_dist.machine import cores_of_mask
 from ncf_dist.train import waiting, worker
+from ncf_dist.train.spec import Spec
 from ncf_dist.train.waiting import HOLD_S, LONGEST_S, LOOK_S, Usage, Waiting, taken
 from tests.tables import prepared, small_config
 
@@ -185,7 +186,7 @@ def test_a_rank_looks_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = small_config(tmp_path, Model(name="gmf", factors=4))
     path = tmp_path / "run/ranks/spec.json"
     path.parent.mkdir(parents=True)
-    worker.Spec(config.model_dump_json(by_alias=True), prepared(config, 41).root, str(tmp_path / "run")).save(str(path))
+    Spec(config.model_dump_json(by_alias=True), prepared(config, 41).root, str(tmp_path / "run")).save(str(path))
     entered: list[Any] = []
 
     class Seen(Waiting):

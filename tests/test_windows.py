@@ -36,7 +36,7 @@ from ncf_dist.train.loaders import Batch, Task
 from ncf_dist.train.losses import gbce, sampled_softmax, softmax
 from ncf_dist.train.memory_check import memory_parts
 from ncf_dist.train.pipeline import train
-from ncf_dist.train.start import warm_start
+from ncf_dist.train.start_weights import warm_start
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
 from ncf_dist.train.windows import GROUPS, WindowLoader, grouped

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import NonNegativeInt, PositiveInt
 
-from ncf_dist.errors import ContractError
 from ncf_dist.sampling import Stream
+from ncf_dist.train.steps import rows_per_rank
 from ncf_dist.train.world import World
 
 Rows = npt.NDArray[np.int64]
@@ -67,22 +67,6 @@ class Window:
     def permutation(self) -> Rows:
         """(rows,) the order in which the rows of all ranges, one after another, are used."""
         return np.random.default_rng(self.key).permutation(self.rows)
-
-
-def rows_per_rank(rows: int, ranks: int) -> int:
-    return rows // ranks
-
-
-def steps_per_epoch(rows: int, ranks: int, batch_size: int) -> int:
-    """Steps of every rank; the last batch may be smaller, by as much on all ranks.
-    Raises ContractError when a rank would have no row."""
-    each = rows_per_rank(rows, ranks)
-    if each == 0:
-        raise ContractError(
-            f"the train table has {rows} rows for {ranks} ranks; needed at least one a rank: "
-            "lower train.ranks or give more data"
-        )
-    return -(-each // batch_size)
 
 
 def deal(file_rows: Sequence[int], seed: int, epoch: int, world: World) -> list[RowRange]:

@@ -14,11 +14,10 @@ import numpy as np
 from ncf_dist import contracts
 from ncf_dist.ancestry import index_sizes
 from ncf_dist.config import Config
-from ncf_dist.errors import ConfigError
 from ncf_dist.files import write_atomic
 from ncf_dist.item_item.counts import follow_rows, train_rows_of
 from ncf_dist.item_item.gram import ease, gram
-from ncf_dist.item_item.memory import COPIES, bytes_to_fit
+from ncf_dist.item_item.memory import check_gram
 from ncf_dist.item_item.part import Part
 from ncf_dist.item_item.rows import largest
 from ncf_dist.manifests import Manifest
@@ -30,17 +29,6 @@ from ncf_dist.train.part_weights import Candidate, choose
 from ncf_dist.train.world import World
 
 log = logging.getLogger(__name__)
-
-
-def check_parts(config: Config, n_items: int) -> None:
-    """Raise ConfigError where EASE would take more memory than `parts.ease.gram_bytes`."""
-    part, needed = config.item_parts.ease, bytes_to_fit(n_items)
-    if part is not None and needed > part.gram_bytes:
-        raise ConfigError(
-            f"parts has ease: {n_items:,} items x {n_items:,} items x 8 bytes x {COPIES} matrices = {needed:,} bytes; "
-            f"parts.ease.gram_bytes allows {part.gram_bytes:,}: raise it where this machine has that much, or leave "
-            "parts.ease out"
-        )
 
 
 def parts_of(config: Config, prepare: Manifest, model: Recommender, record: str) -> list[Part]:
@@ -64,7 +52,7 @@ def _made(config: Config, prepare: Manifest) -> list[Candidate]:
         part = Part("counts", 1.0, counts.half_life, min(counts.last, length), rows)
         made.append(Candidate(part, counts.weights))
     if found := parts.ease:
-        check_parts(config, n_items)
+        check_gram(found, n_items)
         matrix = ease(gram(train_histories(_files(prepare, contracts.INTERACTIONS)), n_items), found.ridge)
         part = Part("ease", 1.0, found.half_life, min(found.last, length), largest(matrix, found.kept))
         made.append(Candidate(part, found.weights))

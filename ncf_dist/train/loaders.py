@@ -34,8 +34,9 @@ from ncf_dist.manifests import Manifest
 from ncf_dist.models import Windows
 from ncf_dist.parquet import read_table
 from ncf_dist.train.copies import Copies, checked
-from ncf_dist.train.epoch_order import EpochOrder, Phase, Window, steps_per_epoch
+from ncf_dist.train.epoch_order import EpochOrder, Phase, Window
 from ncf_dist.train.negatives import OnlineNegatives, shared_items
+from ncf_dist.train.steps import steps_per_epoch
 from ncf_dist.train.world import World
 
 log = logging.getLogger(__name__)

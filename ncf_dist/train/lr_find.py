@@ -4,15 +4,14 @@ fixed factor above the last, until the loss diverges. It suggests the rate at wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
 from ncf_dist.errors import TrainingFailed
+from ncf_dist.train.lr_curve import HIGH, LOW, smoothed
 from ncf_dist.train.trainer import Trainer
 
-LOW, HIGH, POINTS = 1e-7, 10.0, 100
-SMOOTHING = 0.9
+POINTS = 100
 AWAY = 4.0
 """The test ends when the smoothed loss is this many times its lowest."""
 
@@ -45,26 +44,3 @@ def rate_curve(trainer: Trainer) -> list[tuple[float, float]]:
         if smooth > AWAY * lowest:
             break
     return curve
-
-
-def smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average, corrected for its start at 0."""
-    values, mean = [], 0.0
-    for count, loss in enumerate(losses, start=1):
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        values.append(mean / (1 - SMOOTHING**count))
-    return values
-
-
-def suggest(curve: Sequence[tuple[float, float]]) -> float:
-    """The rate at which the smoothed loss falls steepest over log(rate), before its lowest point.
-    Raises TrainingFailed where it never falls."""
-    losses = smoothed([loss for _, loss in curve])
-    end = losses.index(min(losses)) if losses else 0
-    falls = [losses[i + 1] - losses[i - 1] for i in range(1, end)]
-    if not falls or min(falls) >= 0:
-        raise TrainingFailed(
-            f"the loss never falls over {len(curve)} learning rates from {LOW} up; needed a rate that lowers it: "
-            "raise train.batch_size, or look at the input"
-        )
-    return curve[1 + falls.index(min(falls))][0]

@@ -1,4 +1,4 @@
-"""What a training needs, before anything starts: arithmetic on the config and the manifest."""
+"""What memory a training needs: arithmetic on the config and the manifest. A rank asks, which knows its own device."""
 
 from __future__ import annotations
 
@@ -60,15 +60,16 @@ def pair_width(config: Config) -> int:
     return hidden + 2 * factors
 
 
-def check_memory(config: Config, n_users: int, n_items: int, rows: int, file_rows: int) -> None:
-    """Refuse, before anything starts, a training that cannot fit. Raises ConfigError with the arithmetic."""
-    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+def check_memory(config: Config, n_users: int, n_items: int, rows: int, file_rows: int, device: str = "cpu") -> None:
+    """Refuse a training that cannot fit where this process runs. device: as in `World`. Raises ConfigError with the
+    arithmetic."""
+    on_gpu = device != "cpu"
     ranks = 1 if on_gpu or config.train.launcher == "none" else config.train.ranks
     parts = {what: size * ranks for what, size in memory_parts(config, n_users, n_items, rows, file_rows).items()}
     if not on_gpu:
         copies = 2 + MOMENTS[config.train.optimiser]
         parts["a checkpoint being written, once"] = 4 * copies * parameter_count(config.model, n_users, n_items)
-    have = torch.cuda.get_device_properties(0).total_memory if on_gpu else machine.memory()
+    have = torch.cuda.get_device_properties(device).total_memory if on_gpu else machine.memory()
     limit = config.train.max_model_bytes or int(have * MEMORY_SHARE)
     needed = sum(parts.values())
     if needed > limit:

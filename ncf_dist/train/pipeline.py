@@ -12,19 +12,18 @@ from ncf_dist.bundle import BUNDLE, CARD, read_bundle
 from ncf_dist.config import Config, Train
 from ncf_dist.errors import ConfigError
 from ncf_dist.files import exists, read_bytes, write_atomic
+from ncf_dist.item_item.memory import check_gram
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream, model_of_earlier_night
-from ncf_dist.train.epoch_order import steps_per_epoch
 from ncf_dist.train.figures import of_parts, of_training
-from ncf_dist.train.item_parts import check_parts
 from ncf_dist.train.launchers import world_size
-from ncf_dist.train.lr_find import smoothed, suggest
-from ncf_dist.train.memory_check import check_memory
+from ncf_dist.train.lr_curve import smoothed, suggest
 from ncf_dist.train.plots import history_figure, rate_figure
 from ncf_dist.train.run_ranks import run_ranks
+from ncf_dist.train.spec import CHECKPOINTS, HISTORY, PARTS, RATES, Spec, train_contract
 from ncf_dist.train.start import check_starts, start_bundle
-from ncf_dist.train.worker import CHECKPOINTS, HISTORY, PARTS, RATES, Spec, train_contract
+from ncf_dist.train.steps import steps_per_epoch
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +51,12 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         bundle = read_bundle(posixpath.join(earlier.root, BUNDLE))
         outputs = {"bundle": bundle.path}
         return Outcome.of(earlier, "already-done", outputs, model_version=bundle.model_version, model_of=earlier.ds)
-    check_parts(config, index_sizes(prepare).items)
+    if ease := config.item_parts.ease:
+        check_gram(ease, index_sizes(prepare).items)
     if not config.model.trained:
         return _made_of_parts(stage, config, prepare)
     table = prepare.table(train_contract(prepare, config))
     warning = few_steps(config.train, table.rows, world_size(config))
-    check_memory(config, *index_sizes(prepare), table.rows, max(file.rows for file in table.files))
 
     if config.train.lr_find:
         return _find_rate(config, prepare, stage.runs.begin(f"{stage.key}-lr-find"), first)

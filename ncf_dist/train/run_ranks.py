@@ -22,7 +22,7 @@ from ncf_dist.stopping import SIGNALS
 from ncf_dist.train.launchers import LAUNCHERS, other_nodes, others, rank_environment, threads, world_size
 from ncf_dist.train.processes import dying_with_us, end_tree
 from ncf_dist.train.reports import count_retries, raise_reported, reports_in
-from ncf_dist.train.worker import SPEC, STOP, Spec
+from ncf_dist.train.spec import SPEC, STOP, Spec
 
 log = logging.getLogger(__name__)
 

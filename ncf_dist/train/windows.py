@@ -29,16 +29,12 @@ from ncf_dist.models import Sequences, Windows
 from ncf_dist.train.copies import Copies
 from ncf_dist.train.loaders import Batch, Columns, Task, TrainLoader
 from ncf_dist.train.negatives import shared_items
+from ncf_dist.train.spec import window_length
 from ncf_dist.train.world import World
 
 GROUPS = 8
 """Lengths within a group differ by less than L / GROUPS."""
 Array = npt.NDArray[Any]
-
-
-def window_length(prepare: Manifest) -> int:
-    """L of the table as prepare wrote it."""
-    return int(prepare.config["sequences"]["length"])
 
 
 def row_bytes(length: int) -> int:

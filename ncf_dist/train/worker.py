@@ -17,7 +17,6 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -27,7 +26,6 @@ from ncf_dist import contracts, products
 from ncf_dist.ancestry import DIGESTS, index_sizes
 from ncf_dist.bundle import BUNDLE, read_bundle, save_bundle
 from ncf_dist.config import Config
-from ncf_dist.contracts import Contract
 from ncf_dist.errors import ExitCode, NcfError
 from ncf_dist.files import exists, is_local, read_bytes, resolve, write_atomic
 from ncf_dist.item_item.part import Part
@@ -39,34 +37,20 @@ from ncf_dist.train.copies import Copies, copies_for
 from ncf_dist.train.item_parts import parts_of
 from ncf_dist.train.loaders import Task, TrainLoader, verify_files
 from ncf_dist.train.lr_find import rate_curve
+from ncf_dist.train.memory_check import check_memory
 from ncf_dist.train.processes import die_with_parent
 from ncf_dist.train.reports import LOST, UNEXPECTED, report, tell_retries
-from ncf_dist.train.start import pretrained_start, users_there, warm_start
+from ncf_dist.train.spec import CHECKPOINTS, HISTORY, PARTS, RATES, STOP, Spec, train_contract
+from ncf_dist.train.start_weights import pretrained_start, users_there, warm_start
 from ncf_dist.train.trainer import Trainer
 from ncf_dist.train.validation import Validator
 from ncf_dist.train.waiting import Waiting
-from ncf_dist.train.windows import WindowLoader, window_length
+from ncf_dist.train.windows import WindowLoader
 from ncf_dist.train.world import World
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS, HISTORY, RATES, PARTS = "checkpoints", "history.json", "lr_find.json", "parts.json"
-SPEC, STOP = "spec.json", "stop"
 POLL_S, FAR_POLL_S = 1.0, 5.0
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What the job tells its ranks. prepare, run: folders; config: the resolved tree as JSON; start: the bundle that a
-    warm start begins with."""
-
-    config: str
-    prepare: str
-    run: str
-    start: str | None = None
-
-    def save(self, path: str) -> None:
-        write_atomic(path, json.dumps(asdict(self)).encode())
 
 
 class StopRequest:
@@ -85,14 +69,6 @@ class StopRequest:
             self.looked = time.monotonic()
             self.asked = exists(self.path)
         return self.asked
-
-
-def train_contract(prepare: Manifest, config: Config) -> Contract:
-    """The table that the model is trained on, as prepare wrote it."""
-    if config.sequential:
-        return contracts.sequences(window_length(prepare))
-    negatives = prepare.config["negatives"]
-    return contracts.train(negatives["per_positive"], negatives["draws"], config.input.feedback == "explicit")
 
 
 def loader_of(config: Config, prepare: Manifest, task: Task, world: World, copies: Copies | None = None) -> TrainLoader:
@@ -115,6 +91,15 @@ def task_of(config: Config, prepare: Manifest) -> Task:
         shared=config.train.shared_negatives if config.shares_negatives else 0,
         explicit=config.input.feedback == "explicit",
     )
+
+
+def check_fits(config: Config, prepare: Manifest, world: World) -> None:
+    """Refuse a training that needs more memory than there is where this rank runs, before it waits for others, reads or
+    builds anything. Raises ConfigError."""
+    if config.model.trained:
+        table = prepare.table(train_contract(prepare, config))
+        largest = max(file.rows for file in table.files)
+        check_memory(config, *index_sizes(prepare), table.rows, largest, world.device)
 
 
 def starting_model(config: Config, spec: Spec, prepare: Manifest) -> Recommender:
@@ -236,6 +221,7 @@ def run(path: str) -> NoReturn:
             signal.signal(number, stop.on_signal)
         # Signals that came while torch was imported are delivered now.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGINT})
+        check_fits(config, read_manifest(spec.prepare), world)
         world.join(config.train.timeout_s)
         with Waiting():
             train_rank(spec, world, stop)
