@@ -232,6 +232,27 @@ def test_gradients_fill_one_piece_of_memory_and_are_handed_on_uncopied() -> None
     assert torch.equal(whole, torch.cat([gradient.reshape(-1) for gradient in found]))
 
 
+@built
+@pytest.mark.parametrize("name", ["gmf", "mlp", "neumf"])
+def test_a_step_takes_the_memory_of_gradients_that_nobody_holds(name: str) -> None:
+    model, batch, other = model_of(name), batch_of(9, 7, 4, 3), batch_of(9, 7, 2, 3)
+    one_call = compiled_loss(model, "bce")
+    assert one_call is not None
+    held = gradients(model, one_call(model, batch))
+    copied = [gradient.clone() for gradient in held]
+    again = gradients(model, one_call(model, other))
+    assert all(map(torch.equal, held, copied)), "somebody has them"
+    place = again[0].untyped_storage().data_ptr()
+    expected = [gradient.clone() for gradient in again]
+    in_few_pieces(again)[0].fill_(torch.nan)
+    del again
+    for parameter in model.parameters():
+        parameter.grad = None
+    found = gradients(model, one_call(model, other))
+    assert found[0].untyped_storage().data_ptr() == place
+    assert all(map(torch.equal, found, expected)), "all of it is written anew"
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 3), st.integers(0, 3))
 def test_few_pieces_hold_the_same_numbers(sizes: list[int], before: int, after: int) -> None:
     """Whether or not the tensors fill their memory, nothing of what lies around them is taken."""

@@ -9,9 +9,11 @@ operations are used.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,7 @@ class _Model:
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self.step = self._step()
         self.places = self._places()
+        self.memory = np.empty(0, np.float32)
 
     def _places(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.parameters]
@@ -102,12 +105,20 @@ class _Model:
         step.bias = place[id(bias)]
         return step
 
+    def _memory(self) -> Tensor:
+        """(size,) that of the step before, unless somebody still has its gradients. Where tables are long the system
+        takes longer to hand out fresh pages than a step takes to compute."""
+        # This attribute and getrefcount's own argument; tensors of torch.from_numpy count, as long as there are any.
+        if len(self.memory) != self.size or sys.getrefcount(self.memory) > 2:
+            self.memory = np.empty(self.size, np.float32)
+        return torch.from_numpy(self.memory)
+
     def loss_and_gradients(self, batch: Batch) -> tuple[float, tuple[Tensor, ...]]:
         """The mean loss, and the gradient of each parameter, all in one allocation."""
         if self.places != self._places():
             self.step, self.places = self._step(), self._places()
         step, user, items = self.step, batch.user.contiguous(), batch.items.contiguous()
-        memory, loss = torch.empty(self.size), ctypes.c_double()
+        memory, loss = self._memory(), ctypes.c_double()
         step.rows, step.items = items.shape
         step.threads, step.gradients = torch.get_num_threads(), memory.data_ptr()
         step.user, step.item = user.data_ptr(), items.data_ptr()

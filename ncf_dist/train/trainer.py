@@ -176,10 +176,11 @@ class Trainer:
         self._seed_step()
         alone = self.world.size == 1
         self.exchange.announce(batch)
-        loss = self.objective(batch, () if alone else asked)
-        # As nn.Module.zero_grad, but without going through all modules in every step.
+        # As nn.Module.zero_grad, but without going through all modules in every step. Before the loss, which may be
+        # computed together with gradients in the memory of these.
         for parameter in (*self.parameters, self.signals.signals):
             parameter.grad = None
+        loss = self.objective(batch, () if alone else asked)
         finite = loss.detach().isfinite()
         if batch.rating is not None:
             finite = finite & batch.rating.isfinite().all()
