@@ -12,12 +12,11 @@ ranks; all rows of an epoch and their negatives), `score` (K = 10, the whole cat
 What a stage handles: prepare rows of the log, train its examples (rows × 5), score pairs (users × items). From the two
 smallest sizes follows a line through what they took, fixed seconds + seconds a unit; `forecast` is where it meets a
 larger size. A billion rows on 20 such machines: the slope of the two largest sizes / 20, as if work divided without
-loss; what the network costs comes on top. A step of `train` goes through
-every row of the tables of embeddings, not through those alone that it looked up: it clears their gradients, the ranks
-hand them on, and Adam's moments move all of them. So it takes longer where tables are longer, and no line forecasts it:
-with three sizes its seconds are fixed + a · examples + b · steps · rows of the tables, and that says what the billion
-takes, where 20 machines' ranks take 20 times as many examples a step. Prints a table and writes benchmarks/results/scale.json
-after each size.
+loss; what the network costs comes on top. A step of `train` goes through every row of the tables of embeddings, not
+through those alone that it looked up: it clears their gradients, the ranks hand them on, and Adam's moments move all of
+them. So it takes longer where tables are longer, and no line forecasts it: with three sizes its seconds are fixed + a ·
+examples + b · steps · rows of the tables, and that says what the billion takes, where 20 machines' ranks take 20 times
+as many examples a step. Prints a table and writes benchmarks/results/scale.json after each size.
 """
 
 from __future__ import annotations
