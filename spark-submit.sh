@@ -5,7 +5,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
-jobs="fetch prepare train evaluate score publish nightly rollback clean status runs sweep doctor"
+jobs="fetch prepare train evaluate refit score publish nightly rollback clean status runs sweep doctor"
 
 usage() {
   cat <<END

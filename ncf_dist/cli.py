@@ -33,7 +33,7 @@ LOOKING = ("status", "runs")
 """Jobs that show what is there."""
 
 STAGES = ("fetch", "prepare", "train", "evaluate", "score", "publish")
-JOBS = (*STAGES, "nightly", "rollback", "sweep", "doctor", "clean", *LOOKING)
+JOBS = (*STAGES, "refit", "nightly", "rollback", "sweep", "doctor", "clean", *LOOKING)
 UNLOCKED = ("fetch", "doctor", "clean", *LOOKING)
 """Jobs that make nothing for a ds; clean holds the nights that it changes, one at a time."""
 
@@ -48,13 +48,13 @@ INSTEAD = {
 """Jobs with another function beside their own, which an option of its name asks for and which makes nothing for a
 ds; and what it does."""
 
-JUDGING = ("publish", "nightly")
+JUDGING = ("refit", "publish", "nightly")
 """Jobs that gates may refuse."""
 
-NAMED = ("prepare", "train", "evaluate", "score", "nightly")
+NAMED = ("prepare", "train", "evaluate", "refit", "score", "nightly")
 """Jobs whose runs can be an experiment's."""
 
-ON_CLUSTER = (*STAGES, "nightly", "sweep")
+ON_CLUSTER = (*STAGES, "refit", "nightly", "sweep")
 """Jobs that may run on Spark's executors."""
 
 SEVERAL = ("nightly",)

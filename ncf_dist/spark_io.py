@@ -143,6 +143,12 @@ def lent_session() -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if _kept is None else gateway.lent()
 
 
+def lent_to_ranks(train: settings.Train) -> contextlib.AbstractContextManager[None]:
+    """Ranks that train on the executors do so in the kept session's application."""
+    on_executors = "spark" in (train.launcher, train.other_nodes)
+    return lent_session() if on_executors else contextlib.nullcontext()
+
+
 def open_session() -> SparkSession | None:
     """The session that is open in this process, or kept for the next stage; None where there is none."""
     return _open[-1] if _open else _kept

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from ncf_dist import earlier, logs
+from ncf_dist import earlier, logs, refits
 from ncf_dist.config import Config, Input
 from ncf_dist.errors import ContractError
 from ncf_dist.lake import Lake
@@ -58,7 +58,7 @@ LINE: Mapping[str, Rule] = {
         {
             "train": frozenset(
                 {"launcher", "ranks", "nodes", "rendezvous", "device", "checkpoint_steps", "checkpoint_minutes"}
-                | {"timeout_s", "lr_find", "max_model_bytes", "every", "exchange", "other_nodes"}
+                | {"timeout_s", "lr_find", "max_model_bytes", "every", "refit", "exchange", "other_nodes"}
             ),
             "loader": frozenset({"backend", "cache", "cache_bytes", "local_bytes", "workers"}),
         },
@@ -236,6 +236,8 @@ def _fitting_of_night(lake: Lake, config: Config, ds: str, stage: str) -> list[M
         for run in lake.stage(ds, stage).finished()
         if run.name in (None, config.run) and decisive(stage, run.config, unread) == wanted
     ]
+    if stage == "score":
+        found = [run for run in found if refits.fits(config, run)]
     for nearest in LINE[stage].builds_on[:1]:
         keys = [run.run_key for run in find_fitting(lake, config, ds, nearest)] if found else []
         found = [run for run in found if run.inputs.get(nearest) in keys]

@@ -28,6 +28,7 @@ JOBS = (
     "prepare",
     "train",
     "evaluate",
+    "refit",
     "score",
     "publish",
     "nightly",

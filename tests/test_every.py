@@ -50,8 +50,10 @@ class Nights:
         self.base = run.finish(facts={"users": users, "items": 3, "feedback": feedback})
         return self.base
 
-    def train(self, prepare: Manifest) -> Manifest:
-        run = StageRun("train", self.config, prepare.ds, {"prepare": prepare.run_key})
+    def train(self, prepare: Manifest, name: str | None = None) -> Manifest:
+        """name: of an experiment."""
+        config = self.config.model_copy(update={"run": name})
+        run = StageRun("train", config, prepare.ds, {"prepare": prepare.run_key})
         root = run.begin()
         digest = hashlib.sha256(root.encode()).hexdigest()
         card = {"model": {}, "sha256": digest, "n_users": prepare.facts["users"], "n_items": 3}
@@ -61,8 +63,14 @@ class Nights:
         files.write_bytes(f"{root}/{BUNDLE}/{CARD}", json.dumps(card).encode())
         return run.finish()
 
-    def score(self, prepare: Manifest, train: Manifest) -> Manifest:
-        run = StageRun("score", self.config, prepare.ds, {"prepare": prepare.run_key, "train": train.run_key})
+    def score(self, prepare: Manifest, train: Manifest, refit: Manifest | None = None) -> Manifest:
+        inputs = {"prepare": prepare.run_key, "train": train.run_key} | ({"refit": refit.run_key} if refit else {})
+        run = StageRun("score", self.config, prepare.ds, inputs)
+        run.begin()
+        return run.finish(facts={} if train.ds == prepare.ds else {"earlier_model": {"ds": train.ds}})
+
+    def evaluate(self, prepare: Manifest, train: Manifest) -> Manifest:
+        run = StageRun("evaluate", self.config, prepare.ds, {"prepare": prepare.run_key, "train": train.run_key})
         run.begin()
         return run.finish()
 

@@ -16,7 +16,6 @@ from ncf_dist.config import Config
 from ncf_dist.errors import ContractError
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
-from ncf_dist.nightly.pipeline import STAGES
 from ncf_dist.stage import LINE, StageRun, decisive, find_upstream, production_runs, stored
 
 DS = "2026-01-31"
@@ -139,10 +138,10 @@ def test_nightly_hands_on_what_it_made_and_looks_nothing_up(monkeypatch: pytest.
     line = Line()
     made = {stage: line.run(stage) for stage in ("prepare", "train", "score")}
     monkeypatch.setattr(lake.StageRuns, "finished", lambda self: pytest.fail("a look-up"))
-    for stage in STAGES:
-        if LINE[stage].builds_on:
+    for stage, rule in LINE.items():
+        if rule.builds_on:
             found = find_upstream(Lake(line.lake), config(line.lake), DS, stage, made)
-            assert found == {name: made[name] for name in LINE[stage].builds_on}
+            assert found == {name: made[name] for name in rule.builds_on}
 
 
 def test_production_runs_leave_experiments_out_and_go_back_in_time() -> None:

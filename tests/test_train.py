@@ -325,6 +325,14 @@ def run_scripted(ndcgs: list[float], patience: int) -> tuple[History, list[Tenso
     return history, snapshots, model.item.weight.detach()
 
 
+def test_a_training_that_stops_early_is_the_beginning_of_the_whole_one() -> None:
+    """To the learning rate of every step."""
+    whole, _ = fit(World(), TINY["gmf"], 24, 4, epochs=5, schedule="cosine")
+    short, _ = fit(World(), TINY["gmf"], 24, 4, epochs=5, schedule="cosine", stop_after=2)
+    assert (len(whole.epochs), len(short.epochs), short.best_epoch) == (5, 2, 1)
+    assert short.curve == whole.curve[: len(short.curve)]
+
+
 def test_patience_ends_the_run_and_the_best_epoch_comes_back() -> None:
     history, snapshots, kept = run_scripted([0.1, 0.4, 0.4, 0.3, 0.9, 0.9], patience=2)
     assert (len(history.epochs), history.best_epoch, history.best) == (4, 1, 0.4)

@@ -1,8 +1,8 @@
 """Which runs stay: those that `retention` names, and whatever they, readers and the next night need.
 
-A run that stays keeps the runs that it was made from. Of indexes the one that a kept index extends stays, because a
-night that is prepared again extends it again; those before it are needed only by models that hold no digest of their
-index (`ncf_dist/ancestry.py`), and stay as far as such a model.
+A run that stays keeps the runs that it was made from, and a model keeps its refit. Of indexes the one that a kept index
+extends stays, because a night that is prepared again extends it again; those before it are needed only by models that
+hold no digest of their index (`ncf_dist/ancestry.py`), and stay as far as such a model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ncf_dist.errors import ContractError
 from ncf_dist.files import resolve
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
+from ncf_dist.refits import name_of
 from ncf_dist.stage import LINE
 
 PREVIOUS = "previous"
@@ -41,11 +42,16 @@ class _Runs(list[Manifest]):
     def __init__(self, runs: Iterable[Manifest]) -> None:
         super().__init__(runs)
         self._by_key = {(run.stage, run.run_key): run for run in self}
+        self._models = {run.name: run for run in self if run.stage == "train" and run.name is not None}
         self._by_night = {(run.ds, run.stage, run.run_key): run for run in self}
 
     def get(self, ds: str, stage: str, key: object) -> Manifest | None:
         """The run of this key, of this night where it has one; a night may rank by an earlier one's model."""
         return self._by_night.get((ds, stage, str(key))) or self._by_key.get((stage, str(key)))
+
+    def refit_of(self, run: Manifest) -> Manifest | None:
+        """Of a run of train: what ranks in its place, tonight or in a later night."""
+        return self._models.get(name_of(run)) if run.stage == "train" else None
 
 
 def what_stays(lake: Lake, config: Config, shown: Iterable[tuple[str, str]]) -> Kept:
@@ -99,8 +105,8 @@ def _with_upstream(roots: list[Manifest], found: _Runs) -> dict[str, Manifest]:
         run = waiting.pop()
         if run.root not in kept:
             kept[run.root] = run
-            above = (found.get(run.ds, stage, run.inputs.get(stage)) for stage in LINE[run.stage].builds_on)
-            waiting += [other for other in above if other is not None]
+            above = [found.get(run.ds, stage, run.inputs.get(stage)) for stage in LINE[run.stage].builds_on]
+            waiting += [other for other in (*above, found.refit_of(run)) if other is not None]
     return kept
 
 

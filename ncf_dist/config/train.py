@@ -96,6 +96,9 @@ class Train(Section):
     names, such as {gmf: 1.0e-6, tower: 1.0e-5}."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Gradients with a larger norm (all parameters together) are scaled down to it."""
+    stop_after: PositiveInt | None = None
+    """Stop after so many epochs, each with the learning rate that `epochs` and the schedule give it: a final fit is as
+    long as the one that was judged. Default: after `epochs`."""
     patience: PositiveInt = 5
     """Stop after this many epochs without a better validation NDCG@10 (explicit feedback: MSE)."""
     pretrained: Pretrained | None = None
@@ -105,6 +108,10 @@ class Train(Section):
     days before, where it was made with these settings, no gate refused it, no rollback took it back and tonight's
     index extends its own. Users and items that have come since are treated as the model's kind allows, and said.
     Default: every night."""
+    refit: bool = False
+    """Once the gates of the model have passed, train it once more on every row, those held out for validation and test
+    too, for as many epochs as were kept, and rank by that: the job refit, which nightly runs after evaluate. What was
+    judged is the model without these rows: the refit has seen them, and nobody can judge it by them."""
     warm_start: str | None = None
     """Start from an earlier bundle of the same model, whose users and items may be fewer: its folder, or `previous` for
     that of the latest night before ds whose model no gate refused and no rollback took back (none there: a fresh

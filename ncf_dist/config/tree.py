@@ -154,6 +154,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _refit_fits(self) -> Config:
+        if self.train.refit and self.split.strategy in ("none", "files"):
+            raise ValueError(
+                f"train.refit is true with split.strategy={self.split.strategy}; needed one that holds rows of the log "
+                "out, which the refit then learns from: leave-one-out, leave-k-out, temporal or random"
+            )
+        return self
+
     def _histories_fit(self) -> None:
         if self.model.history != self.sequences.length:
             raise ValueError(

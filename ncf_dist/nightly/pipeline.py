@@ -20,8 +20,9 @@ from ncf_dist.publish.ahead import check_ahead
 from ncf_dist.publish.data import check as check_data
 from ncf_dist.publish.model import check as check_model
 from ncf_dist.publish.pipeline import publish
+from ncf_dist.refit.pipeline import refit
 from ncf_dist.score.pipeline import score
-from ncf_dist.spark_io import kept_session, lent_session
+from ncf_dist.spark_io import kept_session, lent_to_ranks
 from ncf_dist.stage import Outcome, Upstream
 from ncf_dist.train.pipeline import train
 
@@ -36,16 +37,18 @@ STAGES: dict[str, Stage] = {
     "prepare": prepare,
     "train": train,
     "evaluate": evaluate,
+    "refit": refit,
     "score": score,
     "publish": publish,
 }
 
 
 def nightly(config: Config, ds: str) -> Outcome:
-    """Run every stage for `ds`, each on the runs that the ones before it have made or found. An experiment (`--run
-    NAME`) is scored, and not published. Raises what the first failing stage raises, and nothing published is touched. A
-    night that could not be published in the end is refused before the first stage."""
-    names = [name for name in STAGES if name != "publish" or config.run is None]
+    """Run every stage for `ds`, each on the runs that those before it have made or found. An experiment (`--run NAME`)
+    is scored, not published. Raises what the first failing stage raises, and nothing published is touched. A night that
+    could not be published in the end is refused before the first stage."""
+    wanted = {"refit": config.train.refit, "publish": config.run is None}
+    names = [name for name in STAGES if wanted.get(name, True)]
     if "publish" in names:
         check_ahead(config, ds)
     night = _Night()
@@ -75,9 +78,7 @@ class _Night:
 
     def take(self, name: str, config: Config, ds: str) -> None:
         """Run a stage and gather what it says."""
-        # Ranks that train on the executors do so in the night's own application.
-        tasks = name == "train" and "spark" in (config.train.launcher, config.train.other_nodes)
-        shared = lent_session() if tasks else contextlib.nullcontext()
+        shared = lent_to_ranks(config.train) if name == "train" else contextlib.nullcontext()
         with self._told(name), attempts.stage(name) as took, shared:
             took(outcome := STAGES[name](config, ds, self.made))
         if outcome.manifest:

@@ -30,6 +30,7 @@ from ncf_dist.publish.repair import restore, restore_all
 from ncf_dist.publish.runs import Runs, find_runs
 from ncf_dist.publish.standing_in import standing_in
 from ncf_dist.publish.table import Publication, PublishedTable
+from ncf_dist.refits import REFIT
 from ncf_dist.stage import Outcome, Upstream
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def publish(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     listed = ids_digest(listed_ids(path)) if forget is not None and path is not None else None
     said = {name: why for name, why in config.gates.overrides.items() if name == UNDONE}
     named = (ds, score.run_key, promise.model_version, promise.k)
-    night = Publication(*named, forget=forget, listed=listed, overrides=said)
+    night = Publication(*named, forget=forget, listed=listed, overrides=said, refit=score.facts.get(REFIT))
     table = PublishedTable(lake.path(config.publish.table), contract)
     infos = {table.path_of(night, info.path, info.sha256): info for info in score.table(contract).files}
     warnings: list[str] = []

@@ -57,6 +57,8 @@ class Publication:
     """What the gates measured."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Why it is published all the same, by what speaks against it."""
+    refit: Mapping[str, str] | None = None
+    """Where a refit ranked: `of`, the version of the model that was judged, and the runs of train of both."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -66,6 +68,7 @@ class Publication:
             "ncf.forget": self.forget,
             "ncf.values": dict(self.values) or None,
             "ncf.overrides": dict(self.overrides) or None,
+            "ncf.refit": None if self.refit is None else dict(self.refit),
         }
         return {
             "ncf.run_key": self.run_key,

@@ -43,9 +43,7 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     Raises ContractError where train or prepare have not finished or do not fit together, or where what was written is
     not what the model says; InputError where the item lists cannot be read or leave nothing."""
     plan = Plan.of(config, ds, given)
-    stage = StageRun(
-        STAGE, config, ds, {"prepare": plan.prepare.run_key, "train": plan.train.run_key, **plan.lists.fingerprint}
-    )
+    stage = StageRun(STAGE, config, ds, plan.inputs)
     if before := stage.find():
         log.info("already scored: %s", before.root)
         return Outcome.of(before, "already-done", **said(before))

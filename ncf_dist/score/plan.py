@@ -20,6 +20,7 @@ from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_schema
 from ncf_dist.products import Products
 from ncf_dist.recent import check_recent
+from ncf_dist.refits import REFIT, in_place_of, said_of
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.score.task_rows import active_from
@@ -44,6 +45,8 @@ class Plan:
     lists: ItemLists
     since: Sizes | None = None
     """What has come since the model's night, which it does not know; None for a model of tonight."""
+    refit: Manifest | None = None
+    """The run of train that the bundle is of, where that is the refit of `train`."""
 
     @classmethod
     def of(cls, config: Config, ds: str, given: Upstream | None = None) -> Plan:
@@ -51,15 +54,24 @@ class Plan:
         lake = Lake(config.paths.lake)
         upstream = find_upstream(lake, config, ds, STAGE, given)
         prepare, train = upstream["prepare"], upstream["train"]
-        bundle = read_bundle(posixpath.join(train.root, BUNDLE))
+        refit = in_place_of(lake, config, ds, train)
+        bundle = read_bundle(posixpath.join((refit or train).root, BUNDLE))
         verify_weights(bundle)  # Once a job; the workers trust them.
-        since = come_since(lake, prepare, train, bundle)
+        since = come_since(lake, prepare, refit or train, bundle)
+        if refit is not None and refit.ds == ds and since is not None and not any(since):
+            since = None  # It was made from tables of its own, of this very night.
         check_recent(bundle, prepare)
         user_id, item_id = (
             read_schema(prepare.files(f"{kind}_index")[0]).field(f"{kind}_id").type for kind in ("user", "item")
         )
         contract = contracts.recommendations(user_id, item_id, config.score.form)
-        return cls(config, prepare, train, bundle, contract, ItemLists.read(config.score), since)
+        return cls(config, prepare, train, bundle, contract, ItemLists.read(config.score), since, refit)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the run is made from beside the config. `train` is the run that was judged."""
+        refit = {} if self.refit is None else {REFIT: self.refit.run_key}
+        return {"prepare": self.prepare.run_key, "train": self.train.run_key, **refit, **self.lists.fingerprint}
 
     @property
     def indexed(self) -> int:
@@ -95,7 +107,9 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """What the audit compares the table with."""
         config, since = self.config.score, active_from(self.config.score, self.prepare.ds)
-        return {
+        judged = None if self.refit is None else read_bundle(posixpath.join(self.train.root, BUNDLE))
+        refit = {} if judged is None or self.refit is None else said_of(self.train, judged, self.refit)
+        return refit | {
             "k": config.k,
             "form": config.form,
             "seen": config.seen,

@@ -49,7 +49,9 @@ class Tracking(Listener):
                 if isinstance(value, int | float):
                     self.client.log_metric(run_id, metric_name(key), float(value))
             self._copy(run_id, record, "evaluate", "", "report", REPORTS)
-            if "publish" in record.stages and ok and self._copy(run_id, record, "train", "bundle", "bundle"):
+            refit = record.stages.get("refit")
+            model = "train" if refit is None or refit.run is None else "refit"
+            if "publish" in record.stages and ok and self._copy(run_id, record, model, "bundle", "bundle"):
                 self._register(run_id, f"{run.info.artifact_uri}/bundle", record)
         finally:
             self.client.set_terminated(run_id, "FINISHED" if ok else "FAILED")

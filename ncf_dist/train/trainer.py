@@ -115,10 +115,11 @@ class Trainer:
     # ---- the loop ----
 
     def fit(self) -> History:
-        """Train until `epochs` or `patience` is used up, then put the best epoch's weights back into the model.
+        """Train until `epochs`, `stop_after` or `patience` is used up, then put the best epoch's weights back.
         Raises TrainingFailed for numbers that are not finite, Preempted when asked to stop."""
         history, progress = self.history, self.progress
-        while progress.epoch < self.config.epochs and progress.epoch - history.best_epoch <= self.config.patience:
+        last = min(self.config.epochs, self.config.stop_after or self.config.epochs)
+        while progress.epoch < last and progress.epoch - history.best_epoch <= self.config.patience:
             trained = self.train_epoch()
             self.world.same_buffers(self.model)
             figures = self.validate(self.model)
