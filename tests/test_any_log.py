@@ -9,6 +9,7 @@ import csv
 import datetime as dt
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,18 +26,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyspark
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from ncf_dist import contracts
+from ncf_dist import contracts, gateway
 from ncf_dist.config import Config, Input, Split
 from ncf_dist.errors import InputError, NcfError
 from ncf_dist.lake import Lake
 from ncf_dist.prepare import filters, source
+from ncf_dist.prepare.forget import NOBODY
+from ncf_dist.prepare.id_types import IdTypes
 from ncf_dist.prepare.interactions import LATE
 from ncf_dist.prepare.pipeline import prepare
+from ncf_dist.prepare.run_inputs import RunInputs
+from ncf_dist.prepare.side_tables import write_side_tables
 from ncf_dist.prepare.splits import Cutoff, SplitRule, value_at
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import Purpose, hash64, negatives_of, prefix, weighted_gaps
@@ -174,6 +180,8 @@ WAYS: dict[str, tuple[str, Callable[[list[Row], Path], bytes], dict[str, Any]]] 
     ),
     "parquet": ("log.parquet", _parquet, {"format": "parquet"}),
 }  # fmt: skip
+PARTITIONS = {"tsv": 1, "json lines": 8}
+"""Of Spark's shuffles, where they are not two, as for the night that these ways are compared with."""
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +189,16 @@ def base(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Night
     night = night_of(spark, tmp_path_factory.mktemp("base"), LOG)
     assert_sound(night)
     return night
+
+
+def shuffled(spark: SparkSession, settings: Config, partitions: int) -> Night:
+    """A night whose shuffles have so many partitions; afterwards the session's have as many as before."""
+    usual = spark.conf.get("spark.sql.shuffle.partitions")
+    more = settings.model_dump(by_alias=True) | {"spark": {"shuffle_partitions": partitions}}
+    try:
+        return run(Config.model_validate(more))
+    finally:
+        spark.conf.set("spark.sql.shuffle.partitions", str(usual))
 
 
 def assert_same_tables(night: Night, other: Night) -> None:
@@ -195,7 +213,7 @@ def assert_same_tables(night: Night, other: Night) -> None:
 def test_one_log_gives_the_same_bytes_in_eight_ways(
     base: Night, spark: SparkSession, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In another order, cut into two files and into units of two kilobytes, too."""
+    """In another order, cut into two files and into units of two kilobytes, and with other partitions, too."""
     monkeypatch.setattr(source, "UNIT_BYTES", 2_000)
     name, write, options = WAYS[way]
     rows = random.Random(4).sample(LOG, len(LOG))
@@ -203,7 +221,8 @@ def test_one_log_gives_the_same_bytes_in_eight_ways(
         folder = tmp_path / "raw" / f"{part}"
         folder.mkdir(parents=True)
         (folder / name).write_bytes(write(rows[part::2], folder))
-    assert_same_tables(base, run(config(tmp_path, str(tmp_path / "raw"), input=options)))
+    night = shuffled(spark, config(tmp_path, str(tmp_path / "raw"), input=options), PARTITIONS.get(way, 2))
+    assert_same_tables(base, night)
 
 
 # ---- faults ------------------------------------------------------------------------------------------------
@@ -214,20 +233,22 @@ from pathlib import Path
 
 import psutil
 
-mode, path, root = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+path, root = Path(sys.argv[1]), Path(sys.argv[2])
 
-def strike(place):
-    # Once a place: the first task that gets there dies. An executor is the JVM above the Python worker.
-    mark = root / f"struck-{place}"
+def first(mark):
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:
-        return
-    if mode == "executor" and place == "layout":
-        next(p for p in psutil.Process().parents() if p.name() == "java").kill()
-        (root / "killed").touch()
-    if mode == "tasks":
+        return False
+    return True
+
+def strike(place):
+    # Once a place: the first task that gets there dies. In the last one the next that gets there takes its executor
+    # with it, the JVM above the Python worker.
+    if first(root / f"struck-{place}"):
         os._exit(9)
+    if place == "layout" and first(root / "killed"):
+        next(p for p in psutil.Process().parents() if p.name() == "java").kill()
 
 from ncf_dist.prepare import ingest, layout, user_tables
 from ncf_dist import spark_io
@@ -250,33 +271,33 @@ config = Config.model_validate_json(path.read_text())
 with spark_io.spark_session("faults", config.spark) as spark:
     spark.sparkContext.setLogLevel("OFF")
     prepare(config, "2026-01-01")
-assert len(list(root.glob("struck-*"))) == 3
+assert len(list(root.glob("struck-*"))) == 3 and (root / "killed").exists()
 """
 
 
-@pytest.mark.parametrize("partitions", [1, 8, 200])
-def test_partitions_change_no_byte(base: Night, spark: SparkSession, tmp_path: Path, partitions: int) -> None:
-    usual = spark.conf.get("spark.sql.shuffle.partitions")
-    spark.conf.set("spark.sql.shuffle.partitions", partitions)
-    try:
-        assert_same_tables(base, night_of(spark, tmp_path, LOG, spark={"shuffle_partitions": partitions}))
-    finally:
-        spark.conf.set("spark.sql.shuffle.partitions", str(usual))
+@pytest.mark.parametrize("partitions", [40, pytest.param(200, marks=pytest.mark.soak)])
+def test_more_partitions_than_users_change_no_byte(
+    base: Night, spark: SparkSession, tmp_path: Path, partitions: int
+) -> None:
+    """One and eight are among the eight ways."""
+    log = csv_log(tmp_path / "raw", LOG)
+    assert_same_tables(base, shuffled(spark, config(tmp_path, log), partitions))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "master"), [("tasks", "local[2,4]"), ("executor", "local-cluster[2,1,1024]")])
-def test_killed_tasks_and_executors_change_no_byte(base: Night, tmp_path: Path, mode: str, master: str) -> None:
-    """A Python worker dies in each of the three passes; or an executor, with the shuffle files it had written."""
-    settings = config(tmp_path, csv_log(tmp_path / "raw", LOG), spark={"master": master, "executor_memory": "1g"})
+def test_killed_tasks_and_executors_change_no_byte(base: Night, tmp_path: Path) -> None:
+    """A Python worker dies in each of the three passes, and then an executor, with the shuffle files it had written."""
+    master = {"master": "local-cluster[2,1,1024]", "executor_memory": "1g"}
+    settings = config(tmp_path, csv_log(tmp_path / "raw", LOG), spark=master)
     (tmp_path / "config.json").write_text(settings.model_dump_json(by_alias=True))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SPARK", "PYSPARK"))}
     spark = {"SPARK_HOME": str(Path(pyspark.__file__).parent), "SPARK_WORKER_DIR": str(tmp_path / "workers")}
-    env |= {"PYTHONPATH": str(ROOT), **spark}
-    command = [sys.executable, "-c", FAULTS, mode, str(tmp_path / "config.json"), str(tmp_path)]
+    # The executors' JVMs live for seconds, too.
+    quick = f"{gateway.QUICK} -Dspark.executor.defaultJavaOptions={gateway.QUICK}"
+    env |= {"PYTHONPATH": str(ROOT), "SPARK_SUBMIT_OPTS": quick, **spark}
+    command = [sys.executable, "-c", FAULTS, str(tmp_path / "config.json"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "killed").exists() == (mode == "executor")
     manifest = Lake(settings.paths.lake).stage("2026-01-01", "prepare").newest()
     for name, table in base.manifest.tables.items():
         if name != "quarantine":
@@ -368,9 +389,9 @@ def test_at_two_percent_nothing_but_the_quarantine_is_written(spark: SparkSessio
 def test_rows_from_the_future_change_no_byte_of_the_tables(base: Night, spark: SparkSession, tmp_path: Path) -> None:
     """More rows from ds on than from before it: a night sees what happened before it, and is no error."""
     midnight = 1_767_225_600
-    future = [(f"new{n}", f"new{n % 7}", 5.0, midnight + n) for n in range(10_000)]
+    future = [(f"new{n}", f"new{n % 7}", 5.0, midnight + n) for n in range(2 * len(LOG))]
     night = night_of(spark, tmp_path, random.Random(1).sample([*LOG, *future], len(LOG) + len(future)))
-    assert night.outcome.extra["rows"]["quarantined"] == {LATE: 10_000}
+    assert night.outcome.extra["rows"]["quarantined"] == {LATE: len(future)}
     for name, table in base.manifest.tables.items():
         if name != "quarantine":
             assert table == night.manifest.tables[name], name
@@ -382,7 +403,7 @@ def test_a_log_that_only_has_a_future_is_refused(spark: SparkSession, tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_nights", [4, pytest.param(40, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("n_nights", [3, pytest.param(40, marks=pytest.mark.soak)])
 def test_nights_of_a_growing_log(spark: SparkSession, tmp_path: Path, n_nights: int) -> None:
     """Each night some old and new users and items: no index changes, none is missing, none is given twice; a night
     made again in another lake, from the same nights before it, has the same bytes."""
@@ -465,15 +486,39 @@ def test_filters_leave_out_what_they_name_and_count_it(spark: SparkSession, tmp_
     assert_sound(night)
 
 
-@settings(deadline=None, max_examples=12)
-@given(pairs=st.sets(st.tuples(st.sampled_from("abcdef"), st.sampled_from("uvwxyz")), min_size=1), k=st.integers(2, 4))
-def test_the_core_is_the_fixed_point(
-    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, pairs: set[tuple[str, str]], k: int
-) -> None:
+Pairs = set[tuple[str, str]]
+PAIRS = given(
+    pairs=st.sets(st.tuples(st.sampled_from("abcdef"), st.sampled_from("uvwxyz")), min_size=1), k=st.integers(2, 4)
+)
+WHOLE = set(itertools.product("abc", "uvw"))
+CHAIN = set(zip("abcd", "uvwx", strict=True)) | set(zip("bcd", "uvw", strict=True))
+"""Without its ends it has new ends, and so on: nothing of it is in the core of 2."""
+
+
+def assert_core(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, pairs: Pairs, k: int) -> None:
     rows = spark.createDataFrame(sorted(pairs), "user_id string, item_id string")
     kept, size = filters.k_core(Workspace(spark, str(tmp_path_factory.mktemp("core"))), rows, len(pairs), k)
     assert {tuple(row) for row in kept.collect()} == core_by_hand(pairs, k)
     assert size == len(core_by_hand(pairs, k))
+
+
+@settings(deadline=None, max_examples=2)
+@example(pairs=WHOLE | {("a", "z"), ("f", "u")}, k=3)
+@example(pairs=CHAIN, k=2)
+@PAIRS
+def test_the_core_is_the_fixed_point(
+    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, pairs: Pairs, k: int
+) -> None:
+    assert_core(spark, tmp_path_factory, pairs, k)
+
+
+@pytest.mark.soak
+@settings(deadline=None, max_examples=60)
+@PAIRS
+def test_the_core_of_many_logs_is_the_fixed_point(
+    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory, pairs: Pairs, k: int
+) -> None:
+    assert_core(spark, tmp_path_factory, pairs, k)
 
 
 def test_the_cap_keeps_a_users_latest_rows(spark: SparkSession) -> None:
@@ -532,12 +577,24 @@ def test_a_temporal_split_by_date(spark: SparkSession, tmp_path: Path) -> None:
     assert all(night.manifest.facts[name] > 0 for name in ("train", "validation", "test"))
 
 
-def test_a_random_split_follows_the_hash_and_nothing_else(spark: SparkSession, tmp_path: Path) -> None:
-    night = night_of(spark, tmp_path, LOG, split={"strategy": "random", "test_fraction": 0.3})
-    for u, i, _, _, code in night.rows("interactions"):
+@pytest.fixture(scope="module")
+def varied(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Night:
+    """A night of settings that have nothing to do with each other."""
+    folder = tmp_path_factory.mktemp("varied")
+    (folder / "users.jsonl").write_text('{"user_id": "u0é"}\n{"user_id": "nobody"}\n')
+    return night_of(
+        spark, folder, LOG,
+        input={"users": {"path": str(folder / "users.jsonl"), "format": "jsonl"}},
+        split={"strategy": "random", "test_fraction": 0.3},
+        negatives={"alpha": 0.5, "per_positive": 2},
+    )  # fmt: skip
+
+
+def test_a_random_split_follows_the_hash_and_nothing_else(varied: Night) -> None:
+    for u, i, _, _, code in varied.rows("interactions"):
         place = ((hash64(SEED, int(Purpose.SPLIT), u, i) >> 11) + 2**52) / 2**53
         assert code == (TEST if place < 0.3 else VALIDATION if place < 0.3 + 0.7 * 0.1 else TRAIN)
-    assert 0.2 < night.manifest.facts["test"] / len(LOG) < 0.4
+    assert 0.2 < varied.manifest.facts["test"] / len(LOG) < 0.4
 
 
 def test_none_trains_on_everything_and_explicit_feedback_keeps_the_ratings(spark: SparkSession, tmp_path: Path) -> None:
@@ -615,19 +672,38 @@ def test_nothing_in_train_is_later_than_the_cutoff(rows: list[tuple[int, int, in
         assert found[u, i] == (TEST if later else TRAIN)
 
 
-@settings(deadline=None, max_examples=10)
-@given(values=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 3), min_size=1), data=st.data())
-def test_the_value_at_a_position_is_that_of_a_sort(spark: SparkSession, values: list[int], data: st.DataObject) -> None:
-    frame = spark.createDataFrame([(value,) for value in values], "v long")
-    position = data.draw(st.integers(0, len(values) - 1))
+LONGS = given(
+    values=st.lists(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 3), min_size=1), place=st.integers(0, 2**20)
+)
+NEIGHBOURS = [2**63 - 1, -(2**63), -1, 0, 2**48, 2**48 - 1, 2**32, 2**16 + 1, 2**16, 3, 3]
+"""Of either sign, and in the same or in neighbouring counts of each of the four passes."""
+
+
+def assert_value(spark: SparkSession, values: list[int], place: int) -> None:
+    frame, position = spark.createDataFrame([(value,) for value in values], "v long"), place % len(values)
     assert value_at(frame, F.col("v"), position) == sorted(values)[position]
+
+
+@settings(deadline=None, max_examples=2)
+@example(values=NEIGHBOURS, place=0)
+@example(values=NEIGHBOURS, place=6)
+@LONGS
+def test_the_value_at_a_position_is_that_of_a_sort(spark: SparkSession, values: list[int], place: int) -> None:
+    assert_value(spark, values, place)
+
+
+@pytest.mark.soak
+@settings(deadline=None, max_examples=60)
+@LONGS
+def test_the_value_at_many_positions_is_that_of_a_sort(spark: SparkSession, values: list[int], place: int) -> None:
+    assert_value(spark, values, place)
 
 
 # ---- weighted negatives ------------------------------------------------------------------------------------
 
 
-def test_weighted_negatives_follow_train_popularity(spark: SparkSession, tmp_path: Path) -> None:
-    night = night_of(spark, tmp_path, LOG, negatives={"alpha": 0.5, "per_positive": 2})
+def test_weighted_negatives_follow_train_popularity(varied: Night) -> None:
+    night = varied
     n_items = len(night.index("item"))
     counts = Counter(item for _, item, *_, split in night.rows("interactions") if split == TRAIN)
     power = [max(1, counts[item]) ** 0.5 for item in range(n_items)]
@@ -636,12 +712,13 @@ def test_weighted_negatives_follow_train_popularity(spark: SparkSession, tmp_pat
         assert weights[item] == pytest.approx(power[item] / sum(power) * 2**36, rel=1e-5)
     seen = night.items_by_user(TRAIN)
     weight = np.array([weights[item] for item in range(n_items)])
+    offsets_of = {user: np.array([0, len(items)]) for user, items in seen.items()}
+    own = {user: np.array(sorted(items), dtype=np.int64) for user, items in seen.items()}
+    gaps_of = {user: weighted_gaps(own[user], offsets_of[user], weight) for user in seen}
+    one = np.zeros(1, dtype=np.int64)
     for row in night.train_rows:
         user, item = row["user_idx"], row["item_idx"]
-        own = np.array(sorted(seen[user]))
-        offsets = np.array([0, len(own)])
-        gaps, weighted = weighted_gaps(own, offsets, weight)
-        one = np.zeros(1, dtype=np.int64)
+        (gaps, weighted), offsets = gaps_of[user], offsets_of[user]
         key = prefix(SEED, one + user, one + item)
         for slot in range(2):
             [expected] = negatives_of(key, 0, slot, one, gaps, offsets, n_items, weighted=weighted)
@@ -691,16 +768,17 @@ def test_side_tables_are_typed_and_checked_against_the_index(spark: SparkSession
     }  # fmt: skip
     assert facts["side_items"]["repeated"] == 1
     (tmp_path / "items.csv").write_text("key,name,year\n")
+    alone = night.config.input.model_copy(update={"users": None})
+    found, ids = RunInputs.find(night.config), IdTypes(pa.string(), pa.string())
+    indexes: Any = SimpleNamespace(users=None, items=None)
     with pytest.raises(InputError, match="input.items .* has no row with a usable id"):
-        prepare(night.config, "2026-01-02")
+        write_side_tables(Workspace(spark, str(tmp_path)), alone, found, indexes, ids, NOBODY)
 
 
-def test_a_table_of_users_may_hold_ids_alone(spark: SparkSession, tmp_path: Path) -> None:
+def test_a_table_of_users_may_hold_ids_alone(varied: Night) -> None:
     """Enough to give what is popular to customers who never came."""
-    (tmp_path / "users.jsonl").write_text('{"user_id": "u0é"}\n{"user_id": "nobody"}\n')
-    night = night_of(spark, tmp_path, LOG, input={"users": {"path": str(tmp_path / "users.jsonl"), "format": "jsonl"}})
-    assert night.rows("unseen_users") == [("nobody",)]
-    assert sorted(row[1] for row in night.rows("users")) == sorted(night.index("user"))
+    assert varied.rows("unseen_users") == [("nobody",)]
+    assert sorted(row[1] for row in varied.rows("users")) == sorted(varied.index("user"))
 
 
 # ---- the config --------------------------------------------------------------------------------------------
