@@ -34,7 +34,7 @@ from ncf_dist.models import GMF, Sequences
 from ncf_dist.parquet import read_table, write_parquet
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.scoring import Lists
-from ncf_dist.stage import Outcome, stored
+from ncf_dist.stage import Outcome, StageRun, stored
 from tests.conftest import SPARK
 
 DS = "2026-01-31"
@@ -375,32 +375,33 @@ def test_als_learned_something(judged: Judged) -> None:
 
 
 def test_partitions_change_no_figure(judged: Judged, tmp_path: Path) -> None:
-    """ALS apart, whose sums follow Spark's shuffles."""
-    asked = {
-        **judged.config.evaluate.model_dump(),
-        **{"baselines": ["popularity", "recent_popularity", "item_to_item", "ease"], "ease_half_life": None},
-    }
-    found = []
-    for partitions in (1, 5):
-        config = Config.model_validate(
-            {
-                **judged.with_config(**asked).model_dump(),
-                "paths": {"lake": str(tmp_path / str(partitions)), "work": str(tmp_path)},
-                "spark": {**SPARK, "shuffle_partitions": partitions},
-            }
-        )
-        runs = shutil.copytree(judged.config.paths.lake, config.paths.lake, ignore=shutil.ignore_patterns("evaluate"))
-        assert runs
-        outcome = evaluate(config, DS)
-        ranks = Lake(config.paths.lake).stage(DS, "evaluate").newest().tables["ranks"]
-        found.append((Path(outcome.outputs["metrics"]).read_text(), [info.sha256 for info in ranks.files]))
-    assert found[0] == found[1]
-    report = json.loads(found[0][0])
-    assert report["full"] == pytest.approx(judged.report["full"])
-    for name in ("recent_popularity", "item_to_item"):
-        assert report["baselines"][name] == judged.report["baselines"][name]
-    x = matrix([row["item_idx"] for row in sorted(judged.rows("prepare", "history"), key=lambda r: r["user_idx"])], 40)
-    assert report["baselines"]["ease"]["full"]["mrr"] == pytest.approx(mrr(judged, x @ ease_in_numpy(x, 5.0), x))
+    """Against the two of the night above. ALS apart, whose sums follow Spark's shuffles."""
+    others = [name for name in ALL if name != "als"]
+    config = Config.model_validate(
+        {
+            **judged.with_config(**{**judged.config.evaluate.model_dump(), "baselines": others}).model_dump(),
+            "paths": {"lake": str(tmp_path / "lake"), "work": str(tmp_path)},
+            "spark": {**SPARK, "shuffle_partitions": 5},
+        }
+    )
+    shutil.copytree(judged.config.paths.lake, config.paths.lake, ignore=shutil.ignore_patterns("evaluate"))
+    again = Judged(config, evaluate(config, DS))
+    for before, now in zip(ranks_by_file(judged), ranks_by_file(again), strict=True):
+        assert [row for row in before if row["scorer"] != "als"] == now
+    report, wanted = again.report, without_als(judged.report)
+    assert report.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert report[name] == value, name
+
+
+def ranks_by_file(judged: Judged) -> list[list[dict[str, Any]]]:
+    return [read_table(path).to_pylist() for path in judged.run("evaluate").files("ranks")]
+
+
+def without_als(report: dict[str, Any]) -> dict[str, Any]:
+    baselines = {name: value for name, value in report["baselines"].items() if name != "als"}
+    rows = [row for row in report["comparisons"] if row["with"] != "als"]
+    return {**report, "baselines": baselines, "comparisons": rows}
 
 
 def mrr(judged: Judged, scores: np.ndarray, x: np.ndarray) -> float:
@@ -427,27 +428,36 @@ def another_model(judged: Judged) -> Any:
 
 
 def test_two_models_on_the_same_rows(judged: Judged, another_model: Manifest) -> None:
-    version = another_model.facts["model_version"]
-    outcomes = []
-    for wanted in (version, another_model.root):
-        config = judged.with_config(ks=[3, 10], compare=wanted, bootstrap=40)
-        outcomes.append(evaluate(config, DS))
-        report = json.loads(Path(outcomes[-1].outputs["metrics"]).read_text())
-        rows = {
-            row["metric"]: row for row in report["comparisons"] if (row["with"], row["protocol"]) == (version, "full")
-        }
-        assert rows["mrr"]["difference"] == pytest.approx(report["full"]["mrr"] - judged.report["full"]["mrr"])
-        assert rows["mrr"]["interval"][0] < rows["mrr"]["difference"] < rows["mrr"]["interval"][1]
-        assert 0 < rows["mrr"]["p"] <= 1
-        assert evaluate(config, DS).status == "already-done"
-    assert len({outcome.run_key for outcome in outcomes}) == 2
+    """Named by the version of the other one."""
+    config = judged.with_config(ks=[3, 10], compare=another_model.facts["model_version"], bootstrap=40)
+    report = json.loads(Path(evaluate(config, DS).outputs["metrics"]).read_text())
+    row = compared(report, judged, another_model)
+    assert row["interval"][0] < row["difference"] < row["interval"][1]
+    assert 0 < row["p"] <= 1
+    assert evaluate(config, DS).status == "already-done"
+    by_root = judged.with_config(ks=[3, 10], compare=another_model.root, bootstrap=40)
+    stages = [StageRun("evaluate", each, DS, {"compare": another_model.run_key}) for each in (config, by_root)]
+    assert len({stage.key for stage in stages}) == 2
+
+
+def compared(report: dict[str, Any], judged: Judged, other: Manifest) -> dict[str, Any]:
+    """The row of the comparison with the other model that is of mrr, whose difference is right."""
+    version = other.facts["model_version"]
+    rows = {row["metric"]: row for row in report["comparisons"] if (row["with"], row["protocol"]) == (version, "full")}
+    assert rows["mrr"]["difference"] == pytest.approx(report["full"]["mrr"] - judged.report["full"]["mrr"])
+    return dict(rows["mrr"])
 
 
 def test_without_replicates_there_are_differences_but_no_intervals(judged: Judged, another_model: Manifest) -> None:
-    wanted = another_model.facts["model_version"]
-    outcome = evaluate(judged.with_config(compare=wanted, bootstrap=0, baselines=["popularity"]), DS)
+    """The other model is named by its run's folder; and EASE looks at whole histories, all items of one weight."""
+    asked = ["popularity", "ease"]
+    config = judged.with_config(compare=another_model.root, bootstrap=0, baselines=asked, ease_lambda=5.0)
+    outcome = evaluate(config, DS)
     report = json.loads(Path(outcome.outputs["metrics"]).read_text())
-    assert {row["with"] for row in report["comparisons"]} == {"popularity", wanted}
+    compared(report, judged, another_model)
+    assert {row["with"] for row in report["comparisons"]} == {*asked, another_model.facts["model_version"]}
+    x = matrix([row["item_idx"] for row in sorted(judged.rows("prepare", "history"), key=lambda r: r["user_idx"])], 40)
+    assert report["baselines"]["ease"]["full"]["mrr"] == pytest.approx(mrr(judged, x @ ease_in_numpy(x, 5.0), x))
     assert all((row["interval"], row["p"]) == (None, None) for row in report["comparisons"])
     assert "intervals" not in report
     assert "no interval was computed" in Path(outcome.outputs["report"]).read_text()
@@ -501,7 +511,7 @@ def test_published_figures_on_the_papers_files(spark: SparkSession, data_dir: Pa
                 "validation": False,
             },
             "negatives": {"draws": 0},
-            "evaluate": {"baselines": ["popularity", "ease"], "ease_lambda": 1000.0},
+            "evaluate": {"baselines": ["popularity", "ease"], "ease_lambda": 1000.0, "ks": [10], "bootstrap": 0},
             "spark": settings.Spark(**SPARK).model_dump(),
         }
     )
