@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pyspark.sql import SparkSession
 
 from ncf_dist.config import Config
 from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.prepare.profile import last_published
 from ncf_dist.publish.data import Profile
 from tests import nights
@@ -64,6 +64,7 @@ def test_the_profile_is_what_the_tables_say(tmp_path: Path, make_config: Callabl
     late = [("u0", "i0", 1.0, NOON + 30 * DAY)]
     write(log, left + new + late)
     second = nights.run(config, SECOND)
+    assert second.manifest.inputs["index"] == {"ds": FIRST, "run_key": first.manifest.run_key}
     said = Profile.of(second.manifest)
     gone = [row for row in rows if row not in left]
     assert said.vanished == pytest.approx(len(gone) / len(rows))
@@ -72,24 +73,21 @@ def test_the_profile_is_what_the_tables_say(tmp_path: Path, make_config: Callabl
     assert json.loads(json.dumps(second.manifest.facts["profile"])) == second.manifest.facts["profile"]
 
 
-def test_the_night_before_is_the_published_one_where_the_indexes_lead_to_it(
-    spark: SparkSession, tmp_path: Path, make_config: Callable[..., Config]
-) -> None:
+def prepared(lake: Lake, ds: str, base: Manifest | None) -> Manifest:
+    """A run of prepare that has no tables, whose index extends that of `base`."""
+    runs, inputs = lake.stage(ds, "prepare"), {"index": {"ds": base.ds, "run_key": base.run_key} if base else None}
+    root = runs.begin(f"p-{ds}")
+    runs.finish(Manifest(stage="prepare", ds=ds, run_key=f"p-{ds}", root=root, config={}, inputs=inputs))
+    return runs.newest()
+
+
+def test_the_night_before_is_the_published_one_where_the_indexes_lead_to_it(tmp_path: Path) -> None:
     """A night that was refused is no measure of what has vanished since."""
-    log = tmp_path / "log.csv"
-    config = make_config(
-        log,
-        input={"format": "csv", "columns": {"user": "u", "item": "i", "timestamp": "t"}},
-        negatives={"per_positive": 1, "draws": 1, "candidates": 2},
-    )
-    rows = [(f"u{user}", f"i{(user + item) % 9}", 1.0, NOON) for user in range(9) for item in range(5)]
-    write(log, rows)
-    one = nights.run(config, FIRST).manifest
-    lake = Lake(config.paths.lake)
+    lake = Lake(str(tmp_path / "lake"))
+    one = prepared(lake, FIRST, None)
     assert last_published(lake, "recommendations", None, FIRST) is None
     assert last_published(lake, "recommendations", one, SECOND) == one, "nothing is published"
-    write(log, rows[:20])
-    two = nights.run(config, "2024-03-02").manifest
+    two = prepared(lake, "2024-03-02", one)
     score = Path(lake.root, "runs", FIRST, "score", "s1")
     score.mkdir(parents=True)
     said = {"stage": "score", "ds": FIRST, "run_key": "s1", "config": {}, "inputs": {"prepare": one.run_key}}
