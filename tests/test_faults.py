@@ -125,7 +125,7 @@ def spec_in(folder: Path, seed: int) -> tuple[str, Path]:
     return path, run
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (2, 3))])
 def test_a_killed_training_goes_on_to_the_same_end(tmp_path: Path, seed: int) -> None:
     """Weights, best weights, optimiser and the sequence of losses, to the bit."""
     spec, run = spec_in(tmp_path / "whole", seed)
