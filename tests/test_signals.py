@@ -53,7 +53,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "negatives": {"draws": 2, "candidates": 10},
         "model": {"name": "gmf", "factors": 4},
         "loader": {"backend": "arrow"},
-        "train": {"ranks": 2, "batch_size": 32, "lr": 0.05, "epochs": 300, "patience": 300},
+        "train": {"batch_size": 32, "lr": 0.05, "epochs": 300, "patience": 300},
         "spark": {"master": "local[1]", "driver_memory": "1g", "shuffle_partitions": 1},
     }
     path = folder / "line.yaml"
@@ -177,18 +177,25 @@ SIGNALS: dict[str, Callable[[Job], None]] = {
     "SIGINT to the group": lambda job: os.killpg(job.process.pid, signal.SIGINT),
     "SIGTERM to process number 1": lambda job: os.kill(first_in_its_namespace(job), signal.SIGTERM),
 }
+TRAININGS = [
+    # The others send each signal, and send one in each way.
+    pytest.param(how, marks=[pytest.mark.soak] if how == "SIGINT to the process" else [])
+    for how in SIGNALS
+]
 
 
-@pytest.mark.parametrize("how", SIGNALS)
+@pytest.mark.parametrize("how", TRAININGS)
 def test_training_saves_and_the_same_command_goes_on(line: Path, config: Config, prepared: str, how: str) -> None:
-    """The signal comes once a step was saved, with at least 2,000 saved steps to go; the next run saves less often."""
+    """The signal comes once a step was saved, with at least 2,000 saved steps to go; the next run saves less often.
+    One of these trainings has two ranks, which agree on when to stop."""
     program: tuple[str, ...] = ()
     if how.endswith("number 1"):
         program = NAMESPACE
         if subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode:
             pytest.skip("this user may not make a PID namespace (unshare --pid --fork --mount-proc)")
     before = saved_steps(config)
-    run = ("--set", f"train.lr=0.0{5 + list(SIGNALS).index(how)}1")
+    ranks = 1 + (how == "SIGTERM to the group")
+    run = ("--set", f"train.lr=0.0{5 + list(SIGNALS).index(how)}1", "--set", f"train.ranks={ranks}")
     with killed_after(Job(line, "train", *run, "--set", "train.checkpoint_steps=1", before=program)) as job:
         job.wait_for(lambda: saved_steps(config, before))
         SIGNALS[how](job)
