@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -215,9 +216,26 @@ def test_training_saves_and_the_same_command_goes_on(line: Path, config: Config,
 
 @pytest.fixture
 def stuck(tmp_path: Path) -> tuple[Path, Path]:
-    """(a Python for Spark's workers that never becomes one, the file that it makes when it is started)"""
+    """(a Python for Spark's workers that never becomes one, the file that it makes when it is started). Spark holds a
+    lock while it waits for it, so its JVM cannot end by itself and has to be killed once its time is over."""
     python, started = tmp_path / "python", tmp_path / "started"
     python.write_text(f"#!/bin/bash\ntouch {started}\nexec sleep 100000\n")
+    python.chmod(0o755)
+    return python, started
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> tuple[Path, Path]:
+    """(a Python whose workers take a task and never answer, the file that the first one makes). The JVM ends by
+    itself."""
+    python, started = tmp_path / "silent/python", tmp_path / "silent/started"
+    python.parent.mkdir()
+    # Spark takes modules of such names alone.
+    (python.parent / "pyspark_silent.py").write_text(
+        f"import pathlib, time\ndef main(*_):\n    pathlib.Path({str(started)!r}).touch()\n    time.sleep(100_000)\n"
+    )
+    start = f"exec {sys.executable} -m pyspark.daemon pyspark_silent"
+    python.write_text(f"#!/bin/bash\nexport PYTHONPATH={python.parent}:$PYTHONPATH\n{start}\n")
     python.chmod(0o755)
     return python, started
 
@@ -232,14 +250,21 @@ WAITING = [
 
 @pytest.mark.parametrize(("job", "name"), WAITING)
 def test_a_stage_that_waits_for_spark_ends(
-    line: Path, config: Config, trained: str, stuck: tuple[Path, Path], job: str, name: str
+    line: Path,
+    config: Config,
+    trained: str,
+    stuck: tuple[Path, Path],
+    silent: tuple[Path, Path],
+    job: str,
+    name: str,
 ) -> None:
-    """The driver waits in a read of a socket for an answer that never comes."""
-    python, started = stuck
+    """The driver waits in a read of a socket for an answer that never comes: of a worker, or, as in the night below, of
+    a Python that never becomes one."""
+    python, started = silent if name == "SIGTERM" else stuck
     more = {"prepare": ("--set", "seed=99"), "fetch": ()}.get(job, ("--set", "train.epochs=1"))
     with killed_after(Job(line, job, *more, PYSPARK_PYTHON=str(python))) as running:
         running.wait_for(started.exists)
-        running.wait_for(lambda: len(running.left()) >= 3)  # The driver, its JVM, and the worker that is none.
+        running.wait_for(lambda: len(running.left()) >= 3)  # The driver, its JVM, and the worker, or what is none.
         assert not running.open_to_others()
         running.process.send_signal(ASKED[name])
         report = running.must_be_preempted(job)
