@@ -13,11 +13,14 @@ from pyspark.sql import SparkSession
 from ncf_dist import files, retries
 from ncf_dist.config import Config
 from ncf_dist.contracts import INTERACTIONS
+from ncf_dist.evaluate import held_out
 from ncf_dist.evaluate.pipeline import evaluate
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
+from ncf_dist.prepare import user_tables
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.pipeline import publish
+from ncf_dist.score import plan
 from ncf_dist.score.pipeline import score
 from ncf_dist.spark_io import read_table
 from ncf_dist.stage import Outcome
@@ -70,12 +73,21 @@ def config_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Confi
                 "train": {"launcher": "none", "batch_size": 32, "lr": 0.05, "epochs": 2, "checkpoint_steps": 5},
                 "evaluate": {"ks": [1, 5]},
                 "score": {"k": 5, "tasks": 2},
-                "layout": {"min_files": 4, "rows_per_file": 1000},
+                "layout": {"min_files": 2, "world_sizes": [1, 2]},
                 "spark": {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 2},
             }
         )
 
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _three_files() -> Iterator[None]:
+    """Each file of a table takes requests in every stage; three have a first, a middle and a last one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (user_tables, held_out, plan):
+            patch.setattr(module, "MIN_FILES", 3)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +102,9 @@ def far(spark: SparkSession, store: Store, config_of: Callable[[str], Config]) -
     """A night in S3, whose store refuses every tenth request."""
     config, before = config_of(f"{store.root}/lake"), retries.OURS.taken
     store.fail_every = 10
-    outcomes = night_of(config, prepare, train, evaluate, score, publish)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retries, "LONGEST_S", 0.01)  # This process asks again at once.
+        outcomes = night_of(config, prepare, train, evaluate, score, publish)
     store.fail_every = 0
     assert {name: outcome.status for name, outcome in outcomes.items()} == dict.fromkeys(outcomes, "done")
     refused = len(store.requests) // 10
