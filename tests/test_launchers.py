@@ -30,6 +30,14 @@ def losses(outputs: Any) -> list[float]:
     return [epoch["loss"] for epoch in json.loads(Path(outputs["history"]).read_text())["epochs"]]
 
 
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of two ranks of one machine over 41 rows, which every other way to start two has to give."""
+    config = small_config(tmp_path_factory.mktemp("one"), GMF, ranks=2, epochs=2)
+    prepared(config, 41)
+    return losses(train(config, DS).outputs)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -73,17 +81,16 @@ def on_nodes(config: Config, started: list[subprocess.Popen[bytes]]) -> None:
     started.append(subprocess.Popen(torchrun(config, str(found[0]), node=1)))
 
 
-def test_two_machines_train_what_one_trains_with_two_ranks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_two_machines_train_what_one_trains_with_two_ranks(
+    tmp_path: Path, of_two_ranks: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
     """Two supervisors whose ranks meet at a port, one rank each."""
     caplog.set_level("INFO")
-    one = small_config(tmp_path / "one", GMF, ranks=2, epochs=2)
-    two = small_config(tmp_path / "two", GMF, ranks=1, nodes=2, rendezvous=f"127.0.0.1:{free_port()}", epochs=2)
-    for config in (one, two):
-        prepared(config, 41)
-    wanted = losses(train(one, DS).outputs)
+    two = small_config(tmp_path, GMF, ranks=1, nodes=2, rendezvous=f"127.0.0.1:{free_port()}", epochs=2)
+    prepared(two, 41)
     agents: list[subprocess.Popen[bytes]] = []
     threading.Thread(target=on_nodes, args=(two, agents), daemon=True).start()
-    assert losses(train(two, DS).outputs) == wanted
+    assert losses(train(two, DS).outputs) == of_two_ranks
     assert agents[0].wait(30) == 0
     assert "needed on 1 other machine(s): the same command" in caplog.text
 
@@ -99,6 +106,10 @@ def test_a_rank_without_enough_memory_says_so_before_it_waits_for_others(tmp_pat
 
 
 # ---- the other machines, started by Spark ----------------------------------------------------------------------------
+
+
+def with_spark(config: Config) -> Config:
+    return Config.model_validate({**config.model_dump(by_alias=True), "spark": SPARK})
 
 
 def of_two_nodes(folder: Path, **train: Any) -> Config:
@@ -132,32 +143,31 @@ def test_machines_that_spark_cannot_start_end_the_job(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.cluster
-def test_spark_starts_the_other_machine(tmp_path: Path) -> None:
+def test_spark_starts_the_other_machine(tmp_path: Path, of_two_ranks: list[float]) -> None:
     """The other machine is a barrier task of a local master: the weights are those of two ranks of one machine."""
-    one = small_config(tmp_path / "one", GMF, ranks=2, epochs=2)
-    two = of_two_nodes(tmp_path / "two", other_nodes="spark")
-    two = Config.model_validate({**two.model_dump(by_alias=True), "spark": SPARK})
-    for config in (one, two):
-        prepared(config, 41)
-    assert losses(train(two, DS).outputs) == losses(train(one, DS).outputs)
+    two = with_spark(of_two_nodes(tmp_path, other_nodes="spark"))
+    prepared(two, 41)
+    assert losses(train(two, DS).outputs) == of_two_ranks
 
 
 # ---- the ranks, started by Spark -------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_spark_trains_what_torchrun_trains(tmp_path: Path) -> None:
-    """Two barrier tasks of a local[2] master; and what a rank reports is the job's own error there too."""
-    runs = {how: small_config(tmp_path / how, GMF, ranks=2, launcher=how, epochs=2) for how in ("torchrun", "spark")}
-    found = {}
-    for how, config in runs.items():
-        runs[how] = config = Config.model_validate({**config.model_dump(by_alias=True), "spark": SPARK})
-        prepared(config, 41)
-        found[how] = losses(train(config, DS).outputs)
-    assert found["spark"] == found["torchrun"]
-    (table,) = Path(runs["spark"].paths.lake).glob("runs/*/prepare/*/train/part-00001-000.parquet")
+def test_spark_trains_what_torchrun_trains(tmp_path: Path, of_two_ranks: list[float]) -> None:
+    """Two barrier tasks of a local[2] master."""
+    config = with_spark(small_config(tmp_path, GMF, ranks=2, launcher="spark", epochs=2))
+    prepared(config, 41)
+    assert losses(train(config, DS).outputs) == of_two_ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_what_a_rank_that_spark_started_reports_is_the_jobs_own_error(tmp_path: Path, ranks: int) -> None:
+    """With two ranks the other one waits for it."""
+    config = with_spark(small_config(tmp_path, GMF, ranks=ranks, launcher="spark"))
+    prepared(config, 41)
+    (table,) = Path(config.paths.lake).glob("runs/*/prepare/*/train/part-00001-000.parquet")
     table.write_bytes(table.read_bytes()[:-1])
-    spark = runs["spark"]
-    other = spark.model_copy(update={"train": spark.train.model_copy(update={"lr": 0.002})})
     with pytest.raises(ContractError, match=r"part-00001-000\.parquet has SHA-256 .*rerun the job prepare"):
-        train(other, DS)
+        train(config, DS)
