@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from ncf_dist.train import no_compiler
 from ncf_dist.train.world import World
 
 START_S = 120
@@ -83,6 +84,7 @@ def _ready(world: World) -> int:
 
 def _serve(world: World, rendezvous: str, tasks: Any, results: Any) -> None:
     torch.set_num_threads(1)
+    no_compiler.leave_out()  # As `worker.run` does.
     dist.init_process_group("gloo", init_method=rendezvous, rank=world.rank, world_size=world.size)
     while (task := tasks.get()) is not None:
         function, args = task

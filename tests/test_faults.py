@@ -12,6 +12,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -142,6 +144,36 @@ def test_a_killed_training_goes_on_to_the_same_end(tmp_path: Path, seed: int) ->
         assert (found[0], found[1]) == (sha256, story)
         assert found[2].tensors.keys() == last.tensors.keys()
         assert all(torch.equal(found[2].tensors[name], tensor) for name, tensor in last.tensors.items())
+
+
+# ---- what a rank does without -------------------------------------------------------------------------------
+
+
+def dies_of_a_compiler() -> None:
+    leave = World.leave
+
+    def look(self: World) -> None:
+        die() if "torch._dynamo.eval_frame" in sys.modules else leave(self)
+
+    World.leave = look  # type: ignore[method-assign]
+
+
+def test_ranks_train_without_loading_torchs_compiler(tmp_path: Path) -> None:
+    """It takes longer to import than torch, and its functions that optimisers and DDP call do nothing here."""
+    spec, _ = spec_in(tmp_path, 1)
+    assert run_ranks(spec, dies_of_a_compiler) == [0, 0]
+
+
+@pytest.mark.soak
+def test_a_process_that_left_the_compiler_out_may_still_compile() -> None:
+    program = (
+        "import torch; from ncf_dist.train import no_compiler; no_compiler.leave_out()\n"
+        "weight = torch.nn.Parameter(torch.ones(2)); torch.optim.SGD([weight], lr=1.0).step()\n"
+        "assert 'torch._dynamo.eval_frame' not in sys.modules\n"
+        "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", f"import sys; {program}"], capture_output=True, text=True)
+    assert done.stdout == "2.0\n", done.stderr
 
 
 # ---- signals to a whole job --------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from ncf_dist.item_item.part import Part
 from ncf_dist.logs import log_to_stderr
 from ncf_dist.manifests import Manifest, read_manifest
 from ncf_dist.models import NeuMF, Recommender, build_model
-from ncf_dist.train import checkpoints
+from ncf_dist.train import checkpoints, no_compiler
 from ncf_dist.train.copies import Copies, copies_for
 from ncf_dist.train.item_parts import parts_of
 from ncf_dist.train.loaders import Task, TrainLoader, verify_files
@@ -216,6 +216,8 @@ def run(path: str) -> NoReturn:
         spec = Spec(**json.loads(read_bytes(path)))
         config = Config.model_validate_json(spec.config)
         world = World.from_environment(config.train.device)
+        if world.device == "cpu":
+            no_compiler.leave_out()
         stop = StopRequest(posixpath.join(posixpath.dirname(path), STOP), world)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, stop.on_signal)
