@@ -185,7 +185,8 @@ class Trainer:
         finite = loss.detach().isfinite()
         if batch.rating is not None:
             finite = finite & batch.rating.isfinite().all()
-        loss.backward(torch.where(finite, 1.0, math.nan))
+        # Not as an argument of `backward`, which loads sympy to compare two shapes.
+        (loss * torch.where(finite, 1.0, math.nan)).backward()
         self.exchange.finish()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(in_few_pieces(gradients))
