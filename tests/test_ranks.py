@@ -131,14 +131,6 @@ def supervisor() -> psutil.Process:
     return found
 
 
-def test_a_killed_rank_is_named_and_ends_the_job(tmp_path: Path) -> None:
-    config = job(tmp_path, checkpoint_steps=50)
-    When(config.paths.lake, lambda: ranks_alive()[1].kill())
-    with pytest.raises(TrainingFailed, match=r"^rank 1: ended by SIGKILL \(the kernel .*\); needed .*: lower .* run"):
-        train(config, DS)
-    assert not ranks_alive()
-
-
 def test_sigterm_to_the_supervisor_saves(tmp_path: Path) -> None:
     config = job(tmp_path, checkpoint_steps=50)
     When(config.paths.lake, lambda: supervisor().terminate())

@@ -550,7 +550,7 @@ def read_all(run: Manifest, name: str) -> Any:
 
 
 def test_a_rank_that_is_killed_ends_the_job(line: Line, capfd: pytest.CaptureFixture[str]) -> None:
-    """SIGKILL in mid-training: TrainingFailed, no rank left, and no run that a later stage could take for
+    """SIGKILL in mid-training: TrainingFailed that names it, no rank left, and no run that a later stage could take for
     finished.
     """
     config = line.config(train={"epochs": 100_000, "patience": 100_000})
@@ -564,7 +564,8 @@ def test_a_rank_that_is_killed_ends_the_job(line: Line, capfd: pytest.CaptureFix
                 time.sleep(0.1)
                 log += capfd.readouterr().err
             ranks_alive()[1].kill()
-            with pytest.raises(TrainingFailed, match="^rank 1: ended by SIGKILL"):
+            named = r"^rank 1: ended by SIGKILL \(the kernel .*\); needed .*: lower .* run"
+            with pytest.raises(TrainingFailed, match=named):
                 job.result(timeout=60)
         finally:
             for rank in ranks_alive().values():
