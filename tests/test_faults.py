@@ -33,6 +33,7 @@ from ncf_dist.models import build_model
 from ncf_dist.train import checkpoints, losses, reports, worker
 from ncf_dist.train.checkpoints import Checkpoint
 from ncf_dist.train.epoch_order import Phase
+from ncf_dist.train.launchers import SUPERVISOR
 from ncf_dist.train.loaders import Batch
 from ncf_dist.train.pipeline import train
 from ncf_dist.train.spec import Spec
@@ -197,6 +198,11 @@ def ranks_alive() -> dict[int, psutil.Process]:
     return found
 
 
+def supervisor() -> psutil.Process:
+    (found,) = (process for process in psutil.Process().children() if SUPERVISOR in process.cmdline())
+    return found
+
+
 def saved_in(lake: str) -> set[Path]:
     return set(Path(lake).glob("runs/*/train/*/checkpoints/step-*"))
 
@@ -218,6 +224,7 @@ class When(threading.Thread):
 
 
 def test_sigterm_saves_and_exits_75_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    """Sent to the job, and then to the ranks' supervisor."""
     config = job(tmp_path, checkpoint_steps=50)
     acting = When(config.paths.lake, lambda: os.kill(os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
@@ -234,9 +241,10 @@ def test_sigterm_saves_and_exits_75_and_the_next_run_goes_on(tmp_path: Path) -> 
     assert not Lake(config.paths.lake).stage(DS, "train").finished()
 
     # `epochs` is part of what names a run, so the next one is asked to end too: it starts where the first one was.
-    acting = When(config.paths.lake, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Preempted):
+    acting = When(config.paths.lake, lambda: supervisor().terminate())
+    with pytest.raises(Preempted, match="stopped as asked after update .*, saved in "):
         train(config, DS)
+    assert not ranks_alive()
     later = checkpoints.latest(str(run / "checkpoints"))
     assert later is not None
     assert later.progress["updates"] >= saved.progress["updates"]

@@ -30,7 +30,7 @@ from ncf_dist.train.pipeline import train
 from ncf_dist.train.spec import Spec
 from ncf_dist.train.supervisor import meeting
 from tests.tables import DS, prepared, small_config
-from tests.test_faults import When, job, ranks_alive
+from tests.test_faults import When, job, ranks_alive, supervisor
 
 GMF = Model(name="gmf", factors=4)
 
@@ -124,19 +124,6 @@ def test_a_store_that_takes_values_is_seen_as_one() -> None:
 
 
 # ---- the ends of ranks ---------------------------------------------------------------------------------------------
-
-
-def supervisor() -> psutil.Process:
-    (found,) = (p for p in psutil.Process().children() if SUPERVISOR in p.cmdline())
-    return found
-
-
-def test_sigterm_to_the_supervisor_saves(tmp_path: Path) -> None:
-    config = job(tmp_path, checkpoint_steps=50)
-    When(config.paths.lake, lambda: supervisor().terminate())
-    with pytest.raises(Preempted, match="stopped as asked after update .*, saved in "):
-        train(config, DS)
-    assert not ranks_alive()
 
 
 def test_ranks_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
