@@ -68,17 +68,16 @@ def test_threads_sleep_while_teams_are_open() -> None:
 
 @needs_two
 def test_others_that_need_the_cores_are_noticed() -> None:
-    """A busy process more than there are cores; the program ends when it has noticed."""
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores_of_mask() + 1)]
-    try:
-        program = (
-            "with Waiting() as it:\n    while not it.teams:\n        torch.ones(PARALLEL).add_(1)\nprint('noticed')"
-        )
-        assert run(BURNT + program).strip() == "noticed"
-    finally:
-        for other in others:
-            other.kill()
-            other.wait()
+    """A busy process more than there are cores, once torch is imported; the program ends when it has noticed, and they
+    end with it."""
+    program = (
+        "import os, subprocess, sys\n"
+        "busy = f'import os\\nwhile os.getppid() == {os.getpid()}: pass'\n"
+        f"others = [subprocess.Popen([sys.executable, '-c', busy]) for _ in range({cores_of_mask() + 1})]\n"
+        "with Waiting() as it:\n    while not it.teams:\n        torch.ones(PARALLEL).add_(1)\nprint('noticed')\n"
+        "for other in others: other.kill(), other.wait()"
+    )
+    assert run(BURNT + program).strip() == "noticed"
 
 
 class Counted:
