@@ -15,6 +15,8 @@ from pyspark.sql import SparkSession
 from ncf_dist import config as settings
 from ncf_dist import gateway, logs, stopping
 from ncf_dist.config import Config
+from ncf_dist.evaluate import held_out
+from ncf_dist.score import plan
 from ncf_dist.spark_io import spark_session
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -65,6 +67,15 @@ def spark() -> Iterator[SparkSession]:
     with spark_session("tests", settings.Spark(**SPARK)) as session:
         session.sparkContext.setLogLevel("ERROR")
         yield session
+
+
+@pytest.fixture(scope="module")
+def few_files() -> Iterator[None]:
+    """Ranks and recommendations of a test's few users are in fewer files: each is a task, which loads the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in (held_out, plan):
+            patch.setattr(stage, "MIN_FILES", 4)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -261,7 +261,7 @@ class Line:
             "model": {"name": "mf", "factors": 4},
             "loader": {"backend": "arrow"},
             "train": {"launcher": "none", "epochs": 1, "batch_size": 32, "device": "cpu", "warm_start": "previous"},
-            "score": {"k": 3},
+            "score": {"k": 3, "tasks": 2},
             "publish": {"require": []},
             "spark": {"master": "local[2]", "driver_memory": "1g", "shuffle_partitions": 2},
         }  # fmt: skip
