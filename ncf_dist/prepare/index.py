@@ -137,9 +137,11 @@ def extend_index(
         raise InputError(
             f"{index_column}: {size:,} distinct {id_column} do not fit int32; needed at most {INT32_MAX:,}"
         )
-    starts = enumerate([start + before for before in [0, *accumulate(sizes)][:-1]])
-    # A table, not an array of literals: Spark would take minutes to plan and compile four thousand expressions.
-    first = F.broadcast(spark.createDataFrame(list(starts), "_bucket int, _first int"))
+    firsts = accumulate(sizes, initial=start)
+    # A table, not an array of literals: Spark would take minutes to plan and compile four thousand expressions. In a
+    # small night few buckets have keys.
+    starts = [(bucket, number) for bucket, (number, size) in enumerate(zip(firsts, sizes, strict=False)) if size]
+    first = F.broadcast(spark.createDataFrame(starts, "_bucket int, _first int"))
     position = F.row_number().over(Window.partitionBy("_bucket").orderBy(id_column)) - 1
     numbered = new.join(first, "_bucket").select(
         id_column, (F.col("_first") + position).cast("int").alias(index_column)
