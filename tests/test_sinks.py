@@ -174,16 +174,21 @@ def test_every_start_has_one_end(tmp_path_factory: pytest.TempPathFactory, ends:
 # ---- MLflow --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ranks", ["train", "refit"])
 def test_a_published_model_is_the_registered_champion(
-    told: Any, shell: Shell, tmp_path: Path, monkeypatch: Any
+    ranks: str, told: Any, shell: Shell, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    """ranks: whose bundle the readers' lists are of."""
     pytest.importorskip("mlflow", reason=OPS)
     from mlflow import MlflowClient
 
     monkeypatch.chdir(tmp_path)  # Where MLflow puts its artifacts.
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     runs = shell.lake / "runs" / DS
-    for place, text in (("train/train-key/bundle/bundle.json", "{}"), ("evaluate/evaluate-key/report.html", "<p>")):
+    for place, text in (
+        (f"{ranks}/{ranks}-key/bundle/bundle.json", "{}"),
+        ("evaluate/evaluate-key/report.html", "<p>"),
+    ):
         (runs / place).parent.mkdir(parents=True)
         (runs / place).write_text(text)
     evaluated = made("evaluate")
@@ -192,11 +197,13 @@ def test_a_published_model_is_the_registered_champion(
         found = evaluated(*given)
         return Outcome(found.status, found.run_key, {}, {"full.hr@10": 0.25}, {"model_version": "m1"}, found.manifest)
 
-    code, report = told({"tracking": {"uri": uri}}, {**STAGES, "evaluate": with_metrics})
+    sections = {"tracking": {"uri": uri}, "train": {"refit": ranks == "refit"}}
+    code, report = told(sections, {**STAGES, ranks: made(ranks), "evaluate": with_metrics})
     assert (code, report["warnings"]) == (0, [])
     client = MlflowClient(uri)
     champion = client.get_model_version_by_alias("ncf-dist", "champion")
     assert champion.tags == {"ds": DS, "model_version": "m1"}
+    assert champion.run_id is not None
     run = client.get_run(champion.run_id)
     assert run.data.metrics["full.hr_at_10"] == 0.25
     assert run.data.params["model.name"] == "neumf"
