@@ -113,12 +113,22 @@ class Machine:
                         found.append(process)
         return found
 
+    def lose(self) -> None:
+        """Kill it; what was on its disk is gone, too."""
+        self.kill()
+        self.root.rename(self.root.with_name(f"{self.name}-lost-{time.monotonic_ns()}"))  # Faster than to remove it.
+
     def kill(self) -> None:
         """As a power cut does: all its processes at once, and its end of the cable."""
         if self.outer is not None:
             with contextlib.suppress(psutil.Error, IndexError):
+                # A nsenter stops with the process that it has begun; then it never reaps it, and the machine stays.
+                begun = [process.parent() for process in self.processes()]
                 psutil.Process(self.init).kill()
-            self.outer.wait(30)
+                for parent in begun:
+                    if parent is not None and parent.name() == "nsenter":
+                        parent.kill()
+            self.outer.wait(120)
             self.outer = None
 
 
@@ -131,11 +141,13 @@ class Network:
         self._inside("ip", "link", "add", "br0", "type", "bridge")
         self._inside("ip", "link", "set", "br0", "up")
 
-    def _inside(self, *words: str) -> None:
-        subprocess.run(["nsenter", f"--net=/proc/{self.switch.pid}/ns/net", *words], check=True)
+    def _inside(self, *words: str, check: bool = True) -> None:
+        command = ["nsenter", f"--net=/proc/{self.switch.pid}/ns/net", *words]
+        subprocess.run(command, check=check, stderr=None if check else subprocess.DEVNULL)
 
     def plug(self, machine: Machine, machines: Sequence[Machine]) -> None:
         port, init = f"p-{machine.name}", machine.init
+        self._inside("ip", "link", "delete", port, check=False)  # A dead machine's: the kernel takes its time.
         subprocess.run(
             ["ip", "link", "add", "name", port, "netns", str(self.switch.pid), "type", "veth",
              "peer", "name", "eth0", "netns", str(init)], check=True,
@@ -181,7 +193,7 @@ def cluster_of(
         network.close()
         for machine in machines:
             assert not os.path.ismount(machine.root / "usr"), "its mounts are its own, and went with it"
-            shutil.rmtree(machine.root, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def why_not() -> str | None:

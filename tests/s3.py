@@ -178,7 +178,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.rfile.readline()
             self.rfile.readline()
         else:
-            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = int(self.headers.get("Content-Length") or 0)
+            if len(data := self.rfile.read(length)) < length:
+                raise ConnectionError("the client has gone in the middle of its request")
         if "aws-chunked" not in self.headers.get("Content-Encoding", ""):
             return data
         plain, rest = b"", data

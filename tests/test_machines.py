@@ -6,6 +6,7 @@ import socket
 import subprocess
 from pathlib import Path
 
+import psutil
 import pyspark
 import pytest
 
@@ -41,11 +42,15 @@ def test_machines_share_a_network_and_nothing_else(tmp_path: Path) -> None:
 
         sleeping = two.begin("sleep", "1000", log=tmp_path / "log")
         wait_for(lambda: bool(two.processes("sleep", "1000")), "the process")
-        two.kill()
+        two.processes("sleep", "1000")[0].suspend()  # What entered the machine stops with it.
+        wait_for(lambda: psutil.Process(sleeping.pid).status() == psutil.STATUS_STOPPED, "the stop")
+        two.run("touch", "/tmp/theirs")
+        two.lose()
         assert sleeping.wait(10) != 0
         two.start()
         network.plug(two, machines)
         assert two.run("hostname").stdout == "two\n"
+        assert two.run("ls", "/tmp").stdout == "", "an empty disk"
     ports = subprocess.run(["ip", "link"], capture_output=True, text=True, check=True).stdout
     assert "p-one" not in ports
     assert socket.gethostname() not in ("one", "two")

@@ -20,6 +20,7 @@ import pytest
 from ncf_dist.bundle import read_bundle
 from ncf_dist.config import Config, Model
 from ncf_dist.train.launchers import torchrun
+from tests import holding
 from tests.machines import Machine, cluster_of, wait_for, why_not
 from tests.s3 import Store
 from tests.tables import DS, prepared, small_config
@@ -182,10 +183,6 @@ def test_a_slow_network_changes_no_weight(pair: Pair, undisturbed: str) -> None:
 
 # ---- a lake that is in no machine's file system ----------------------------------------------------------------------
 
-SERVER = """
-import sys; from tests import s3
-s3._Server((sys.argv[1], 9000), type("Handler", (s3._Handler,), {"store": s3.Store(url=sys.argv[2])})).serve_forever()
-"""
 UPLOAD = """
 import sys; from pathlib import Path; from ncf_dist.files import write_bytes
 for path in Path(sys.argv[1]).rglob("*"):
@@ -199,9 +196,10 @@ print(read_bundle(sys.argv[1] + "/bundle").sha256)
 
 def test_machines_whose_lake_is_in_s3_train_the_same(pair: Pair, undisturbed: str) -> None:
     """Machine two is killed in mid-training; the next job goes on from the checkpoint in the store."""
-    url, lake = f"http://{pair.one.address}:9000", "s3://lake/two"
+    url, lake = f"http://{pair.two.address}:{holding.PORT}", "s3://lake/two"
     env = {**ENV, **Store(url=url).environment}
-    pair.one.begin(sys.executable, "-c", SERVER, pair.one.address, url, log=pair.folder / "s3.log", env=env)
+    server = (sys.executable, "-m", "tests.holding", pair.two.address, url)
+    pair.two.begin(*server, log=pair.folder / "s3.log", env=env, folder=str(ROOT))
     there = f"{LAKE}/undisturbed/lake"
     wait_for(
         lambda: pair.one.run(sys.executable, "-c", UPLOAD, f"{there}/runs/{DS}/prepare",
@@ -218,11 +216,13 @@ def test_machines_whose_lake_is_in_s3_train_the_same(pair: Pair, undisturbed: st
         wait_for(lambda: "other machine(s)" in log.read_text(), "the command", alive=job)  # noqa: B023
         other = pair.two.begin(*torchrun(config, spec, node=1), log=other_log, env=env)
         if killed:
-            wait_for(lambda: "loss and gradients of a step" in log.read_text(), "a step", alive=job)  # noqa: B023
-            time.sleep(1)
+            held = holding.hold("/checkpoints/step-0*200/", pair.two.root)
+            wait_for(held.exists, "a checkpoint", timeout=300, alive=job)
             kill(pair.two)
+            holding.release(pair.two.root)
         code = job.wait(300)
         other.wait(TIMEOUT_S + ENDS_S)
         assert (code != 0) == killed, log.read_text()
+        assert ("going on from" in log.read_text()) != killed
     run = spec.removesuffix("/ranks/spec.json")
     assert pair.one.run(sys.executable, "-c", WEIGHTS, run, env=env).stdout.strip() == undisturbed
