@@ -296,7 +296,7 @@ def unread(night: Night) -> Night:
 
 
 def test_a_kill_at_any_moment_leaves_old_or_new(tmp_path: Path, kills: Killer) -> None:
-    assert sum(at_random(tmp_path / "lake", kills, 40, 1).values()) == 40
+    assert sum(at_random(tmp_path / "lake", kills, 100, 1).values()) == 100
 
 
 @pytest.mark.soak
