@@ -124,7 +124,7 @@ bench: install ## run every script in benchmarks/; those for GPUs where there is
 	for script in benchmarks/[!_]*.py; do \
 	  case "$$gpu $$script" in \
 	    False*gpu*) echo "== $$script is left out: torch sees no GPU here";; \
-	    *) echo "== $$script"; $(python) "$$script";; \
+	    *) echo "== $$script"; $(python) -m "benchmarks.$$(basename "$$script" .py)";; \
 	  esac; \
 	done
 

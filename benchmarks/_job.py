@@ -6,8 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import psutil
 
@@ -50,18 +51,37 @@ def _sizes(process: psutil.Process) -> tuple[str, float, float] | None:
         return None
 
 
+class Watcher(Protocol):
+    """A thread that looks at a process until `ended`."""
+
+    ended: threading.Event
+
+    def start(self) -> None: ...
+
+
+W = TypeVar("W", bound=Watcher)
+
+
+def watched(
+    command: list[str], watch: Callable[[int], W], environment: Mapping[str, str] | None = None
+) -> tuple[str, float, W]:
+    """(stdout, wall seconds, what watched the process). Stops the benchmark where it fails."""
+    start = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    watcher = watch(process.pid)
+    watcher.start()
+    out, _ = process.communicate()
+    seconds = time.monotonic() - start
+    watcher.ended.set()
+    if process.returncode:
+        sys.exit(f"{command[:3]} exited {process.returncode}; its log is above")
+    return out, seconds, watcher
+
+
 def job(name: str, config: Path, settings: list[str]) -> dict[str, Any]:
     """What the job said, its `wall` seconds and MiB of memory as `Watch` counts them. Stops the benchmark where it
     fails."""
     command = [str(ROOT / "spark-submit.sh"), name, "--config", str(config), "--ds", DS]
     command += [part for setting in settings for part in ("--set", setting)]
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    watch = Watch(process.pid)
-    watch.start()
-    out, _ = process.communicate()
-    wall = time.monotonic() - start
-    watch.ended.set()
-    if process.returncode:
-        sys.exit(f"{name} exited {process.returncode}; its log is above")
+    out, wall, watch = watched(command, Watch)
     return {**last_line.read(out.splitlines()[-1]), "wall": wall, **watch.most}

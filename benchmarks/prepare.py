@@ -1,6 +1,6 @@
 """Prepare at scale: interactions/s, growth with rows, the live heap, skew; beside the usual way, in the same run.
 
-    .venv/bin/python benchmarks/prepare.py [--millions 1 5 25] [--driver-millions 1 25] [--skew-millions 5]
+    .venv/bin/python -m benchmarks.prepare [--millions 1 5 25] [--driver-millions 1 25] [--skew-millions 5]
 
 Each size is a synthetic CSV log (ids drawn from power laws, seed 1), prepared on local[2] with a 2 GiB heap by this
 project (4 negatives × 1 draw, 99 candidates, quarantine, checksums) and by `_usual_prepare.py`. Then one user, and one
@@ -22,7 +22,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -37,9 +36,9 @@ import pyarrow.csv
 import pyspark
 import yaml
 
+from benchmarks._job import ROOT, watched
 from ncf_dist.machine import cores, processor
 
-ROOT = Path(__file__).parent.parent
 MASTER, HEAP, PARTITIONS = "local[2]", "2g", 16
 CLUSTER = "local-cluster[2,1,1024]"
 NAMES = ["userId", "movieId", "rating", "timestamp"]
@@ -115,15 +114,7 @@ def timed(command: list[str], folder: Path) -> tuple[dict[str, float], str]:
         "SPARK_HOME": SPARK,
         "JAVA_TOOL_OPTIONS": options,
     }
-    start = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    watch = Watch(process.pid)
-    watch.start()
-    out, _ = process.communicate()
-    seconds = time.monotonic() - start
-    watch.ended.set()
-    if process.returncode:
-        sys.exit(f"{command[:3]} exited {process.returncode}; its log is above")
+    out, seconds, watch = watched(command, Watch, environment)
     return {"seconds": seconds, "heap": live_heap(folder / f"gc-{watch.driver}.log"), "python": watch.most}, out
 
 

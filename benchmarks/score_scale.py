@@ -1,7 +1,7 @@
 """Score at scale: seconds, pairs/s and resident memory over shares of one million users × 20,000 items, and how well
 the first share, and the job's own `--dry-run`, forecast the others.
 
-    .venv/bin/python benchmarks/score_scale.py [--users 1000000] [--items 20000] [--shares 0.01 0.05]
+    .venv/bin/python -m benchmarks.score_scale [--users 1000000] [--items 20000] [--shares 0.01 0.05]
 
 `--shares 0.01 1` runs the million. Each share is a lake of its own with that share of the users: indexes, histories of
 20 to 50 items a user (a long-tailed catalogue), interactions over 100 days, one user in 50 without a history, and a
@@ -33,6 +33,7 @@ import pyarrow as pa
 import torch
 import yaml
 
+from benchmarks._job import ROOT, watched
 from ncf_dist import contracts
 from ncf_dist.bundle import save_bundle
 from ncf_dist.config import Model
@@ -42,7 +43,6 @@ from ncf_dist.manifests import Manifest
 from ncf_dist.models import build_model
 from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
 
-ROOT = Path(__file__).parent.parent
 DS, SLOTS, K, WORKER = "2026-01-31", 2, 10, 2 * 2**30
 USERS_PER_FILE = 50_000
 DAY = 86_400 * 10**6
@@ -132,13 +132,7 @@ def job(root: str, *more: str) -> tuple[dict[str, Any], list[tuple[float, int]]]
     java = subprocess.run([str(ROOT / "spark-submit.sh"), "--java-home"], capture_output=True, text=True, check=True)
     environment = {"PYTHONPATH": str(ROOT), **os.environ, "JAVA_HOME": java.stdout.strip()}
     command = [sys.executable, "-m", "ncf_dist.cli", "score", "--config", str(path), "--ds", DS, *more]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    watch = Watch(process.pid)
-    watch.start()
-    out, _ = process.communicate()
-    watch.ended.set()
-    if process.returncode:
-        sys.exit(f"score exited {process.returncode}; its log is above")
+    out, _, watch = watched(command, Watch, environment)
     return json.loads(out.splitlines()[-1]), watch.seen
 
 
