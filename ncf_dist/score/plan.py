@@ -107,8 +107,9 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """What the audit compares the table with."""
         config, since = self.config.score, active_from(self.config.score, self.prepare.ds)
-        judged = None if self.refit is None else read_bundle(posixpath.join(self.train.root, BUNDLE))
-        refit = {} if judged is None or self.refit is None else said_of(self.train, judged, self.refit)
+        refit = {}
+        if self.refit is not None:
+            refit = said_of(self.train, read_bundle(posixpath.join(self.train.root, BUNDLE)), self.refit)
         return refit | {
             "k": config.k,
             "form": config.form,
