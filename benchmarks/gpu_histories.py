@@ -1,7 +1,7 @@
 """The checks of gpu_check.py for models of histories.
 
 - every block by every loss: one step's loss and gradients against the CPU's
-- a step makes the host wait for no number: torch ends it with an error where it would
+- neither a step nor its batch makes the host wait for the device: torch ends it with an error where it would
 - the vectors that rank, of users of all lengths, against the CPU's
 - training: what follows an item is always the next number; in fp32 and bf16, the loss must fall
 - resume: a training that was stopped twice, with dropout, ends with the weights of one that was not
@@ -73,24 +73,35 @@ def loader_of(folder: str, device: str, loss: str) -> WindowLoader:
     return WindowLoader(windows_table(folder), task, Loader(backend="arrow", cache="device"), World(device=device))
 
 
-def first_batch(device: str, loss: str) -> Batch:
+def batches(device: str, loss: str) -> list[Batch]:
+    """The first two of an epoch; before the second one, CUDA's memory for copies is made."""
     with tempfile.TemporaryDirectory() as folder:
-        return next(iter(loader_of(folder, device, loss).epoch(0)))
+        epoch = loader_of(folder, device, loss).epoch(0)
+        first = next(epoch)
+        with no_waiting(device):
+            return [first, next(epoch)]
+
+
+@contextlib.contextmanager
+def no_waiting(device: str) -> Iterator[None]:
+    """torch ends with an error what would make the host wait for a GPU."""
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if cuda:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def step(model: Model, loss: str, device: str, may_wait: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, {parameter: gradient}) of one step."""
     torch.manual_seed(1)
-    objective, batch = Objective(build_model(model, USERS, ITEMS), loss).to(device), first_batch(device, loss)
-    cuda = device.startswith("cuda") and not may_wait
-    if cuda:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    objective, batch = Objective(build_model(model, USERS, ITEMS), loss).to(device), batches(device, loss)[0]
+    with contextlib.nullcontext() if may_wait else no_waiting(device):
         value = objective(batch)
         value.backward()
-    finally:
-        if cuda:
-            torch.cuda.set_sync_debug_mode("default")
     return value.detach(), {n: p.grad for n, p in objective.model.named_parameters() if p.grad is not None}
 
 

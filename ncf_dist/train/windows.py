@@ -84,11 +84,14 @@ class WindowLoader(TrainLoader):
         user, length, items, gaps = (column.numpy() for column in columns)
         order, windows, targets = grouped(length.astype(np.int64), items, gaps, -(-self.length // GROUPS))
         shared = shared_items(task.seed, epoch, used, task.shared, task.n_items, device) if task.shared else None
+        parts = [part for group in windows.groups for part in (group.items, group.gaps, group.length)]
+        users, predicted, known, *parts = on_device(device, [user[order], targets, windows.known, *parts])
+        groups = tuple(Sequences(*parts[first : first + 3]) for first in range(0, len(parts), 3))
         return Batch(
-            _on(device, user[order]),
-            _on(device, targets)[:, None],
+            users,
+            predicted[:, None],
             shared=shared,
-            windows=Windows(tuple(group.to(device) for group in windows.groups), windows.known.to(device)),
+            windows=Windows(groups, known),
             divisor=len(user) * self.mean_targets,
         )
 
@@ -99,8 +102,16 @@ def unpacked(column: Array, kind: str, width: int) -> Array:
     return np.frombuffer(data, kind).reshape(len(column), width)
 
 
-def _on(device: str, values: Array) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
+def on_device(device: str, parts: Sequence[Array | Tensor]) -> list[Tensor]:
+    """Integers as int64 there. On a GPU by one copy, for which the host does not wait: it would wait for each part's,
+    three a group."""
+    tensors = [torch.as_tensor(part, dtype=torch.int64) for part in parts]
+    if device == "cpu":
+        return tensors
+    together = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    together = (together.pin_memory() if device.startswith("cuda") else together).to(device, non_blocking=True)
+    pieces = together.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def grouped(length: npt.NDArray[np.int64], items: Array, gaps: Array, spread: int) -> tuple[Array, Windows, Array]:
