@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -46,6 +46,7 @@ END_S = 10.0
 
 _process: subprocess.Popen[bytes] | None = None
 _where: dict[str, str] = {}
+_lend: Callable[[], contextlib.AbstractContextManager[None]] | None = None
 
 
 def spark_options(config: settings.Spark) -> list[str]:
@@ -182,6 +183,23 @@ def start(options: Sequence[str]) -> dict[str, str]:
 def _shown(options: Sequence[str]) -> str:
     """Options for a message: without the values of settings whose names say that they are secret."""
     return shlex.join(_SECRET_SETTING.sub(r"\1=***", each) for each in options)
+
+
+@contextlib.contextmanager
+def lender(lend: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """While inside, `lending` is what `lend` returns."""
+    global _lend
+    before, _lend = _lend, lend
+    try:
+        yield
+    finally:
+        _lend = before
+
+
+def lending() -> contextlib.AbstractContextManager[None]:
+    """For who starts a process that may work in the Spark of this night: while inside, the environment says where that
+    is, if there is one to be lent (`spark_io.lent_to_ranks`). The trainer asks here, as it imports no pyspark."""
+    return contextlib.nullcontext() if _lend is None else _lend()
 
 
 def lent() -> contextlib.AbstractContextManager[None]:

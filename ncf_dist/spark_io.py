@@ -138,15 +138,21 @@ def _tell_credentials(workers: dict[str, Any]) -> None:
             workers[name] = os.environ[name]
 
 
-def lent_session() -> contextlib.AbstractContextManager[None]:
-    """While inside, a process that this one starts gets the kept session's context, where there is one."""
+def lent_to_ranks(config: settings.Config) -> contextlib.AbstractContextManager[None]:
+    """While inside, ranks that train on the executors do so in the kept session's application. It begins with them
+    where no stage before has needed one, as in a night that goes on at train: else there would be one for them, and one
+    for the stages after them."""
+    on_executors = "spark" in (config.train.launcher, config.train.other_nodes)
+    if not on_executors or _keeping is None:
+        return contextlib.nullcontext()
+    return gateway.lender(lambda: _lent(config.spark))
+
+
+def _lent(config: settings.Spark) -> contextlib.AbstractContextManager[None]:
+    if _kept is None and config.one_application:
+        with spark_session("ncf-nightly", config):
+            pass
     return contextlib.nullcontext() if _kept is None else gateway.lent()
-
-
-def lent_to_ranks(train: settings.Train) -> contextlib.AbstractContextManager[None]:
-    """Ranks that train on the executors do so in the kept session's application."""
-    on_executors = "spark" in (train.launcher, train.other_nodes)
-    return lent_session() if on_executors else contextlib.nullcontext()
 
 
 def open_session() -> SparkSession | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from ncf_dist import gateway, spark_io
-from ncf_dist.config import Spark
+from ncf_dist.config import Model, Spark
 from ncf_dist.spark_io import kept_session, open_session, spark_session
+from tests.tables import small_config
 
 
 class Counting:
@@ -97,6 +100,36 @@ def test_a_session_that_another_process_keeps_is_left_to_it(monkeypatch: pytest.
         with kept_session(Spark()) if keep else contextlib.nullcontext(), spark_session("stage", Spark()):
             pass
         assert (spark.stopped, spark_io._kept) == (0, None)
+
+
+@pytest.mark.parametrize("launcher", ["spark", "torchrun"])
+@pytest.mark.parametrize(("one", "stages"), [(True, ()), (True, ("prepare",)), (False, ())])
+def test_ranks_begin_the_application_that_the_night_goes_on_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, one: bool, stages: tuple[str, ...], launcher: str
+) -> None:
+    """A night that goes on at train, where no stage has needed Spark before: once ranks are started, and not where the
+    model is found done. The executors would get the environment twice."""
+    spark = Counting("spark://host:7077")
+    monkeypatch.setattr(spark_io, "SparkSession", spark)
+    monkeypatch.setattr(spark_io, "_open", [])
+    monkeypatch.setattr(spark_io, "_start_context", lambda *_: setattr(spark, "started", spark.started + 1))
+    config = small_config(tmp_path, Model(), launcher=launcher).model_copy(update={"spark": Spark(one_application=one)})
+    with kept_session(config.spark):
+        for stage in stages:
+            with spark_session(stage, config.spark):
+                pass
+        with spark_io.lent_to_ranks(config):
+            assert spark.started == len(stages), "of a training that is found done"
+            for _ in range(2):
+                with gateway.lending():
+                    assert (gateway.LENT in os.environ) == (one and launcher == "spark")
+        assert gateway.LENT not in os.environ
+        with gateway.lending():
+            assert gateway.LENT not in os.environ, "nobody lends any more"
+        assert spark.started == (1 if one and launcher == "spark" else len(stages))
+        with spark_session("score", config.spark):
+            assert spark.started == 1
+    assert spark.stopped == 1
 
 
 def test_another_process_works_in_the_context_that_it_was_lent(spark: SparkSession) -> None:

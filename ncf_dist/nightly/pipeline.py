@@ -78,7 +78,7 @@ class _Night:
 
     def take(self, name: str, config: Config, ds: str) -> None:
         """Run a stage and gather what it says."""
-        shared = lent_to_ranks(config.train) if name == "train" else contextlib.nullcontext()
+        shared = lent_to_ranks(config) if name == "train" else contextlib.nullcontext()
         with self._told(name), attempts.stage(name) as took, shared:
             took(outcome := STAGES[name](config, ds, self.made))
         if outcome.manifest:

@@ -43,7 +43,7 @@ def refit(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     every = prepare(_of_every_row(config, tables), ds).manifest
     assert every is not None
     _check_same_log(tables, every)
-    with lent_to_ranks(config.train):
+    with lent_to_ranks(config):
         made = train(settings_of(config, judged), ds, {"prepare": every}).manifest
     assert made is not None
     return _outcome(made, judged, "done")

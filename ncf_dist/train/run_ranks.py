@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from ncf_dist import locks
+from ncf_dist import gateway, locks
 from ncf_dist.config import Config
 from ncf_dist.errors import Preempted, StaleRun, TrainingFailed
 from ncf_dist.files import exists, make_dirs, write_atomic
@@ -45,7 +45,8 @@ def run_ranks(config: Config, spec: Spec, wanted: str) -> None:
     log.info("starting %d rank(s): %s", world_size(config), shlex.join(command))
     if config.train.nodes > 1:
         log.info("%s", others(config))
-    environment = {**rank_environment(threads(config)), **os.environ}
+    with gateway.lending():
+        environment = {**rank_environment(threads(config)), **os.environ}
     # The ranks must not import modules from the folder that the job was started in.
     environment["PYTHONSAFEPATH"] = "1"
     with _asked_to_stop() as asked:
