@@ -83,7 +83,7 @@ def prepare(lake: str, user: Array, item: Array, drawn: Array) -> None:
     parts = (pa.table(list(part.T), schema=contract.schema) for part in np.array_split(columns, FILES))
     tables = {
         "train": write_parts(parts, root, contract),
-        "validation": write_parts([], root, contracts.VALIDATION),
+        "validation": write_parts([contracts.VALIDATION.schema.empty_table()], root, contracts.VALIDATION),
     }
     facts = {"users": int(user.max()) + 1, "items": int(item.max()) + 1}
     config = {"negatives": Negatives(per_positive=N, draws=1).model_dump(mode="json")}

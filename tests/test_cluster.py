@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,15 +57,20 @@ class Cluster:
         """A job as a person on the driver's machine submits it: (exit code, last line, log)."""
         return self.begin(job, *words).end()
 
-    def begin(self, job: str, *words: str) -> Job:
+    def begin(self, job: str, *words: str, env: Mapping[str, str] | None = None) -> Job:
+        """env: what the person has in the environment, in place of ENV."""
         stem = f"{job}-{len(list(self.logs.iterdir()))}"
         out, log = self.logs / f"{stem}.out", self.logs / f"{stem}.log"
-        command = self.driver.command([f"{HOME}/spark-submit.sh", job, *words], env=ENV, folder=HOME)
+        command = self.driver.command([f"{HOME}/spark-submit.sh", job, *words], env=env or ENV, folder=HOME)
         with out.open("wb") as stdout, log.open("wb") as stderr:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
             )
         return Job(process, out, log)
+
+    def registered(self) -> list[str]:
+        """Names of the applications that Spark's master has let in."""
+        return re.findall(r"Registered app (\S+)", (self.logs / "driver.log").read_text())
 
     def ask(self, script: str, *words: str) -> Any:
         """What a script says that runs on the driver's machine."""
@@ -252,6 +257,45 @@ def test_a_night_on_a_cluster_publishes_what_a_local_one_does(cluster: Cluster, 
     assert "neither authenticated nor encrypted" not in log
     assert SECRET not in log + json.dumps(line)
     assert cluster.ask(PUBLISHED, f"{LAKES}/far") == near
+
+
+def keep_as_installed(worker: Machine) -> None:
+    """Make what the last executor there has unpacked an installation, as an image has it."""
+    unpacked = "cd $(ls -td /var/tmp/spark/app-*/*/ | head -n 1)"
+    script = f"mkdir -p {HOME} && {unpacked} && mv ncf-dist/* {HOME}/ && mv environment {HOME}/.venv"
+    done = worker.run("bash", "-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_strangers_are_refused_and_what_differs_on_a_machine_is_named(cluster: Cluster, raw: None) -> None:
+    """An application without the secret, or with another one, gets no executor. Of machines that have an environment of
+    their own, doctor names the one with another version of a package and with other code."""
+    path, before = config(cluster, "odd", f"{LAKES}/odd"), cluster.registered()
+    asked = ("doctor", "--config", path, "--ds", DS)
+    without = {name: value for name, value in ENV.items() if name != gateway.SECRET}
+    known = [without, {**without, gateway.SECRET: "AnotherSecretOfTheTests"}]
+    strangers = [cluster.begin(*asked, "--cluster", env=env) for env in known]
+    assert cluster.submit(*asked, "--cluster")[0] == 0
+    for worker in cluster.workers:
+        keep_as_installed(worker)
+    two = cluster.workers[1]
+    [metadata] = two.root.glob(f"{HOME[1:]}/.venv/lib/python3.*/site-packages/tqdm-*.dist-info/METADATA")
+    metadata.write_text(re.sub(r"(?m)^Version: .*", "Version: 4.1", metadata.read_text()))
+    with (two.root / HOME[1:] / "ncf_dist/lake.py").open("a") as module:
+        module.write("# Changed by hand.\n")
+    own = ("--set", "spark.environment=image", "--", "--conf", f"spark.executorEnv.PYTHONPATH={HOME}")
+    code, _, log = cluster.submit(*asked, "--cluster", *own)
+    assert code == 2
+    [of_code, of_tqdm] = re.findall(r"(?m)^FAIL executors' (\S+) (\S+) on (\S+), (\S+) here", log)
+    assert (of_code[0], of_code[2], of_code[3] != of_code[1]) == ("code", "two", True)
+    assert of_tqdm[:3] == ("tqdm", "4.1", "two")
+    for stranger in strangers:
+        code, line, _ = stranger.end()
+        assert code == 2
+        assert re.search(r"executors did not answer \(.*\bexport SPARK_AUTHENTICATE_SECRET", line["error"])
+    assert cluster.registered()[len(before) :] == ["ncf-doctor"] * 2, "of those with the secret"
+    for worker in cluster.workers:
+        worker.run("rm", "-rf", HOME)
 
 
 def test_a_night_survives_the_loss_of_workers(cluster: Cluster, near: list[str]) -> None:

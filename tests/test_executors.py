@@ -103,3 +103,19 @@ def test_a_task_says_what_its_process_is(tmp_path: Path, monkeypatch: pytest.Mon
     del wanted["memory"], wanted["wrote"]
     assert found == wanted
     assert None not in found["packages"].values()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "An error occurred while calling None.X.\n: java.lang.IllegalStateException: no master\n\tat a",
+            "IllegalState",
+        ),
+        ('Job aborted\n  java.io.IOException: Cannot run program "./x/python"\n  at b', "Cannot run program"),
+        ("An error occurred while calling o1.x", "An error occurred"),
+        ("", "no message"),
+    ],
+)
+def test_why_executors_do_not_answer_is_said(text: str, told: str) -> None:
+    assert told in executors._reason(text)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ncf_dist import machine
+from ncf_dist import gateway, machine
 from ncf_dist.attempts import code
 from ncf_dist.config import Config
 from ncf_dist.doctor import programs
@@ -128,8 +128,11 @@ def executors(config: Config) -> Iterator[Check]:
             found = _asked(spark, lake.root, probe)
         yield from judged(here(), [_seen_again(place) for place in found], lake.root)
     except (NcfError, PySparkException, Py4JError) as error:
-        said = _last_line(str(error))
-        yield Check("executors", "fail", f"did not answer ({said}): needed a task to run on them: see the log above")
+        detail = (
+            f"did not answer ({_reason(str(error))}): needed a cluster that lets this application in (one with a "
+            f"secret: export {gateway.SECRET}) and runs a task on each executor: see the log above"
+        )
+        yield Check("executors", "fail", detail)
     except OSError as error:
         yield Check("executors", "fail", f"are not asked: the lake {lake.root} cannot be written ({error})", "data")
     finally:
@@ -210,7 +213,9 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(seen[:5]) + (f" and {len(seen) - 5} more" if len(seen) > 5 else "")
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _reason(text: str) -> str:
+    lines = [line.strip().removeprefix(": ") for line in text.splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("An error occurred while calling"):  # py4j says what was called first.
+        del lines[0]
     told: Any = next((line for line in lines if "Cannot run program" in line or "ModuleNotFoundError" in line), None)
     return str(told or (lines[0] if lines else "no message"))[:300]
