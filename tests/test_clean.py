@@ -10,6 +10,7 @@ import os
 import re
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,26 @@ def published(root: Path, number: int) -> Night:
     return night
 
 
+Stock = Callable[[Path, int], Night]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
+    """stock(root, n) → the last of the nights 0 to n - 1, all published, in a lake under root. They are made once, and
+    copied for each test."""
+    made: list[Night] = []  # Each has a lake with one night more.
+
+    def last_of(root: Path, count: int) -> Night:
+        while len(made) < count:
+            folder = tmp_path_factory.mktemp("stock")
+            if made:
+                made[-1].copied(folder)
+            made.append(published(folder, len(made)))
+        return made[count - 1].copied(root)
+
+    return last_of
+
+
 def kept(night: Night, **retention: Any) -> Config:
     """The night's config with these settings of retention."""
     found = settings.Retention.model_validate({**AT_ONCE, **retention})
@@ -94,8 +115,8 @@ def readable(night: Night, *versions: int) -> set[Path]:
 # ---- what goes, and what stays -----------------------------------------------------------------------------
 
 
-def test_the_latest_nights_and_versions_stay_and_the_others_go(tmp_path: Path) -> None:
-    night = [published(tmp_path, number) for number in range(10)][-1]
+def test_the_latest_nights_and_versions_stay_and_the_others_go(stock: Stock, tmp_path: Path) -> None:
+    night = stock(tmp_path, 10)
     outcome = cleaned(night)
     assert outcome.extra["removed"]["night"]["count"] == 5
     assert outcome.extra["removed"]["run"]["count"] == 7 * 3
@@ -116,8 +137,8 @@ def test_the_latest_nights_and_versions_stay_and_the_others_go(tmp_path: Path) -
     assert night.publish() == ("already-done", 19)
 
 
-def test_what_is_recent_stays_whatever_the_other_bounds_say(tmp_path: Path) -> None:
-    night = [published(tmp_path, number) for number in range(6)][-1]
+def test_what_is_recent_stays_whatever_the_other_bounds_say(stock: Stock, tmp_path: Path) -> None:
+    night = stock(tmp_path, 6)
     night.offer("m6")
     assert night.publish() == ("done", 6), "the version before it has other files"
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -143,7 +164,7 @@ def assert_bounded(found: list[int]) -> None:
 
 
 def test_disk_is_bounded_over_nights(tmp_path: Path) -> None:
-    assert_bounded(disk(tmp_path, 24))
+    assert_bounded(disk(tmp_path, 18))
 
 
 @pytest.mark.soak
@@ -317,8 +338,8 @@ def test_files_that_latest_json_names_stay_though_the_log_has_others(tmp_path: P
     assert set(night.table.glob("ds=*/*")) == readable(night, 1)
 
 
-def test_a_night_that_another_run_holds_is_passed_over_and_said(tmp_path: Path) -> None:
-    night = [published(tmp_path, number) for number in range(6)][-1]
+def test_a_night_that_another_run_holds_is_passed_over_and_said(stock: Stock, tmp_path: Path) -> None:
+    night = stock(tmp_path, 6)
     with night.lake.hold(day(0)):
         outcome = cleaned(night)
     assert runs_of(night, "score") == [day(n) for n in (0, 3, 4, 5)]
@@ -402,9 +423,9 @@ def test_entries_stay_until_the_checkpoint_that_stands_for_them_is_old_enough(tm
 
 
 def test_a_checkpoint_that_says_something_else_is_not_put_in_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stock: Stock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night = [published(tmp_path, number) for number in range(6)][-1]
+    night = stock(tmp_path, 6)
     says = checkpoint._says
     monkeypatch.setattr(checkpoint, "_says", lambda root, version: (root, says(root, version)))
     before = names(night.table / "_delta_log")
@@ -414,8 +435,10 @@ def test_a_checkpoint_that_says_something_else_is_not_put_in_place(
 
 
 @pytest.mark.parametrize("hint", [None, "{", '{"version": 1}'], ids=["none", "torn", "older"])
-def test_a_checkpoint_that_a_killed_clean_did_not_name_is_named_by_the_next(tmp_path: Path, hint: str | None) -> None:
-    night = [published(tmp_path, number) for number in range(6)][-1]
+def test_a_checkpoint_that_a_killed_clean_did_not_name_is_named_by_the_next(
+    stock: Stock, tmp_path: Path, hint: str | None
+) -> None:
+    night = stock(tmp_path, 6)
     cleaned(night, published=None)
     last = night.table / "_delta_log" / "_last_checkpoint"
     said, before, live = last.read_text(), names(last.parent), DeltaLog(str(night.table)).live()
@@ -426,8 +449,8 @@ def test_a_checkpoint_that_a_killed_clean_did_not_name_is_named_by_the_next(tmp_
     assert DeltaLog(str(night.table)).live() == live
 
 
-def test_what_a_killed_clean_was_writing_goes_with_the_next(tmp_path: Path) -> None:
-    night = [published(tmp_path, number) for number in range(2)][-1]
+def test_what_a_killed_clean_was_writing_goes_with_the_next(stock: Stock, tmp_path: Path) -> None:
+    night = stock(tmp_path, 2)
     left = [night.table / name / f"x.{'0' * 32}.tmp" for name in (".", "_delta_log")]
     for path in left:
         path.write_bytes(b"half")
@@ -435,8 +458,8 @@ def test_what_a_killed_clean_was_writing_goes_with_the_next(tmp_path: Path) -> N
     assert not any(path.exists() for path in left)
 
 
-def test_a_log_with_checkpoints_of_another_kind_is_left_alone(tmp_path: Path) -> None:
-    night = [published(tmp_path, number) for number in range(6)][-1]
+def test_a_log_with_checkpoints_of_another_kind_is_left_alone(stock: Stock, tmp_path: Path) -> None:
+    night = stock(tmp_path, 6)
     other = f"{2:020d}.checkpoint.0000000001.0000000002.parquet"
     DeltaTable(str(night.table), version=2).create_checkpoint()
     log = night.table / "_delta_log"
@@ -448,8 +471,8 @@ def test_a_log_with_checkpoints_of_another_kind_is_left_alone(tmp_path: Path) ->
     assert names(log) == before
 
 
-def test_a_damaged_log_is_named_and_nothing_goes(tmp_path: Path) -> None:
-    night = [published(tmp_path, number) for number in range(6)][-1]
+def test_a_damaged_log_is_named_and_nothing_goes(stock: Stock, tmp_path: Path) -> None:
+    night = stock(tmp_path, 6)
     entry = night.table / "_delta_log" / f"{2:020d}.json"
     entry.write_bytes(entry.read_bytes()[:-40])
     before = sizes(str(tmp_path)).keys()
@@ -458,9 +481,9 @@ def test_a_damaged_log_is_named_and_nothing_goes(tmp_path: Path) -> None:
     assert sizes(str(tmp_path)).keys() == before
 
 
-def test_the_log_can_be_read_after_each_entry_that_goes(tmp_path: Path) -> None:
+def test_the_log_can_be_read_after_each_entry_that_goes(stock: Stock, tmp_path: Path) -> None:
     """A commit that took a night out must not go before the one that published it."""
-    night = [published(tmp_path, number) for number in range(6)][-1]
+    night = stock(tmp_path, 6)
     bounds = kept(night, versions=1, published=2).retention
     cleaned(night, versions=1, published=2)
     night = [published(tmp_path, number) for number in (6, 7)][-1]
@@ -525,9 +548,9 @@ def test_readers_lose_nothing_while_nights_are_published_and_cleaned(tmp_path: P
 
 
 def test_a_dry_run_lists_what_a_clean_then_removes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stock: Stock, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    night = [published(tmp_path, number) for number in range(6)][-1]
+    night = stock(tmp_path, 6)
     cleaned(night)
     night = published(tmp_path, 6)
     config = tmp_path / "clean.yaml"
@@ -640,8 +663,8 @@ def test_ids_that_are_numbers_are_forgotten_and_a_night_may_lose_all_its_people(
     assert DeltaLog(str(night.table)).live() == frozenset()
 
 
-def test_forgetting_needs_a_list_and_whole_files_and_passes_over_busy_nights(tmp_path: Path) -> None:
-    night = [published(tmp_path, number) for number in range(3)][-1]
+def test_forgetting_needs_a_list_and_whole_files_and_passes_over_busy_nights(stock: Stock, tmp_path: Path) -> None:
+    night = stock(tmp_path, 3)
     with pytest.raises(ConfigError, match="clean --forget without input.forget; needed the path of a list"):
         forget(night.config, night.ds)
     damaged = next(iter((night.table / f"ds={day(1)}").iterdir()))
