@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import subprocess
+import sys
 import textwrap
 import threading
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from ncf_dist.config import Config
 from ncf_dist.files import filesystem, resolve
 from ncf_dist.manifests import run_key
 from tests.test_cli import raises
-from tests.test_line import LAUNCHER, ROOT, checkerboard
+from tests.test_line import ROOT, checkerboard
 
 PASSWORD, TOKEN = "pa55w0rd", "t0k3n-of-the-store"
 
@@ -234,29 +235,45 @@ def line(tmp_path: Path) -> Path:
     return tmp_path / "line.yaml"
 
 
+JOBS = """
+import json, os, sys
+from ncf_dist import urls
+from ncf_dist.cli import main
+from ncf_dist.config import Spark
+from ncf_dist.spark_io import kept_session
+
+with kept_session(Spark()):
+    for args in json.loads(sys.argv[1]):
+        os.environ[urls.SECRETS] = "{}"  # Each job knows the secrets of its own command.
+        main(args)
+"""
+
+
 def test_a_log_behind_a_password_is_read_and_the_password_is_nowhere(line: Path, server: str) -> None:
-    """Config, manifests, rank spec, quarantine, last line and log, of a night and of one that is refused."""
-    if not (ROOT / ".venv/.installed").exists():
-        pytest.skip("spark-submit.sh needs .venv; run make install")
+    """Config, manifests, rank spec, quarantine, last line and log, of a night and of one that is refused. One process
+    runs the jobs, so that Spark starts once."""
 
-    def run(job: str, name: str, token: str = TOKEN) -> tuple[int, str, str]:
-        path = f"input.path=http://me:{PASSWORD}@{server}/{name}.dat?token={token}"
-        command = [LAUNCHER, job, "--config", str(line), "--ds", "2026-01-02", "--set", path]
-        env = {**os.environ, "PYTHONPATH": str(line.parent / "python")}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        return done.returncode, done.stdout, done.stderr
+    def job(name: str, log: str, token: str = TOKEN) -> list[str]:
+        path = f"input.path=http://me:{PASSWORD}@{server}/{log}.dat?token={token}"
+        return [name, "--config", str(line), "--ds", "2026-01-02", "--set", path]
 
-    ran = [
-        run("prepare", "good"),
-        run("train", "good"),
-        run("prepare", "bad"),
-        run("prepare", "good", TOKEN + "-wrong"),
+    jobs = [
+        job("prepare", "good"),
+        job("prepare", "bad"),
+        job("train", "good"),
+        job("prepare", "good", TOKEN + "-wrong"),
     ]
-    assert [code for code, _, _ in ran] == [0, 0, 3, 1], ran
-    reports = [last_line.read(out.splitlines()[-1]) for _, out, _ in ran]
-    assert f"http://{server}/bad.dat" in reports[2]["error"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(line.parent / "python"), str(ROOT)])}
+    ran = subprocess.run(
+        [sys.executable, "-c", JOBS, json.dumps(jobs)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    reports = [last_line.read(row) for row in ran.stdout.splitlines()]
+    assert [report["exit_code"] for report in reports] == [0, 3, 0, 1], ran
+    assert f"http://{server}/bad.dat" in reports[1]["error"]
     assert f"for http://{server}/good.dat" in reports[3]["error"]
-    for text in [text for _, out, log in ran for text in (out, log)]:
+    assert f"for http://{server}/good.dat" in ran.stderr, "the log says it, too"
+    for text in (ran.stdout, ran.stderr):
         assert PASSWORD not in text
         assert TOKEN not in text
         assert "customer-" not in text, "a person's id belongs into the quarantine alone"
