@@ -23,8 +23,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background process ignores SIGINT, and so would every process that a test starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A test's JVM lives for seconds: its second compiler would take a third of its processor time and never earn it back.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
+# A test's JVM lives for seconds: its second compiler would take a third of its processor time and never earn it back,
+# and a collector that works beside the program a tenth.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 
 def _written(handle: int) -> None:
