@@ -70,12 +70,13 @@ def spark() -> Iterator[SparkSession]:
         yield session
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def few_files() -> Iterator[None]:
-    """Ranks and recommendations of a test's few users are in fewer files: each is a task, which loads the model."""
+    """Ranks and recommendations of a test's few users, where stages are called in this process, are in fewer files than
+    a night's: each is a task, which loads the model."""
     with pytest.MonkeyPatch.context() as patch:
         for stage in (held_out, plan):
-            patch.setattr(stage, "MIN_FILES", 4)
+            patch.setattr(stage, "MIN_FILES", 6)
         yield
 
 

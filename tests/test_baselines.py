@@ -37,7 +37,6 @@ from ncf_dist.scoring import Lists
 from ncf_dist.stage import Outcome, StageRun, stored
 from tests.conftest import SPARK
 
-pytestmark = pytest.mark.usefixtures("few_files")
 DS = "2026-01-31"
 ALL = ["popularity", "recent_popularity", "item_to_item", "ease", "item_knn", "als"]
 LENGTH = 12

@@ -372,7 +372,7 @@ def test_popular_is_the_head_of_a_full_sort(
 def test_the_same_bytes_for_any_number_of_tasks_and_any_block(
     line: Line, form: str, ways: tuple[tuple[int, int], ...]
 ) -> None:
-    """Of 32 tasks at least half have no file: the table has 16 of them at most."""
+    """Of 32 tasks most have no file: the table has 6 of them."""
     wanted = None
     for tasks, block in ways:
         run = line.lake.stage(DS, "score")
