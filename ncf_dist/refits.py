@@ -7,6 +7,7 @@ its config, and neither an evaluation, a warm start nor the next night's champio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ncf_dist.bundle import Bundle
@@ -22,6 +23,11 @@ REFIT = "refit"
 def name_of(run: Manifest) -> str:
     """The name of the runs that a refit of `run` makes."""
     return f"{REFIT}-{run.run_key}"
+
+
+def judged_of(run: Manifest, runs: Iterable[Manifest]) -> Manifest | None:
+    """The run of train, of these, that `run` is the refit of; None where it is no refit."""
+    return next((other for other in runs if run.name == name_of(other)), None)
 
 
 def refit_of(lake: Lake, train: Manifest) -> Manifest | None:

@@ -13,6 +13,7 @@ import yaml
 from ncf_dist import cli
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import TableInfo
+from ncf_dist.refits import name_of
 from ncf_dist.runs.leaderboard import Entry, leaderboard, text_table
 from ncf_dist.stage import stored
 from tests.published import Night
@@ -116,6 +117,20 @@ def test_the_table_has_a_line_a_model(night: Experiments) -> None:
     assert lines[1].split() == words.split()
     assert lines[2].endswith("train.epochs=3, train.lr=0.01")
     assert len(lines) == 4
+
+
+def test_a_refit_is_listed_as_that_of_the_run_that_was_judged(night: Experiments) -> None:
+    """Of production's and of an experiment's; an experiment whose name only looks like one is none."""
+    refits = {"usual": "again", "wide": "wider"}
+    for key, its in refits.items():
+        night.model(its, name_of(night.lake.stage(DS, "train").load(key)), stop_after=2)
+    night.model("other", "refit-of-nothing")
+    found = leaderboard(night.lake, DS)
+    assert {entry.train: entry.refit_of for entry in found if entry.refit_of} == {"again": "usual", "wider": "wide"}
+    lines = {line.split("  ")[0]: line for line in text_table(found).splitlines()}
+    assert {"refit of mf-usual", "refit of mf-wide", "refit-of-nothing"} <= lines.keys()
+    assert "mf-again" in lines["refit of mf-usual"]
+    assert lines["refit of mf-usual"].endswith("train.stop_after=2"), "and by what it differs"
 
 
 def test_damaged_figures_hide_no_model(night: Experiments) -> None:

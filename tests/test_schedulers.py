@@ -6,22 +6,26 @@ Airflow has an environment of its own (its packages do not go with ours): set NC
 from __future__ import annotations
 
 import configparser
+import contextlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
 from ncf_dist.cli import JOBS, parser
 from ncf_dist.errors import ExitCode
+from ncf_dist.nightly.pipeline import STAGES
 from tests.conftest import ROOT
 
 FILES = ROOT / "conf" / "schedulers"
@@ -162,10 +166,13 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return env
 
 
-def nights(airflow: dict[str, str], home: Path, config: str, *days: str, args: str = "") -> tuple[dict[str, Any], str]:
+def nights(
+    airflow: dict[str, str], home: Path, config: str, *days: str, args: str = "", refit: bool = False
+) -> tuple[dict[str, Any], str]:
     """(what the DAG's runs say, the log)."""
     assert AIRFLOW is not None
     env = airflow | {"NCF_HOME": str(home), "NCF_CONFIG": config, "NCF_ARGS": args}
+    env |= {"NCF_REFIT": "true"} if refit else {}
     done = subprocess.run(
         [AIRFLOW, "-c", RUN, env["AIRFLOW__CORE__DAGS_FOLDER"], *days], env=env, capture_output=True, text=True
     )
@@ -196,6 +203,14 @@ def test_airflow_runs_two_nights_a_task_a_stage(airflow: dict[str, str], tmp_pat
 
 
 @needs_airflow
+def test_airflow_refits_what_was_judged(airflow: dict[str, str], tmp_path: Path) -> None:
+    log = stub(tmp_path, None, 0)
+    said, _ = nights(airflow, tmp_path, "c.yaml", "2026-03-31", refit=True)
+    assert [run["state"] for run in said["runs"]] == ["success"]
+    assert [line.split()[0] for line in log.read_text().splitlines()] == list(STAGES)
+
+
+@needs_airflow
 @pytest.mark.parametrize("code", [4, 75])
 def test_airflow_tries_again_what_may_go_better(airflow: dict[str, str], tmp_path: Path, code: int) -> None:
     """A refusal ends the night as failed, after one try; so does what goes on failing, after three."""
@@ -216,6 +231,40 @@ def test_airflow_tries_again_what_may_go_better(airflow: dict[str, str], tmp_pat
 def test_the_dag_knows_the_exit_codes() -> None:
     """All of them, without Airflow: its own are the complement."""
     assert f"FOR_GOOD = {FOR_GOOD}" in (FILES / DAG).read_text()
+
+
+class Operator:
+    """What the DAG uses of Airflow's: a task knows which one comes after it."""
+
+    made: ClassVar[list[Operator]] = []
+
+    def __init__(self, task_id: str, **_: Any) -> None:
+        self.task_id, self.after = task_id, list[str]()
+        self.made.append(self)
+
+    def __rshift__(self, other: Operator) -> None:
+        self.after.append(other.task_id)
+
+
+@pytest.mark.parametrize("refit", [None, "true", "false"])
+def test_the_dags_tasks_are_the_stages_of_nightly_in_its_order(
+    monkeypatch: pytest.MonkeyPatch, refit: str | None
+) -> None:
+    """Without Airflow, too."""
+    sdk, exceptions = ModuleType("airflow.sdk"), ModuleType("airflow.sdk.exceptions")
+    exceptions.__dict__.update(AirflowException=Exception, AirflowFailException=Exception)
+    sdk.__dict__.update(Asset=str, BaseOperator=Operator, DAG=lambda *_, **__: contextlib.nullcontext())
+    for module in (ModuleType("airflow"), sdk, exceptions):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(Operator, "made", [])
+    monkeypatch.delenv("NCF_REFIT", raising=False)
+    if refit is not None:
+        monkeypatch.setenv("NCF_REFIT", refit)
+    runpy.run_path(str(FILES / DAG))
+    stages = [name for name in STAGES if name != "refit" or refit == "true"]
+    assert {task.task_id: task.after for task in Operator.made} == dict(
+        zip(stages, [*([name] for name in stages[1:]), []], strict=True)
+    )
 
 
 @needs_airflow

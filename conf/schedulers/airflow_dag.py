@@ -1,7 +1,8 @@
 """A night as an Airflow DAG (Airflow 3): one task a stage, in order. Copy it into the DAGs folder.
 
 Set in the environment of the workers: NCF_HOME, the folder of ncf-dist; NCF_CONFIG, the config file; and where wanted
-NCF_ARGS (more arguments for every job, such as `--set train.ranks=4`), NCF_POOL and NCF_SCHEDULE.
+NCF_ARGS (more arguments for every job, such as `--set train.ranks=4`), NCF_POOL, NCF_SCHEDULE, and NCF_REFIT=true with
+a config whose train.refit is true: the judged model is then trained on every row before users are ranked.
 
 - Exit codes 2, 3 and 4 (config, input, a gate's refusal) fail for good: another try would find the same. 1, 5 and 75
   (unexpected, busy, preempted) are tried again, and go on where the last try stopped. A refusal must not become a
@@ -25,7 +26,8 @@ from typing import Any
 from airflow.sdk import DAG, Asset, BaseOperator
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
-STAGES = ("prepare", "train", "evaluate", "score", "publish")
+REFIT = ("refit",) if os.environ.get("NCF_REFIT") == "true" else ()
+STAGES = ("prepare", "train", "evaluate", *REFIT, "score", "publish")
 FOR_GOOD = {2, 3, 4}
 RECOMMENDATIONS = Asset("ncf_recommendations")
 

@@ -14,6 +14,7 @@ from ncf_dist.charts.text import NONE, aligned, called, interval_text, metric_te
 from ncf_dist.files import read_json
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
+from ncf_dist.refits import judged_of
 from ncf_dist.stage import decisive, flat_settings
 
 Interval = tuple[float, float]
@@ -24,13 +25,15 @@ UNJUDGED = "ndcg@10"
 
 @dataclass(frozen=True)
 class Entry:
-    """A model. name: of the experiment, None for production; value: of the headline metric; above_popularity: the
+    """A model. name: of the experiment, None for production; refit_of: the run of train that it is the refit of, which
+    was judged in its place; value: of the headline metric; above_popularity: the
     difference, with its paired interval; validation: the same metric of validation rows, as the training saw it;
     comparable: judged on the rows that the first one was judged on; seconds: of the stages that made and judged it;
     settings: those that differ from production's newest, with their values here.
     """
 
     name: str | None
+    refit_of: str | None
     model_version: str
     train: str
     evaluate: str | None
@@ -62,7 +65,9 @@ def leaderboard(lake: Lake, ds: str) -> list[Entry]:
     judged = {str(run.inputs.get("train")): run for run in reversed(runs["evaluate"]) if run.tables}
     production = next((run for run in runs["train"] if run.name is None), None)
     usual = _settings(production, prepared) if production is not None else {}
-    found = [_entry(run, judged.get(run.run_key), prepared, usual) for run in runs["train"]]
+    found = [
+        _entry(run, judged.get(run.run_key), judged_of(run, runs["train"]), prepared, usual) for run in runs["train"]
+    ]
     found.sort(key=lambda entry: (entry.value is None, -(entry.value or entry.validation or 0.0)))
     first = _rows_of(judged.get(found[0].train)) if found else None
     return [replace(entry, comparable=_rows_of(judged.get(entry.train)) == first) for entry in found]
@@ -74,7 +79,11 @@ def _rows_of(run: Manifest | None) -> Any:
 
 
 def _entry(
-    train: Manifest, evaluate: Manifest | None, prepared: Mapping[str, Manifest], usual: Mapping[str, Any]
+    train: Manifest,
+    evaluate: Manifest | None,
+    refitted: Manifest | None,
+    prepared: Mapping[str, Manifest],
+    usual: Mapping[str, Any],
 ) -> Entry:
     said = _judged(evaluate)
     protocol, metric = metrics.headline(said.ks) if said is not None else ("full", None)
@@ -86,6 +95,7 @@ def _entry(
     mine = _settings(train, prepared)
     return Entry(
         name=train.name,
+        refit_of=refitted.run_key if refitted is not None else None,
         model_version=str(train.facts.get("model_version", NONE)),
         train=train.run_key,
         evaluate=evaluate.run_key if evaluate is not None else None,
@@ -138,9 +148,10 @@ def text_table(entries: Sequence[Entry]) -> str:
         "time",
         "differs in",
     ]
+    versions = {entry.train: entry.model_version for entry in entries}
     rows = [
         [
-            entry.name or "production",
+            f"refit of {versions[entry.refit_of]}" if entry.refit_of in versions else entry.name or "production",
             entry.model_version,
             ("" if entry.comparable or entry.value is None else "~") + metric_text(entry.value),
             interval_text(entry.interval),
