@@ -217,6 +217,42 @@ def test_too_little_of_what_users_did_is_refused(line: Line) -> None:
         check_recent(bundle, fewer)
 
 
+# ---- a refit ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_refit_learns_the_held_out_items_and_ranks_by_all_of_them(
+    line: Line, spark: SparkSession, evaluated: Outcome
+) -> None:
+    """Its windows end with everybody's latest item, where those of the judged model end with the last train item."""
+    config = line.config(train={"refit": True}, publish={"require": []})
+    prepared, judged = line.current("prepare"), trained(line, "t1")
+    given = {"prepare": prepared, "train": judged}
+    said = refit(config, DS, given)
+    again = said.manifest
+    assert again is not None
+    every = Lake(line.config().paths.lake).stage(DS, "prepare").load(again.made_from("prepare"))
+    user_id, item_id = line.ids("user"), line.ids("item")
+    for run, held_out in ((prepared, 2), (every, 0)):
+        ends = {}
+        for row in rows_of(run, "sequences"):
+            if row["window"] == 0:
+                ends[user_id[row["user_idx"]]] = np.frombuffer(row["items"], "<i4")[row["length"] - 1]
+        long = [user for user in range(USERS) if len(history_of(user)) > 5]  # Of others less may be held out.
+        assert [item_id[ends[user]] for user in long] == [history_of(user)[-1 - held_out] for user in long]
+    plan = Plan.of(config, DS, given)
+    assert (plan.bundle.model_version, plan.since) == (said.extra["model_version"], None)
+    rows = users_to_rank(spark, plan.prepare, plan.bundle, config.score, DS).sort("user_idx").toArrow()
+    batch = rows.combine_chunks().to_batches()[0]
+    latest = users_of(batch, plan.spec("unused", plan.products(spark))).latest
+    assert latest is not None
+    for row, length, items in zip(batch.to_pylist(), latest.length.tolist(), latest.items.tolist(), strict=True):
+        assert [item_id[item] for item in items[:length]] == history_of(row["user_id"])[-LENGTH:]
+    scored = score(config, DS, given).manifest
+    assert scored is not None
+    assert scored.facts["refit"]["of"] == read_bundle(f"{judged.root}/bundle").model_version
+    assert {row["model_version"] for row in rows_of(scored, "recommendations")} == {said.extra["model_version"]}
+
+
 # ---- a model of an earlier night -------------------------------------------------------------------------------------
 
 
@@ -343,39 +379,3 @@ def test_what_an_earlier_model_knows_over_several_blocks() -> None:
     assert [ranks[user] for user in (1, 2, 4)] == [[50], [50], [50]]
     assert [ranks[user][0] <= 19 for user in (0, 3)] == [True, True]
     assert all(set(top) == set(range(1, 20)) for top in table["top"].to_pylist())
-
-
-# ---- a refit ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_refit_learns_the_held_out_items_and_ranks_by_all_of_them(
-    line: Line, spark: SparkSession, evaluated: Outcome
-) -> None:
-    """Its windows end with everybody's latest item, where those of the judged model end with the last train item."""
-    config = line.config(train={"refit": True}, publish={"require": []})
-    prepared, judged = line.current("prepare"), trained(line, "t1")
-    given = {"prepare": prepared, "train": judged}
-    said = refit(config, DS, given)
-    again = said.manifest
-    assert again is not None
-    every = Lake(line.config().paths.lake).stage(DS, "prepare").load(again.made_from("prepare"))
-    user_id, item_id = line.ids("user"), line.ids("item")
-    for run, held_out in ((prepared, 2), (every, 0)):
-        ends = {}
-        for row in rows_of(run, "sequences"):
-            if row["window"] == 0:
-                ends[user_id[row["user_idx"]]] = np.frombuffer(row["items"], "<i4")[row["length"] - 1]
-        long = [user for user in range(USERS) if len(history_of(user)) > 5]  # Of others less may be held out.
-        assert [item_id[ends[user]] for user in long] == [history_of(user)[-1 - held_out] for user in long]
-    plan = Plan.of(config, DS, given)
-    assert (plan.bundle.model_version, plan.since) == (said.extra["model_version"], None)
-    rows = users_to_rank(spark, plan.prepare, plan.bundle, config.score, DS).sort("user_idx").toArrow()
-    batch = rows.combine_chunks().to_batches()[0]
-    latest = users_of(batch, plan.spec("unused", plan.products(spark))).latest
-    assert latest is not None
-    for row, length, items in zip(batch.to_pylist(), latest.length.tolist(), latest.items.tolist(), strict=True):
-        assert [item_id[item] for item in items[:length]] == history_of(row["user_id"])[-LENGTH:]
-    scored = score(config, DS, given).manifest
-    assert scored is not None
-    assert scored.facts["refit"]["of"] == read_bundle(f"{judged.root}/bundle").model_version
-    assert {row["model_version"] for row in rows_of(scored, "recommendations")} == {said.extra["model_version"]}

@@ -106,7 +106,7 @@ def _at(
             f"those of ds {ds} are {_shown(history)}"
         )
     found = [(number, entry) for number, entry in history if number <= version]
-    if not found and delta.entry(version) is None:
+    if not found and not _had_none(delta, ds, version):
         raise ContractError(
             f"the log of {delta.root} does not reach back to version {version} any more (clean); needed one of "
             f"{_shown(history)}: choose one, or run the line again for ds {ds}"
@@ -148,16 +148,21 @@ def _previous(
 def _check_beginning(delta: DeltaLog, history: list[tuple[int, Entry]], ds: str) -> None:
     """Raise ContractError unless `ds` had no files before the first commit of it that the log still has."""
     first = history[0][0]
-    try:
-        before = delta.live(first - 1) if first else frozenset[str]()
-    except ContractError:
-        before = None
-    if before is None or any(path.startswith(f"{PARTITION}={ds}/") for path in before):
+    if first and not _had_none(delta, ds, first - 1):
         raise ContractError(
             f"what ds {ds} was before version {first} is not known any more, as clean has shortened the log of "
             f"{delta.root}; needed an earlier run that still stands, or to know that there was none: name a version "
             f"with --to (those of this ds are {_shown(history)}), or run the line again; nothing was changed"
         )
+
+
+def _had_none(delta: DeltaLog, ds: str, version: int) -> bool:
+    """Whether a version, which can still be read, has no file of `ds`. That our log has no commit of `ds` up to it says
+    nothing: clean removes such a commit, and leaves later ones that explain other nights."""
+    try:
+        return not any(path.startswith(f"{PARTITION}={ds}/") for path in delta.live(version))
+    except ContractError:
+        return False
 
 
 def of_the_run(fact: str) -> bool:
