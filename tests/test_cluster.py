@@ -301,10 +301,11 @@ def test_strangers_are_refused_and_what_differs_on_a_machine_is_named(cluster: C
 def test_a_night_survives_the_loss_of_workers(cluster: Cluster, near: list[str]) -> None:
     """One is lost while it writes a table of prepare, one while its rank writes a checkpoint, and one while it writes
     recommendations. Spark does the work of prepare and score again; a training ends, leaves no rank anywhere, and goes
-    on from the checkpoint before with one rerun. What is published has no byte less or other."""
+    on from the checkpoint before with one rerun. Each of the two runs is one application. What is published has no byte
+    less or other."""
     train = {"launcher": "spark", "timeout_s": 60, "checkpoint_steps": 20}
     words = ("--config", config(cluster, "lost", f"{LAKES}/lost", train=train), "--ds", DS, "--cluster")
-    jobs = [cluster.begin("nightly", *words)]
+    before, jobs = cluster.registered(), [cluster.begin("nightly", *words)]
 
     def rerun_where_it_has_ended() -> None:
         if jobs[-1].has_ended:
@@ -320,4 +321,5 @@ def test_a_night_survives_the_loss_of_workers(cluster: Cluster, near: list[str])
     code, line, log = jobs[-1].end()
     assert (code, line["status"]) == (0, "done"), log
     assert "going on from" in "".join(job.log.read_text() for job in jobs)
+    assert cluster.registered()[len(before) :] == ["ncf-nightly"] * len(jobs), "also of a night that goes on at train"
     assert cluster.ask(PUBLISHED, f"{LAKES}/lost") == near
