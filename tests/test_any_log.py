@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -180,8 +181,9 @@ WAYS: dict[str, tuple[str, Callable[[list[Row], Path], bytes], dict[str, Any]]] 
     ),
     "parquet": ("log.parquet", _parquet, {"format": "parquet"}),
 }  # fmt: skip
-PARTITIONS = {"tsv": 1, "json lines": 8}
-"""Of Spark's shuffles, where they are not two, as for the night that these ways are compared with."""
+PARTITIONS = {"tsv": 1, "json lines": 8, "parquet": 40}
+"""Of Spark's shuffles, where they are not two, as for the night that these ways are compared with. 40 are more than
+there are users."""
 
 
 @pytest.fixture(scope="module")
@@ -275,19 +277,22 @@ assert len(list(root.glob("struck-*"))) == 3 and (root / "killed").exists()
 """
 
 
-@pytest.mark.parametrize("partitions", [40, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("partitions", [40, 200])
 def test_more_partitions_than_users_change_no_byte(
     base: Night, spark: SparkSession, tmp_path: Path, partitions: int
 ) -> None:
-    """One and eight are among the eight ways."""
+    """One, eight and 40 are among the eight ways."""
     log = csv_log(tmp_path / "raw", LOG)
     assert_same_tables(base, shuffled(spark, config(tmp_path, log), partitions))
 
 
 @pytest.mark.slow
-def test_killed_tasks_and_executors_change_no_byte(base: Night, tmp_path: Path) -> None:
-    """A Python worker dies in each of the three passes, and then an executor, with the shuffle files it had written."""
-    master = {"master": "local-cluster[2,1,1024]", "executor_memory": "1g"}
+@pytest.mark.parametrize("executors", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_killed_tasks_and_executors_change_no_byte(base: Night, tmp_path: Path, executors: int) -> None:
+    """A Python worker dies in each of the three passes, and then an executor, with the shuffle files it had written:
+    where it is the only one, with all of them."""
+    master = {"master": f"local-cluster[{executors},{2 // executors},1024]", "executor_memory": "1g"}
     settings = config(tmp_path, csv_log(tmp_path / "raw", LOG), spark=master)
     (tmp_path / "config.json").write_text(settings.model_dump_json(by_alias=True))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("SPARK", "PYSPARK"))}
@@ -424,10 +429,10 @@ def test_nights_of_a_growing_log(spark: SparkSession, tmp_path: Path, n_nights: 
             indexes[side] = found
         nights.append(night)
     assert len(indexes["user"]) > 2 * n_nights
-    again = tmp_path / "again"
-    for night in nights[:2]:
-        path = csv_log(again / "raw", [row for row in log if row[3] < _midnight(night.manifest.ds)])
-        assert_same_tables(night, run(config(again, path), night.manifest.ds))
+    again, (first, second) = tmp_path / "again", (night.manifest.ds for night in nights[:2])
+    shutil.copytree(tmp_path / "lake/runs" / first, again / "lake/runs" / first)
+    path = csv_log(again / "raw", [row for row in log if row[3] < _midnight(second)])
+    assert_same_tables(nights[1], run(config(again, path), second))
 
 
 def _midnight(ds: str) -> int:

@@ -452,7 +452,7 @@ def test_errors_of_predicted_ratings_are_those_of_the_model(spark: SparkSession,
             "negatives": {"candidates": 3},
             "model": {"name": "mf", "factors": 4, "biases": True, "y_range": [0.5, 5.5]},
             "train": {"launcher": "none", "device": "cpu", "batch_size": 64, "lr": 0.02, "epochs": 3},
-            "evaluate": {"als_rank": 2, "als_iterations": 2},
+            "evaluate": {"als_rank": 2, "als_iterations": 1},
             "spark": {"master": "local[2]", "shuffle_partitions": 2},
         }
     )

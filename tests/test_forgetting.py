@@ -194,11 +194,11 @@ def random_nights(seed: int, count: int) -> list[tuple[set[int], set[int]]]:
 def test_numbers_are_never_given_again_and_survivors_keep_theirs(spark: SparkSession, tmp_path: Path) -> None:
     """The last user is forgotten, and comes back when taken off the list."""
     nights: list[tuple[set[int], set[int]]] = [({1, 2, 3, 4, 5}, set()), ({1, 6}, {1, 2, 3, 4, 5}), ({1, 2, 7}, {7})]
-    live(spark, [*nights, *random_nights(1, 1)], tmp_path)
+    live(spark, nights, tmp_path)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(2, 22))
+@pytest.mark.parametrize("seed", range(1, 22))
 def test_numbers_are_never_given_again_in_long_histories(spark: SparkSession, tmp_path: Path, seed: int) -> None:
     live(spark, random_nights(seed, 8), tmp_path)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pyspark.sql import SparkSession
 
-from ncf_dist import machine
+from ncf_dist import gateway, machine
 from ncf_dist import other_nodes as far
 from ncf_dist.config import Config, Model
 from ncf_dist.errors import ConfigError, ContractError, TrainingFailed
@@ -163,11 +164,16 @@ def test_spark_trains_what_torchrun_trains(tmp_path: Path, of_two_ranks: list[fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
-def test_what_a_rank_that_spark_started_reports_is_the_jobs_own_error(tmp_path: Path, ranks: int) -> None:
-    """With two ranks the other one waits for it."""
+def test_what_a_rank_that_spark_started_reports_is_the_jobs_own_error(
+    spark: SparkSession, tmp_path: Path, ranks: int
+) -> None:
+    """In the session that is there, as in a night. With two ranks the other one waits for it."""
     config = with_spark(small_config(tmp_path, GMF, ranks=ranks, launcher="spark"))
     prepared(config, 41)
     (table,) = Path(config.paths.lake).glob("runs/*/prepare/*/train/part-00001-000.parquet")
     table.write_bytes(table.read_bytes()[:-1])
-    with pytest.raises(ContractError, match=r"part-00001-000\.parquet has SHA-256 .*rerun the job prepare"):
+    with (
+        gateway.lender(gateway.lent),
+        pytest.raises(ContractError, match=r"part-00001-000\.parquet has SHA-256 .*rerun the job prepare"),
+    ):
         train(config, DS)
