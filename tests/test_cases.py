@@ -20,7 +20,6 @@ from ncf_dist.lake import Lake
 from ncf_dist.nightly.pipeline import nightly
 from tests.nights import Night, run
 
-pytestmark = pytest.mark.usefixtures("few_files")
 DS = "2024-06-01"
 CASES = Path(__file__).parent / "cases"
 CHARSET = "text is not in the charset"

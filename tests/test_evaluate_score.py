@@ -40,7 +40,6 @@ from ncf_dist.spark_io import table_info
 from ncf_dist.stage import Outcome, stored
 from ncf_dist.train.pipeline import train
 
-pytestmark = pytest.mark.usefixtures("few_files")
 DS = "2026-01-31"
 USERS, ITEMS, K = 200, 30, 10
 OWN = ITEMS // 2

@@ -32,6 +32,7 @@ from ncf_dist.prepare.input_files import find_files
 from ncf_dist.prepare.interactions import RowSpec
 from ncf_dist.prepare.pipeline import prepare
 from ncf_dist.publish.pipeline import publish
+from ncf_dist.score import plan as planning
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.pipeline import score
 from ncf_dist.score.plan import Plan
@@ -221,7 +222,7 @@ def test_files_of_users_follow_the_numbers_given(tmp_path: Path) -> None:
     config = small_config(tmp_path, Model())
     bundle = Bundle("", Model(), "m", 100, 1, "", {})
     plan = Plan(config, prepared, prepared, bundle, contract, ItemLists())
-    assert (plan.indexed, plan.n_files) == (100, 16)
+    assert (plan.indexed, plan.n_files) == (100, planning.MIN_FILES)
 
 
 # ---- the line ------------------------------------------------------------------------------------------------------
