@@ -37,8 +37,6 @@ SECRET = "SPARK_AUTHENTICATE_SECRET"
 LOOPBACK = "127.0.0.1"
 QUICK = "-XX:TieredStopAtLevel=1"
 """Has a JVM leave out its second compiler, which takes a third of a small night's processor time."""
-LAUNCHER = f"{QUICK} -XX:+UseSerialGC"
-"""For the JVM that spark-submit starts first, which does nothing but put together the other's command."""
 _SECRET_SETTING = re.compile(
     r"\A((?:--conf=)?[^=]*(?:secret|password|token|credential|access\.?key|account\.key)[^=]*)=.*", re.I | re.S
 )
@@ -129,7 +127,9 @@ def _spark_home() -> str:
 def environment(options: Sequence[str], ours: Mapping[str, str]) -> dict[str, str]:
     """The JVM's environment. With a local master everything is on loopback, so that nobody else reaches it and a host
     name that does not resolve does no harm. In a POSIX locale a JVM cannot name files beyond ASCII."""
-    theirs = {"SPARK_LAUNCHER_OPTS": LAUNCHER, **ours}
+    # The JVM that spark-submit starts first only puts together the other's command. No choice of a garbage collector
+    # here: it would not start where JAVA_TOOL_OPTIONS has another.
+    theirs = {"SPARK_LAUNCHER_OPTS": QUICK, **ours}
     if master(options).startswith("local"):
         theirs |= {"SPARK_LOCAL_IP": LOOPBACK, "SPARK_LOCAL_HOSTNAME": LOOPBACK}
     locale = ours.get("LC_ALL") or ours.get("LC_CTYPE") or ours.get("LANG") or "C"

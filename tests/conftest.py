@@ -24,8 +24,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A test's JVM lives for seconds: its second compiler would take a third of its processor time and never earn it back,
-# and a collector that works beside the program a tenth.
-os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
+# and a collector that works beside the program a tenth. A JVM that is told of two collectors ends.
+COLLECTOR = "" if "GC" in os.environ.get("JAVA_TOOL_OPTIONS", "") else "-XX:+UseSerialGC"
+os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-XX:TieredStopAtLevel=1 {COLLECTOR}".rstrip())
 
 
 def _written(handle: int) -> None:

@@ -470,6 +470,16 @@ def test_a_jvm_maps_the_archive_of_classes(tmp_path: Path, monkeypatch: pytest.M
         assert given.endswith("-Xshare:off")
 
 
+def test_the_jvm_that_puts_the_command_together_starts_beside_any_collector() -> None:
+    """A JVM that is told of two garbage collectors ends."""
+    options = gateway.environment([], {})["SPARK_LAUNCHER_OPTS"]
+    java = os.path.join(os.environ["JAVA_HOME"], "bin/java") if "JAVA_HOME" in os.environ else "java"
+    for collector in ("-XX:+UseParallelGC", "-XX:+UseG1GC"):
+        env = {**os.environ, "JAVA_TOOL_OPTIONS": collector}
+        subprocess.run([java, *options.split(), "-version"], env=env, check=True, capture_output=True)
+    assert gateway.environment([], {"SPARK_LAUNCHER_OPTS": "-Xmx1g"})["SPARK_LAUNCHER_OPTS"] == "-Xmx1g"
+
+
 def test_the_archive_of_the_installation_fits(spark: SparkSession) -> None:
     """The JVM of these tests has mapped it; it passes over one that was made by another Java or for other jars."""
     archive = gateway.class_archive()
