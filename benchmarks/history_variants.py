@@ -1,7 +1,7 @@
 """What was tried beside conf/ncf-ml-1m-history.yaml: each variant on its hold-out, each user's latest train row.
 
-    .venv/bin/python -m benchmarks.history_variants [--variants four softmax] [--epochs 24] [--at-once 1]
-        [--device cuda] [--lake FOLDER]
+    .venv/bin/python -m benchmarks.history_variants [--variants gated time] [--epochs 24] [--at-once 1]
+        [--device cuda] [--lake FOLDER] [--results FILE]
 
 The NCF paper's files, from NCF_DATA_DIR/ncf-ml-1m, are prepared in --lake without those rows, once for each length of
 histories; where the lake has that already, neither Spark nor the files are needed. Then a process each trains a variant
@@ -13,7 +13,7 @@ item-to-item parts at the weights that are the best there. No test row is read.
   the history: w = softmax over s ≤ t of k_h(t - s) + Σ a_hf f(time from s to t), f: log2(1 + seconds) / 8, and whether
   it was less than a minute, an hour, a day, a week. Nothing reads the time of the item to be predicted
 
-Prints one table and writes benchmarks/results/history_variants.json.
+Prints one table and writes benchmarks/results/history_variants.json (--results).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.ncf import places, run
+from benchmarks.ncf import papers_files, places, run
 from ncf_dist.config import Config
 from ncf_dist.config.load import load_config
 from ncf_dist.lake import Lake
@@ -47,7 +46,6 @@ from ncf_dist.train.worker import loader_of, starting_model, task_of
 from ncf_dist.train.world import World
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/history_variants.json"
 CONFIG, DS = "ncf-ml-1m-history", "2026-01-31"
 BASE: dict[str, object] = {
     "split.validation": True,
@@ -136,24 +134,28 @@ def changed(model: Recommender, variant: str) -> Recommender:
 # ---- a variant -------------------------------------------------------------------------------------------------------
 
 
-def config_of(variant: str, lake: Path, epochs: int) -> Config:
+def length_of(variant: str) -> dict[str, object]:
+    """Settings of its histories' length."""
     length = VARIANTS[variant].get("model.history", 150)
-    here = {"paths.lake": lake / f"{length}", "paths.work": lake / "work", "sequences.length": length}
-    settings = {**BASE, **here, "train.epochs": epochs, **VARIANTS[variant]}
+    return {"sequences.length": length, "model.history": length}
+
+
+def tables_of(variant: str, lake: Path) -> Path:
+    return lake / str(length_of(variant)["sequences.length"])
+
+
+def config_of(variant: str, lake: Path, epochs: int) -> Config:
+    here = {"paths.lake": tables_of(variant, lake), "paths.work": lake / "work"}
+    settings = {**BASE, **here, **length_of(variant), "train.epochs": epochs, **VARIANTS[variant]}
     given = [f"{name}={json.dumps(value, default=str)}" for name, value in settings.items()]
     return load_config(str(ROOT / f"conf/{CONFIG}.yaml"), given)
 
 
 def prepare(variant: str, lake: Path) -> None:
-    length = VARIANTS[variant].get("model.history", 150)
-    here = lake / f"{length}"
-    if here.is_dir():
-        return
-    files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ncf-ml-1m"
-    if not files.is_dir():
-        sys.exit(f"{files} is not there; needed the three files of the NCF paper's repository: set NCF_DATA_DIR")
-    lengths = {"sequences.length": length, "model.history": length}
-    run("prepare", CONFIG, {**places(files, str(here), 1), **lengths, "split.validation": "true"})
+    here = tables_of(variant, lake)
+    if not here.is_dir():
+        settings = {**places(papers_files(), str(here), 1), **length_of(variant), "split.validation": "true"}
+        run("prepare", CONFIG, settings)
 
 
 def train(variant: str, lake: Path, epochs: int, device: str) -> dict[str, Any]:
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="variants that share the device")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lake", type=Path, default=ROOT / "work/history-variants", help="where tables are or will be")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/history_variants.json")
     parser.add_argument("--one", action="store_true", help="train the variant in this process, and say what came out")
     args = parser.parse_args()
     if args.one:
@@ -210,7 +213,7 @@ def main() -> None:
         cells = [f"{row[who]['hr@10']:.4f} / {row[who]['ndcg@10']:.4f}" for who in ("alone", "with parts")]
         print(f"{variant:24}" + "".join(f"{cell:>20}" for cell in cells) + f"{row['seconds']:>8.0f} s")
     body = {"machine": machine, "epochs": args.epochs, "at_once": args.at_once, "variants": found}
-    RESULTS.write_text(json.dumps(body, indent=1) + "\n")
+    args.results.write_text(json.dumps(body, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How much of an item-to-item matrix must be kept: counts of what follows what, and EASE, on the NCF paper's files.
 
-    .venv/bin/python benchmarks/item_to_item.py [--seeds 1 2 3]
+    .venv/bin/python -m benchmarks.item_to_item [--seeds 1 2 3]
 
 Each user's latest item is held out, as the files say, and ranked among the whole catalogue but the train items, and
 among the paper's 99 others. Nothing is trained, and no setting is chosen here: a matrix, whole or cut, times the user's
@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from benchmarks.ncf import papers_files
 from ncf_dist import metrics
 from ncf_dist.contracts import STEP_UNIT
 from ncf_dist.item_item.counts import follow_rows
@@ -176,9 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
-    files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ncf-ml-1m"
-    if not files.is_dir():
-        sys.exit(f"{files} is not there; needed the three files of the NCF paper's repository: set NCF_DATA_DIR")
+    files = papers_files()
     runs: list[dict[str, dict[str, float]]] = []
     for seed in args.seeds:
         log = Log.read(files, seed)

@@ -50,6 +50,14 @@ def run(job: str, config: str, settings: dict[str, object], threads: int | None 
     return {**last_line.read(done.stdout.splitlines()[-1]), "wall": time.monotonic() - start}
 
 
+def papers_files() -> Path:
+    """Their folder. Stops the benchmark where it is not there."""
+    files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ncf-ml-1m"
+    if not files.is_dir():
+        sys.exit(f"{files} is not there; needed the three files of the NCF paper's repository: set NCF_DATA_DIR")
+    return files
+
+
 def places(files: Path, lake: str, seed: int) -> dict[str, object]:
     """Settings of a run on the paper's files."""
     return {
@@ -90,9 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     if PRETRAINED in args.models and not set(STARTS.values()) <= set(args.models):
         parser.error(f"{PRETRAINED} starts from {' and '.join(STARTS.values())}: name them, too")
-    files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ncf-ml-1m"
-    if not files.is_dir():
-        sys.exit(f"{files} is not there; needed the three files of the NCF paper's repository: set NCF_DATA_DIR")
+    files = papers_files()
     models = [name for name in MODELS if name in args.models]
     threads = max(1, cores() // args.at_once)
     with ThreadPoolExecutor(args.at_once) as pool:

@@ -108,8 +108,7 @@ def on_device(device: str, parts: Sequence[Array | Tensor]) -> list[Tensor]:
     tensors = [torch.as_tensor(part, dtype=torch.int64) for part in parts]
     if device == "cpu":
         return tensors
-    together = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    together = (together.pin_memory() if device.startswith("cuda") else together).to(device, non_blocking=True)
+    together = torch.cat([tensor.reshape(-1) for tensor in tensors]).pin_memory().to(device, non_blocking=True)
     pieces = together.split([tensor.numel() for tensor in tensors])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
