@@ -1,10 +1,11 @@
 """Bytes and milliseconds of a training step over a network of 1 Gbit/s, by the way gradients are exchanged.
 
-    sudo .venv/bin/python -m benchmarks.exchange [--steps 30] [--rate 1gbit]
+    sudo .venv/bin/python -m benchmarks.exchange [--steps 30] [--rate 1gbit | --rate none]
 
 Two ranks of one thread, each in a network namespace of its own, joined by a pair of interfaces that send `rate`
-(a token bucket of 64 kB). Bytes are what an interface has sent, headers included; both are means over ranks, and the
-milliseconds medians over steps. Every way trains the same model on the same batches, through the trainer:
+(a token bucket of 64 kB); with `--rate none` both over loopback, as `train.ranks: 2` runs on one machine. Bytes are
+what an interface has sent, headers included; both are means over ranks, and the milliseconds medians over steps. Every
+way trains the same model on the same batches, through the trainer:
 
 - alone: one rank that exchanges nothing: what a step computes
 - DDP: DistributedDataParallel as torch has it
@@ -15,7 +16,8 @@ conf/ncf-ml-1m-history.yaml (20 windows a rank). What matters of a batch is whic
 drawn from the rows of MovieLens-1M (NCF_DATA_DIR/ml-1m), or, of 50,000 users and 20,000 items, users uniformly and
 items with a long tail; negatives uniformly.
 
-Needs root, for the namespaces, and `ip` and `tc`. Prints one table and writes benchmarks/results/exchange.json.
+Namespaces need root, `ip` and `tc`. Prints one table and writes benchmarks/results/exchange.json, or for --rate none
+exchange_one_machine.json.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 LINK = "ncf-bench"
 ADDRESSES = ("10.211.3.1", "10.211.3.2")
+LOOPBACK = "lo"
 PORT = 29_511
 
 
@@ -140,11 +143,11 @@ def trainer_of(name: str, size: tuple[int, int], world: World, way: str | None) 
 
 
 def sent(interface: str) -> int:
-    """Bytes that an interface of this namespace has sent so far."""
+    """Bytes that a rank has sent so far over this namespace's interface. Loopback sends what both say."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, numbers = line.partition(":")
         if name.strip() == interface:
-            return int(numbers.split()[8])
+            return int(numbers.split()[8]) // (2 if interface == LOOPBACK else 1)
     return 0
 
 
@@ -167,15 +170,17 @@ def measured(trainer: Trainer, some: list[Batch], interface: str, together: bool
 def rank_main(rank: int, interface: str, steps: int) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR=ADDRESSES[0], MASTER_PORT=str(PORT))
+    one_machine = interface == LOOPBACK
+    address = "127.0.0.1" if one_machine else ADDRESSES[0]
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR=address, MASTER_PORT=str(PORT))
     os.environ.update(bound_to(interface))
     with contextlib.ExitStack() as stack:
         if rank == 0:
-            listening = stack.enter_context(listen(ADDRESSES[0], PORT))
+            listening = stack.enter_context(listen(address, PORT))
             os.environ[LISTENING] = str(listening.fileno())
         else:
             os.environ[LISTENING] = ""
-        world, draws = World(rank, 2), {where: positives_of(where) for where in SIZES}
+        world, draws = World(rank, 2, one_machine=one_machine), {where: positives_of(where) for where in SIZES}
         world.join(120)
         for name in ("neumf", "history"):
             for where, size in SIZES.items():
@@ -194,7 +199,10 @@ def rank_main(rank: int, interface: str, steps: int) -> None:
 
 @contextlib.contextmanager
 def network(rate: str) -> Iterator[list[tuple[list[str], str]]]:
-    """Two namespaces: (how to run a command there, its interface) of each."""
+    """Two namespaces, or this one twice: (how to run a command there, its interface) of each."""
+    if rate == "none":
+        yield [([], LOOPBACK)] * 2
+        return
     spaces = [f"{LINK}-{os.getpid()}-{side}" for side in "ab"]
     ends = [f"ncfb{os.getpid() % 10_000}{side}" for side in "ab"]
 
@@ -259,7 +267,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.rank is not None:
         return rank_main(args.rank, args.interface, args.steps)
-    if os.geteuid() or not (shutil.which("ip") and shutil.which("tc")):
+    if args.rate != "none" and (os.geteuid() or not (shutil.which("ip") and shutil.which("tc"))):
         print("left out: needs root, ip and tc, for two network namespaces")
         return
     rows = measure(args)
@@ -273,7 +281,8 @@ def main() -> None:
             f"{row['model']:8} {row['where']:16} {row['way']:11} {row['bytes'] / 1000:9,.0f} {fewer} {row['ms']:7.1f}"
         )
     if not args.dry:
-        path = ROOT / "benchmarks/results/exchange.json"
+        name = "exchange_one_machine" if args.rate == "none" else "exchange"
+        path = ROOT / f"benchmarks/results/{name}.json"
         path.parent.mkdir(exist_ok=True)
         body = {"machine": machine, "rate": args.rate, "steps": args.steps, "rows": rows}
         path.write_text(json.dumps(body, indent=1) + "\n")

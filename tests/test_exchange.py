@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from ncf_dist.config import Loader, Model, Train
 from ncf_dist.errors import ConfigError
 from ncf_dist.models import build_model
+from ncf_dist.train import exchange as exchange_module
 from ncf_dist.train.exchange import Exchange, lookups, said, understood
 from ncf_dist.train.loaders import Batch, Task
 from ncf_dist.train.losses import LOSSES, Objective
@@ -138,8 +140,14 @@ def test_bf16_rounds_what_travels_and_leaves_ranks_equal(ranks: Ranks, exchange:
 LARGE = 1000
 
 
-def traffic(world: World, settings: dict[str, Any], lookups_of_each: int, loss: str) -> dict[str, int]:
-    """Bytes that one step gives to each collective, by its name."""
+def traffic(
+    world: World, settings: dict[str, Any], lookups_of_each: int, loss: str, least: int | None = None
+) -> dict[str, int]:
+    """Bytes that one step gives to each collective, by its name. least: that rows must save, on one machine."""
+    if least is not None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exchange_module, "LEAST_BYTES", least)
+            return traffic(dataclasses.replace(world, one_machine=True), settings, lookups_of_each, loss)
     torch.manual_seed(1)
     model = build_model(Model(name="mf", factors=4), LARGE, LARGE)
     rows = torch.arange(lookups_of_each) + world.rank
@@ -182,6 +190,28 @@ def test_a_step_sends_what_it_looked_up(
     size = 2 if how.get("exchange_dtype") == "bf16" else 4
     wanted = {"all_gather_single": gathered, "all_reduce": size * (reduced + 2)}
     assert ranks.run(traffic, how, count, loss) == [wanted] * 3
+
+
+SAID = 4 * (1 + 10 + 1 + 2 * 10)
+
+
+@pytest.mark.parametrize(
+    ("how", "least", "gathered", "reduced"),
+    [
+        # For each of two tables a rank sends 10 rows of 4 numbers to two others, and not its 2/3 of 1,000 rows to both:
+        # (2 x 1,000 / 3 - 10) x 2 x 4 x 4 bytes less, in all 42,026.
+        ({}, 42_000, SAID + 2 * 10 * 4 * 4, 0),
+        ({}, 42_100, SAID, 2 * LARGE * 4),
+        # Rows could not save so much if nothing were looked up, so nobody says what is: 2 x 1,000 / 3 x 2 x 4 x 4 x 2.
+        ({}, 42_700, 0, 2 * LARGE * 4),
+        ({"exchange": "rows"}, 42_700, SAID + 2 * 10 * 4 * 4, 0),
+    ],
+)
+def test_on_one_machine_rows_must_save_much(
+    ranks: Ranks, how: dict[str, Any], least: int, gathered: int, reduced: int
+) -> None:
+    wanted = {"all_gather_single": gathered, "all_reduce": 4 * (reduced + 2)}
+    assert ranks.run(traffic, how, 10, "bpr", least) == [wanted] * 3
 
 
 def test_rows_are_not_for_gpus() -> None:

@@ -439,8 +439,10 @@ def _smallest_product(world: World) -> float:
 def test_the_world_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    assert World.from_environment("cpu") == World(rank=5, size=8, local_rank=1, device="cpu")
+    assert World.from_environment("cpu") == World(rank=5, size=8, local_rank=1, device="cpu", one_machine=False)
     assert not World.from_environment("cpu").is_main
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert World.from_environment("cpu").one_machine
 
 
 # ---- the job -----------------------------------------------------------------------------------------------

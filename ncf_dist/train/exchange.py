@@ -5,7 +5,8 @@ that it looked up, with their numbers, wherever this is fewer bytes than the who
 the order of ranks: the same bits on all of them. Everything else is all-reduced as a whole.
 
 - Which rows these are is known from the batch. The ranks tell each other before they compute, and hear it while they do
-  (`announce`). From what all ranks said each decides alike, table by table and step by step, what is sent.
+  (`announce`). From what all ranks said each decides alike, step by step, what is sent.
+- On one machine bytes are cheap, and tables go as a whole unless rows save millions of them.
 - DDP calls `send` with a bucket of gradients as soon as they are complete, while others are still computed; `finish`
   waits for what was sent.
 - train.exchange_dtype=bf16 halves it: gradients travel in bfloat16, the rows' sums and the weights stay float32.
@@ -32,6 +33,10 @@ from ncf_dist.train.losses import Objective
 from ncf_dist.train.world import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LEAST_BYTES = 4_000_000
+"""What rows must save in a step among ranks of one machine, whose messages are copies in its memory: naming, gathering
+and adding up rows takes as long as these bytes (benchmarks/exchange.py --rate none)."""
+
 BUCKET_MB = {True: 1024.0, False: 0.25}
 """By whether the step is one compiled call. It has all gradients at once: one bucket. Otherwise small ones, so that the
 gradients of the last layers travel while those of the first are computed."""
@@ -64,14 +69,14 @@ def lookups(batch: Batch, history: int, whole_catalogue: bool) -> dict[str, Look
     return found
 
 
-def rows_are_fewer_bytes(longest: int, rows: int, ranks: int) -> bool:
-    """Whether a rank sends fewer bytes when it gives its rows to W - 1 others than in an all-reduce of the table, which
-    sends it 2 (W - 1) / W times. longest: the most rows that a rank has.
+def saved(longest: int, rows: int, ranks: int) -> float:
+    """Rows that a rank does not send because it gives its own to W - 1 others, and not a table of `rows` to an
+    all-reduce, which sends it 2 (W - 1) / W times. longest: the most rows that a rank has.
 
-    >>> [rows_are_fewer_bytes(300, rows=1000, ranks=ranks) for ranks in (2, 4, 8)]
-    [True, True, False]
+    >>> [saved(300, rows=1000, ranks=ranks) for ranks in (2, 4, 8)]
+    [700.0, 600.0, -350.0]
     """
-    return longest * ranks < 2 * rows
+    return (2 * rows / ranks - longest) * (ranks - 1)
 
 
 @dataclass
@@ -87,6 +92,11 @@ class _Kind:
     @property
     def rows(self) -> int:
         return len(self.tables[0])
+
+    @property
+    def width(self) -> int:
+        """Of all its tables."""
+        return sum(table.shape[1] for table in self.tables)
 
 
 def said(index: Tensor, rows: int, most: int) -> Tensor:
@@ -129,6 +139,7 @@ class Exchange:
         self.objective: nn.Module = signals
         self.model, self.world, self.whole = signals.model, world, loss == "softmax"
         self.how, self.dtype = config.exchange, DTYPES[config.exchange_dtype]
+        self.least = LEAST_BYTES if world.one_machine else 0
         self.kinds: dict[str, _Kind] = {}
         self.heard: tuple[Any, Tensor] | None = None
         self.sent: list[_Sent] = []
@@ -143,6 +154,8 @@ class Exchange:
         if not on_gpu and self.how != "dense":
             tables = {kind: [table.weight for table in self.model.tables(kind)] for kind in ("user", "item")}
             self.kinds = {kind: _Kind(found) for kind, found in tables.items() if found}
+            if self.how == "auto" and sum(self._saves(kind, 0) for kind in self.kinds.values()) <= self.least:
+                self.kinds = {}
         ddp = DistributedDataParallel(
             signals,
             device_ids=[world.local_rank] if on_gpu else None,
@@ -177,12 +190,20 @@ class Exchange:
             return
         (work, every), self.heard = self.heard, None
         work.wait()
-        parts = every.view(self.world.size, -1)
+        parts, saves = every.view(self.world.size, -1), 0.0
         for kind in (kind for kind in self.kinds.values() if kind.most):
             mine, parts = parts[:, : kind.says], parts[:, kind.says :]
             index = [understood(message, kind.rows, kind.most) for message in mine]
-            if self.how == "rows" or rows_are_fewer_bytes(max(map(len, index)), kind.rows, self.world.size):
-                kind.index = index
+            fewer = self._saves(kind, max(map(len, index)))
+            if self.how == "rows" or fewer > 0:
+                kind.index, saves = index, saves + fewer
+        if self.how == "auto" and saves <= self.least:
+            for kind in self.kinds.values():
+                kind.index = None
+
+    def _saves(self, kind: _Kind, longest: int) -> float:
+        """Bytes that a rank does not send where it sends rows of the kind's tables."""
+        return saved(longest, kind.rows, self.world.size) * kind.width * self.dtype.itemsize
 
     # ---- while it computes, and after
 

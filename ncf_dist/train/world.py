@@ -17,12 +17,13 @@ from ncf_dist.train.network import LISTENING, MEET_S, STORE, bound_to, interface
 
 @dataclass(frozen=True)
 class World:
-    """rank: 0..size-1 over all machines; local_rank: on this one."""
+    """rank: 0..size-1 over all machines; local_rank: on this one. one_machine: that all ranks are known to be on."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: str = "cpu"
+    one_machine: bool = False
 
     @classmethod
     def from_environment(cls, device: str) -> World:
@@ -34,7 +35,7 @@ class World:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() and torch.cuda.device_count() >= local_size else "cpu"
-        return cls(rank, size, local, f"cuda:{local}" if device == "cuda" else "cpu")
+        return cls(rank, size, local, f"cuda:{local}" if device == "cuda" else "cpu", local_size == size)
 
     @property
     def is_main(self) -> bool:
