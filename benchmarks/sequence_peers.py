@@ -3,12 +3,13 @@
     .venv/bin/python -m benchmarks.sequence_peers [--minutes 14] [--rectools PYTHON] [--recbole PYTHON] [--ours]
 
 PYTHON: the interpreter of an environment of its own, with rectools[torch] or RecBole 1.2.1. Each trains for `minutes`
-of wall clock on all cores of this machine, from all but each user's latest item, in the order of the file; then it
+of wall clock (with --ours for as long as ours took, if `minutes` are not given) on all cores of this machine, from all but each user's latest item, in the order of the file; then it
 ranks the whole catalogue but what the user has seen. Settings are the libraries' own defaults, but for the length of
 histories: 200 items in RecTools, as published comparisons on MovieLens-1M have it. RecBole trains on a row an item, so
 its default of 50 is all that the minutes allow. RecTools is run with its default loss, which is over the whole
 catalogue, and with 256 negatives. HR@10 and NDCG@10 are counted here, from each one's ten items. --ours: the committed
-config, which takes as many minutes as it takes. Prints one table and writes benchmarks/results/sequence_peers.json.
+config, which takes as many minutes as it takes. Prints one table and writes benchmarks/results/sequence_peers.json,
+after each of them.
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ print("RESULT" + json.dumps({"seconds": seconds, "epochs": steps / len(train)}))
 SAMPLED = {"loss": "sampled_softmax", "n_negatives": 256}
 PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "RecTools SASRec, softmax": ("rectools", RECTOOLS, {}),
-    "RecTools SASRec, 256 negatives": ("rectools", RECTOOLS, SAMPLED),
     "RecBole SASRec": ("recbole", RECBOLE, {}),
+    "RecTools SASRec, 256 negatives": ("rectools", RECTOOLS, SAMPLED),
 }
 """Name → (library, program, settings that are not its defaults)."""
 
@@ -199,7 +200,7 @@ def run_ours(files: Path, seed: int, test: dict[int, int], train: bool) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=14)
+    parser.add_argument("--minutes", type=float)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rectools", metavar="PYTHON")
     parser.add_argument("--recbole", metavar="PYTHON")
@@ -211,19 +212,21 @@ def main() -> None:
     rows, test = split_of(files / "ratings.dat")
     print(f"{len(rows):,} train rows of {len(test):,} users, {rows['item'].nunique():,} items", file=sys.stderr)
     found: dict[str, dict[str, float]] = {}
+    minutes: float = args.minutes or 14
     if ours := run_ours(files, args.seed, test, args.ours):
         found["ours"] = ours
+        minutes = args.minutes or ours["seconds"] / 60
+    machine = f"{cores()} cores, {processor()}"
     for name, (library, _, _) in PEERS.items():
         if python := getattr(args, library):
-            lists, training = run_peer(name, python, rows, args.minutes, args.seed)
+            lists, training = run_peer(name, python, rows, minutes, args.seed)
             found[name] = figures(lists, test) | training
+            body = {"machine": machine, "minutes": minutes, "seed": args.seed, "found": found}
+            RESULTS.write_text(json.dumps(body, indent=1) + "\n")
             print(f"{name}: {found[name]}", file=sys.stderr)
-    machine = f"{cores()} cores, {processor()}"
     print(f"MovieLens-1M, 5-core, each user's latest item, whole catalogue, seed {args.seed}, {machine}")
     for name, values in found.items():
         print(f"{name:<32}" + "".join(f"{figure:>10} {value:8.4f}" for figure, value in values.items()))
-    body = {"machine": machine, "minutes": args.minutes, "seed": args.seed, "found": found}
-    RESULTS.write_text(json.dumps(body, indent=1) + "\n")
 
 
 if __name__ == "__main__":
