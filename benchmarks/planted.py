@@ -11,7 +11,8 @@ user has not had: its HR@10 on each user's last item is the most that a model of
   in turn, `rounds` times there and back, each a job of its own in a lake of its own, with a heap of HEAP. Seconds are
   wall clock, launcher and JVM included, MiB the largest resident size of any Python process; the median counts.
 - models: `prepare`, `train` and `evaluate`, with the settings of `--set` and those that a model gets in SETTINGS: as
-  the rule looks back one item, so do counts. HR@10 on the whole catalogue, and its share of the oracle's.
+  the rule looks back one item, so do counts; `history` has no item-to-item parts. HR@10 on the whole catalogue, and its
+  share of the oracle's.
 
 Prints both and writes benchmarks/results/planted.json.
 """
@@ -118,7 +119,15 @@ def base(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-SETTINGS = {"item_to_item": ["sequences.steps=1", "parts.counts.last=1"]}
+SETTINGS = {
+    "item_to_item": ["sequences.steps=1", "parts.counts.last=1"],
+    "history": [
+        *("sequences.length=20", "model.history=20", "model.factors=64", "model.init_std=0.05"),
+        *("train.ranks=2", "train.loss=sampled_softmax", "train.shared_negatives=512", "train.batch_size=40"),
+        *("train.optimiser=adamw", "train.lr=0.002", "train.betas=[0.9,0.98]", "train.schedule=linear"),
+        *("train.epochs=6", "train.patience=6", "loader.cache=host"),
+    ],
+}
 WAYS = {
     "without": ["sequences.length=0"],
     "sequences": [f"sequences.length={WINDOW}", "sequences.next_items=0"],

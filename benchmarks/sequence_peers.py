@@ -3,11 +3,12 @@
     .venv/bin/python -m benchmarks.sequence_peers [--minutes 14] [--rectools PYTHON] [--recbole PYTHON] [--ours]
 
 PYTHON: the interpreter of an environment of its own, with rectools[torch] or RecBole 1.2.1. Each trains for `minutes`
-of wall clock (with --ours for as long as ours took, if `minutes` are not given) on all cores of this machine, from all but each user's latest item, in the order of the file; then it
-ranks the whole catalogue but what the user has seen. Settings are the libraries' own defaults, but for the length of
-histories: 200 items in RecTools, as published comparisons on MovieLens-1M have it. RecBole trains on a row an item, so
-its default of 50 is all that the minutes allow. RecTools is run with its default loss, which is over the whole
-catalogue, and with 256 negatives. HR@10 and NDCG@10 are counted here, from each one's ten items. --ours: the committed
+of wall clock (with --ours for as long as ours took, if `minutes` are not given) on all cores of this machine, from all
+but each user's latest item, in the order of the file; then it ranks the whole catalogue but what the user has seen.
+Settings are the libraries' own defaults, but for the length of histories: 200 items in RecTools, as published
+comparisons on MovieLens-1M have it. RecBole trains on a row an item, so its default of 50 is all that the minutes
+allow. RecTools is run with its default loss, which is over the whole catalogue, and with 256 negatives. HR@10 and
+NDCG@10 are counted here, from each one's ten items. --ours: the committed
 config, which takes as many minutes as it takes. Prints one table and writes benchmarks/results/sequence_peers.json,
 after each of them.
 """

@@ -208,13 +208,10 @@ def _tensors(file: str, sha256: str) -> dict[str, Tensor]:
 
 def _outline(bundle: Bundle) -> Recommender:
     """The model that the card describes, without memory for its weights."""
-    import torch
-
-    from ncf_dist.models import build_model
+    from ncf_dist.models import outline
 
     try:
-        with torch.device("meta"):
-            return build_model(bundle.model, bundle.n_users, bundle.n_items)
+        return outline(bundle.model, bundle.n_users, bundle.n_items)
     except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:  # Sizes that no tensor can have.
         raise ContractError(
             f"{posixpath.join(bundle.path, CARD)} describes a model that cannot be built "

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+from ncf_dist import no_compiler
 from ncf_dist.errors import ConfigError
 from ncf_dist.products import facts, numbers, one_thread
 
@@ -42,11 +43,11 @@ def dot_width(bundle: Bundle) -> int:
     does each part with a column."""
     import torch
 
-    from ncf_dist.models import build_model
+    from ncf_dist.models import outline
 
-    with torch.device("meta"):
-        model = build_model(bundle.model, bundle.n_users, bundle.n_items)
-        side = model.ranking_items(torch.zeros(1, dtype=torch.int64))
+    model = outline(bundle.model, bundle.n_users, bundle.n_items)
+    with no_compiler.left_out():
+        side = model.ranking_items(torch.zeros(1, dtype=torch.int64, device="meta"))
     columns = sum(part.column for part in bundle.parts.parts) if bundle.parts else 0
     return side.dot.shape[1] + bool(model.ranking_layers()) + columns
 

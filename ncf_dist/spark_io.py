@@ -49,6 +49,10 @@ LIST_BATCH_ROWS = 4_096
 BATCH_BYTES = 2**26
 """However long the histories are, a batch ends after the row that goes past this. (Spark 3.5 does not know it.)"""
 
+KEPT_CLASSES = ("spark.sql.codegen.cache.maxEntries", "2000")
+"""How many of the classes that it generates from plans Spark keeps. A small night has 170; of Spark's own 100 none is
+left when the next one comes to the same plan."""
+
 _FILE = "_file"
 WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
 """What a writer says of each file: `written_batch` as Spark names its columns."""
@@ -181,6 +185,7 @@ def _start_context(app: str, options: Mapping[str, Any], config: settings.Spark)
         with gateway.told(where):
             SparkContext._ensure_initialized()
         conf = SparkConf(_jvm=SparkContext._jvm).setAppName(app).setAll([(k, str(v)) for k, v in options.items()])
+        conf.setIfMissing(*KEPT_CLASSES)
         for key, value in guarded(dict(conf.getAll()), given or [], config.authenticate).items():
             conf.set(key, value)
         jvm: Any = SparkContext._jvm

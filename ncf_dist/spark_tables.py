@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyspark
 from pyspark import TaskContext
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from pyspark.sql.types import StructType
 
 from ncf_dist.files import is_local, write_bytes
@@ -30,10 +31,18 @@ def spark_reads(path: str) -> bool:
     return is_local(path) or path.startswith(_OF_SPARK)
 
 
+def local_rows(spark: SparkSession, table: pa.Table) -> DataFrame:
+    """A small table of this process as Spark's rows. The rows of a list would pass through Python workers, which Spark
+    starts for that alone; of Spark 3.5 there is no other way."""
+    if pyspark.__version__.startswith("3."):
+        return spark.createDataFrame(table.to_pylist(), from_arrow_schema(table.schema))
+    return spark.createDataFrame(table)
+
+
 def rows_of(spark: SparkSession, files: Sequence[str], schema: StructType) -> DataFrame:
     """The rows of these files, whose columns are read by name; none where there is no file."""
     if not files:
-        return spark.createDataFrame([], schema)
+        return local_rows(spark, to_arrow_schema(schema).empty_table())
     _know_no_sizes(spark)
     names, wanted = tuple(files), to_arrow_schema(schema)
 

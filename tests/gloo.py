@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ncf_dist.train import no_compiler
+from ncf_dist import no_compiler
 from ncf_dist.train.world import World
 
 START_S = 120

@@ -165,10 +165,37 @@ def test_ranks_train_without_loading_torchs_compiler(tmp_path: Path) -> None:
     assert run_ranks(spec, dies_of_a_compiler) == [0, 0]
 
 
+def test_a_model_is_outlined_without_loading_torchs_compiler() -> None:
+    """Every worker of Spark that loads a model, or chooses its products, does this first."""
+    program = """
+import sys
+import torch
+from ncf_dist import no_compiler
+from ncf_dist.config import Model
+from ncf_dist.models import MODELS, build_model, outline
+for name in MODELS:
+    for block in ("mix", "attention", "gru", "mean") if name == "history" else ("mix",):
+        config = Model(name=name, factors=8, block=block)
+        shapes, weights = outline(config, 5, 7).state_dict(), build_model(config, 5, 7).state_dict()
+        assert {k: (v.shape, v.dtype) for k, v in shapes.items()} == {k: (v.shape, v.dtype) for k, v in weights.items()}
+        assert all(value.is_meta for value in shapes.values())
+        assert not any(value.is_meta for value in weights.values())
+        with no_compiler.left_out():
+            outline(config, 5, 7).ranking_items(torch.zeros(1, dtype=torch.int64, device="meta"))
+        assert "torch._dynamo" not in sys.modules, "neither the compiler nor what stood in for it"
+no_compiler.leave_out()
+with no_compiler.left_out():
+    pass
+print(type(sys.modules["torch._dynamo"]).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "_Eager\n", done.stderr
+
+
 @pytest.mark.soak
 def test_a_process_that_left_the_compiler_out_may_still_compile() -> None:
     program = (
-        "import torch; from ncf_dist.train import no_compiler; no_compiler.leave_out()\n"
+        "import torch; from ncf_dist import no_compiler; no_compiler.leave_out()\n"
         "weight = torch.nn.Parameter(torch.ones(2)); torch.optim.SGD([weight], lr=1.0).step()\n"
         "assert 'torch._dynamo.eval_frame' not in sys.modules\n"
         "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"

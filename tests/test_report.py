@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
 
 from ncf_dist.charts import svg, text
 from ncf_dist.contracts import (
@@ -32,12 +32,13 @@ from ncf_dist.contracts import (
 )
 from ncf_dist.evaluate.periods import LONGEST, UNITS, period_codes, period_name, unit_of
 from ncf_dist.evaluate.report.data import report_data, thinned
-from ncf_dist.evaluate.report.examples import example_users, examples
+from ncf_dist.evaluate.report.examples import Offer, examples, offers, well_rated
 from ncf_dist.evaluate.report.page import OPTIONAL, render, write_report
-from ncf_dist.evaluate.report.profile import by_period, long_tail, profile
+from ncf_dist.evaluate.report.profile import Counted, binned, by_period, long_tail, profile
 from ncf_dist.evaluate.report.verdict import Verdict, verdicts
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import write_parts
+from ncf_dist.spark_io import read_table
 from tests import reports
 
 EVIL = "<script>alert(1)</script>\x00\"' onload=x \u202e"
@@ -698,6 +699,20 @@ def test_the_long_tail_by_hand() -> None:
     assert long_tail(np.zeros(3, dtype=np.int64)) == []
 
 
+def test_bins_of_counts_by_hand() -> None:
+    """Bins of 1, 2–4, 5–9 and so on; what is below 1 is in none."""
+    assert binned([7, 0, 1, 4, 2, -1, 30], [10, 99, 1, 2, 4, 99, 3]) == ([1, 2, 5, 10, 20, 50], [1, 6, 10, 0, 3])
+    assert binned([0], [5]) == binned([], []) == ([], [])
+
+
+def test_what_counts_as_liking() -> None:
+    """The middle of the scale, or the mean where that is lower: stars of 1 to 5, then plays with a long tail."""
+    assert well_rated(Counted({}, (1.0, 5.0, 3.6))) == 3.0
+    assert well_rated(Counted({}, (1.0, 900.0, 2.34567))) == 2.346
+    assert well_rated(Counted({}, (1.0, 1.0, 1.0))) == 1.0
+    assert well_rated(Counted({}, None)) == 0.0
+
+
 # ---- a night -------------------------------------------------------------------------------------------------------
 
 USERS, ITEMS = 30, 12
@@ -763,7 +778,11 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Manifest]
 
 
 def test_the_profile_of_a_night(spark: SparkSession, night: tuple[Manifest, Manifest]) -> None:
-    found = profile(spark, night[0])
+    counted = Counted.of(read_table(spark, night[0], INTERACTIONS))
+    # 30 rows of 1, 20 of 2 and 10 of 3; those held out, of 9, are left out.
+    assert counted.rated is not None
+    assert np.allclose(counted.rated, (1.0, 3.0, 100 / 60))
+    found = profile(spark, night[0], counted)
     # 10 users each have 1, 2 and 3 items before the one held out: 60 train rows and 30 held out.
     assert (found["users"], found["items"], found["interactions"]) == (USERS, 3, 90)
     assert found["density"] == 90 / (USERS * 3)
@@ -780,23 +799,31 @@ def test_the_profile_of_a_night(spark: SparkSession, night: tuple[Manifest, Mani
     assert {row["place"] for row in samples} == {*range(5), *range(20, 25)}
 
 
-def test_example_users_are_drawn_by_the_seed(spark: SparkSession, night: tuple[Manifest, Manifest]) -> None:
-    first = example_users(spark, night[0], seed=3)
-    assert len(set(first)) == 10
-    assert first == example_users(spark, night[0], seed=3)
-    assert first[:4] == example_users(spark, night[0], seed=3, count=4)
-    assert first != example_users(spark, night[0], seed=4)
-    assert sorted(example_users(spark, night[0], seed=3, count=99)) == list(range(USERS))
+def ranked_users(spark: SparkSession) -> DataFrame:
+    """User u's held-out item 5 has rank u + 1."""
+    return spark.createDataFrame(
+        [(u, [5], [u + 1], [5, 11, 4]) for u in range(USERS)],
+        "user_idx int, item_idx array<int>, full_rank array<int>, top array<int>",
+    )
+
+
+def test_example_users_are_drawn_by_the_seed(spark: SparkSession) -> None:
+    ranks = ranked_users(spark)
+    found = offers(ranks, 3, 2)
+    first = list(found)
+    assert len(first) == 10
+    assert all(offer == Offer((5, 11), {5: user + 1}) for user, offer in found.items())
+    assert first == list(offers(ranks.repartition(7), 3, 2))
+    assert first[:4] == list(offers(ranks, 3, 2, 4))
+    assert first != list(offers(ranks, 4, 2))
+    assert sorted(offers(ranks, 3, 2, 99)) == list(range(USERS))
 
 
 def test_a_night_on_a_page(spark: SparkSession, night: tuple[Manifest, Manifest]) -> None:
     """From the tables to the page: what each user liked best first, what was held out with its rank, what they get."""
     prepare, train = night
-    ranks = spark.createDataFrame(
-        [(u, [5], [u + 1], [5, 11, 4]) for u in range(USERS)],
-        "user_idx int, item_idx array<int>, full_rank array<int>, top array<int>",
-    )
-    shown = examples(spark, prepare, ranks, seed=3, k=2)
+    counted = Counted.of(read_table(spark, prepare, INTERACTIONS))
+    shown = examples(spark, prepare, ranked_users(spark), counted, seed=3, k=2)
     for user in shown:
         index = user["user_id"] - 1000
         # Rated 1 to 3 in all, 1.67 in the mean: what was rated 1 is not liked.
@@ -808,8 +835,9 @@ def test_a_night_on_a_page(spark: SparkSession, night: tuple[Manifest, Manifest]
         ]
     metrics = {name: value for name, value in implicit().items() if name in REQUIRED}
     data = report_data(
-        spark, prepare, train, metrics, run_key="e1", config={"evaluate": {"ks": [5, 10]}}, seconds=2.0, examples=shown
-    )
+        spark, prepare, train, metrics, counted, run_key="e1", config={"evaluate": {"ks": [5, 10]}}, seconds=2.0,
+        examples=shown,
+    )  # fmt: skip
     assert set(data) == {*REQUIRED, "examples", "profile", "training", "resources", "lineage"}
     assert data["lineage"]["inputs"] == [
         {"name": "interactions", "path": "a, b", "fingerprint": "f1"},

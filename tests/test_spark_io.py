@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -19,11 +20,13 @@ import zipimport
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyspark
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +55,7 @@ from ncf_dist.spark_io import (
     spark_session,
     write_table,
 )
+from ncf_dist.spark_tables import local_rows
 from ncf_dist.stage import Outcome
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +116,42 @@ def test_what_a_worker_has_imported_is_not_collected_as_garbage(spark: SparkSess
 
     [row] = map_in_arrow(spark.range(0, 1, 1, 1), frozen, "frozen bigint").collect()
     assert row["frozen"] > 10_000
+
+
+@pytest.mark.parametrize("version", ["3.5.6", "4.0.5"])
+def test_rows_of_this_process_are_rows_of_spark(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(pyspark, "__version__", version)
+    schema = pa.schema([("number", pa.int32()), ("items", pa.list_(pa.int64())), ("name", pa.string())])
+    rows = [{"number": 2**31 - 1, "items": [1, 2], "name": "ü"}, {"number": -1, "items": [], "name": None}]
+    found = local_rows(spark, pa.Table.from_pylist(rows, schema))
+    assert [row.asDict() for row in found.collect()] == rows
+    assert [field.dataType.typeName() for field in found.schema] == ["integer", "array", "string"]
+    empty = local_rows(spark, schema.empty_table())
+    assert (empty.schema, empty.collect()) == (found.schema, [])
+
+
+def test_rows_of_this_process_start_no_python_worker(spark: SparkSession, capsys: pytest.CaptureFixture[str]) -> None:
+    local_rows(spark, pa.table({"number": [1, 2, 3]})).where("number > 1").explain()
+    plan = capsys.readouterr().out
+    assert "LocalTableScan" in plan
+    assert "ExistingRDD" not in plan
+
+
+def test_the_same_plan_is_compiled_once_a_session(spark: SparkSession) -> None:
+    """However many others come between: Spark keeps 100 by itself."""
+    jvm: Any = spark._jvm
+    compiled = jvm.org.apache.spark.metrics.source.CodegenMetrics.METRIC_COMPILATION_TIME().getCount
+    plan = spark.range(0, 1, 1, 1).where("id % 7 > 3")
+    plan.collect()
+    before = compiled()
+    others = [spark.range(0, 1, 1, 1).where(f"id % {number} > 3") for number in range(1_000, 1_110)]
+    functools.reduce(DataFrame.union, others).collect()
+    between = compiled()
+    assert between - before >= len(others)
+    plan.collect()
+    assert compiled() == between
 
 
 def test_a_worker_writes_with_the_modes_of_the_driver(spark: SparkSession) -> None:

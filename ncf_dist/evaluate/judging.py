@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ncf_dist import contracts
 from ncf_dist.evaluate import ratings, summary
 from ncf_dist.evaluate.evaluation import Evaluation
-from ncf_dist.evaluate.lists import list_metrics, popularity_counts
+from ncf_dist.evaluate.lists import item_counts, list_metrics
 from ncf_dist.evaluate.report.page import headline_k
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import FiguresPass
@@ -22,7 +24,7 @@ def judge(job: Evaluation, ranks: TableInfo, other: Manifest | None, unit: str |
     settings = job.config.evaluate
     explicit = job.prepare.facts.get("feedback") == "explicit"
     stats = read_table(job.spark, job.prepare, contracts.ITEM_STATS)
-    popularity = popularity_counts(stats)
+    popularity = np.unique(item_counts(job.prepare), return_counts=True)
     deciles = PopularityDeciles.of(*popularity)
     paths = ranks.paths(job.run)
     scorers = ["model", *job.scorers]

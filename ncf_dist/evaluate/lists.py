@@ -9,20 +9,25 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from ncf_dist import metrics
+from ncf_dist.contracts import ITEM_STATS
 from ncf_dist.evaluate.segments import IntArray
+from ncf_dist.manifests import Manifest
+from ncf_dist.parquet import read_table
 
 
-def popularity_counts(stats: DataFrame) -> tuple[IntArray, IntArray]:
-    """(distinct train interactions of an item, how many items have so many), ascending."""
-    rows = stats.groupBy("train_count").agg(F.count("*").alias("items")).orderBy("train_count").collect()
-    counts = np.array([(row["train_count"], row["items"]) for row in rows], dtype=np.int64).reshape(-1, 2)
-    return counts[:, 0], counts[:, 1]
+def item_counts(prepare: Manifest) -> IntArray:
+    """(I,) train and validation interactions of every item."""
+    files = prepare.files(ITEM_STATS.name)
+    return np.concatenate([read_table(path, ["train_count"])["train_count"].to_numpy() for path in files])
 
 
 def list_metrics(
     ranks: DataFrame, stats: DataFrame, ks: tuple[int, ...], popularity: tuple[IntArray, IntArray]
 ) -> dict[str, dict[str, float]]:
-    """Coverage, novelty, Gini index and popularity bias of the lists, by scorer and `metric@K`."""
+    """Coverage, novelty, Gini index and popularity bias of the lists, by scorer and `metric@K`.
+
+    popularity: the distinct train interactions of an item, ascending, and how many items have so many.
+    """
     places = ranks.select("scorer", F.posexplode("top").alias("place", "item_idx"))
     shown = [F.sum((F.col("place") < k).cast("long")).alias(f"k{k}") for k in ks]
     pairs = ", ".join(f"{k}, k{k}" for k in ks)

@@ -31,12 +31,13 @@ from ncf_dist.evaluate.judging import judge
 from ncf_dist.evaluate.report.data import report_data
 from ncf_dist.evaluate.report.examples import examples
 from ncf_dist.evaluate.report.page import headline_k, write_report
+from ncf_dist.evaluate.report.profile import Counted
 from ncf_dist.files import read_json, remove, write_atomic
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import TableInfo
 from ncf_dist.products import Products
-from ncf_dist.spark_io import LIST_BATCH_ROWS, on_one_executor, read_files, spark_session
+from ncf_dist.spark_io import LIST_BATCH_ROWS, on_one_executor, read_files, read_table, spark_session
 from ncf_dist.stage import Outcome, StageRun, Upstream, find_upstream
 
 log = logging.getLogger(__name__)
@@ -110,15 +111,17 @@ def _page(
 ) -> dict[str, Any]:
     """What the report page shows."""
     seen = read_files(job.spark, ranks.paths(job.run), contracts.RANKS.schema).where(F.col("scorer") == "model")
+    counted = Counted.of(read_table(job.spark, job.prepare, contracts.INTERACTIONS))
     return report_data(
         job.spark,
         job.prepare,
         train,
         report,
+        counted,
         run_key=stage.key,
         config=stage.config,
         seconds=stage.seconds,
-        examples=examples(job.spark, job.prepare, seen, job.config.seed, headline_k(report)),
+        examples=examples(job.spark, job.prepare, seen, counted, job.config.seed, headline_k(report)),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 

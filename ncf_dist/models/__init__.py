@@ -5,7 +5,7 @@ from ncf_dist.models.factorisation import GMF, MF, Product
 from ncf_dist.models.history import History
 from ncf_dist.models.item_to_item import ItemToItem
 from ncf_dist.models.latest import latest
-from ncf_dist.models.registry import MODELS, build_model, parameter_count
+from ncf_dist.models.registry import MODELS, build_model, outline, parameter_count
 from ncf_dist.models.sequences import Sequences, Users, Windows
 from ncf_dist.models.towers import MLP, EmbeddingNN, FirstLayer, NeuMF, Tower
 
@@ -13,5 +13,5 @@ from ncf_dist.models.towers import MLP, EmbeddingNN, FirstLayer, NeuMF, Tower
 __all__ = [
     "GMF", "MF", "MLP", "MODELS", "Embedding", "EmbeddingNN", "FirstLayer", "History", "ItemToItem", "NeuMF",
     "Product", "RankingSide", "Recommender", "Sequences", "Side", "Tower", "Users", "Windows", "build_model", "latest",
-    "parameter_count",
+    "outline", "parameter_count",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ncf_dist import config as settings
+from ncf_dist import no_compiler
 from ncf_dist.models.base import Recommender
 from ncf_dist.models.factorisation import GMF, MF
 from ncf_dist.models.history import History
@@ -42,7 +43,13 @@ def build_model(config: settings.Model, n_users: int, n_items: int) -> Recommend
     return MODELS[config.name](config, n_users, n_items)
 
 
+def outline(config: settings.Model, n_users: int, n_items: int) -> Recommender:
+    """The model with its shapes and no memory for its weights: on the device `meta`, whose operations would load
+    torch's compiler."""
+    with no_compiler.left_out(), torch.device("meta"):
+        return build_model(config, n_users, n_items)
+
+
 def parameter_count(config: settings.Model, n_users: int, n_items: int) -> int:
     """Parameters of the model, counted without allocating them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_model(config, n_users, n_items).parameters())
+    return sum(p.numel() for p in outline(config, n_users, n_items).parameters())

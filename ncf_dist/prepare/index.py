@@ -29,6 +29,7 @@ from ncf_dist.prepare.id_types import IdTypes
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.spark_io import ROWS_PER_FILE, map_in_arrow, read_files, write_table
 from ncf_dist.spark_io import read_table as table_frame
+from ncf_dist.spark_tables import local_rows
 from ncf_dist.stage import production_runs
 
 BUCKETS = 4096
@@ -141,7 +142,9 @@ def extend_index(
     # A table, not an array of literals: Spark would take minutes to plan and compile four thousand expressions. In a
     # small night few buckets have keys.
     starts = [(bucket, number) for bucket, (number, size) in enumerate(zip(firsts, sizes, strict=False)) if size]
-    first = F.broadcast(spark.createDataFrame(starts, "_bucket int, _first int"))
+    columns = {name: [pair[n] for pair in starts] for n, name in enumerate(("_bucket", "_first"))}
+    table = pa.table({name: pa.array(column, pa.int32()) for name, column in columns.items()})
+    first = F.broadcast(local_rows(spark, table))
     position = F.row_number().over(Window.partitionBy("_bucket").orderBy(id_column)) - 1
     numbered = new.join(first, "_bucket").select(
         id_column, (F.col("_first") + position).cast("int").alias(index_column)

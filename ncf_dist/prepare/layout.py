@@ -26,6 +26,7 @@ from ncf_dist.prepare.user_tables import UserTables, staging_schema, train_contr
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray
 from ncf_dist.spark_io import WRITTEN, FileSink, Pass, map_in_arrow, runs_of, table_info, written_batch
+from ncf_dist.spark_tables import local_rows
 
 
 def file_count(rows: int, layout: Layout) -> int:
@@ -71,8 +72,9 @@ def write_in_hashed_order(
     ranks = np.concatenate([[0], np.cumsum(buckets)])
     first = np.searchsorted(ends, ranks[:-1], side="right") - 1
     last = np.searchsorted(ends, np.maximum(ranks[1:] - 1, ranks[:-1]), side="right") - 1
-    places = [(b, int(first[b]), int(last[b])) for b in range(ORDER_BUCKETS) if buckets[b]]
-    where = space.spark.createDataFrame(places or [(-1, 0, 0)], "_bucket int, _first int, _last int")
+    held = np.flatnonzero(buckets)
+    places = {"_bucket": held, "_first": first[held], "_last": last[held]}
+    where = local_rows(space.spark, pa.table({name: pa.array(column, pa.int32()) for name, column in places.items()}))
     bucket = (F.shiftright("order_hash", 52) + ORDER_BUCKETS // 2).cast("int")
     placed = staged.withColumn("_bucket", bucket).join(F.broadcast(where), "_bucket")
     placed = placed.withColumn("_file", F.explode(F.sequence("_first", "_last"))).select(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import spark_tables
 from ncf_dist.files import file_url
@@ -42,7 +41,7 @@ class Workspace:
         """The rows of these Parquet files; none where there is no file."""
         if files:
             return read_files(self.spark, list(files), schema)
-        return self.spark.createDataFrame([], from_arrow_schema(schema))
+        return spark_tables.local_rows(self.spark, schema.empty_table())
 
     def stored(self, frame: DataFrame, *names: str) -> DataFrame:
         """The same rows, written to the staging folder and read back, so that Spark computes them once."""

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ncf_dist import contracts, products
+from ncf_dist import contracts, no_compiler, products
 from ncf_dist.ancestry import DIGESTS, index_sizes
 from ncf_dist.bundle import BUNDLE, read_bundle, save_bundle
 from ncf_dist.config import Config
@@ -32,7 +32,7 @@ from ncf_dist.item_item.part import Part
 from ncf_dist.logs import log_to_stderr
 from ncf_dist.manifests import Manifest, read_manifest
 from ncf_dist.models import NeuMF, Recommender, build_model
-from ncf_dist.train import checkpoints, no_compiler
+from ncf_dist.train import checkpoints
 from ncf_dist.train.copies import Copies, copies_for
 from ncf_dist.train.item_parts import parts_of
 from ncf_dist.train.loaders import Task, TrainLoader, verify_files

@@ -16,7 +16,7 @@ from pyspark.sql import SparkSession
 
 from ncf_dist import __version__
 from ncf_dist.errors import ContractError
-from ncf_dist.evaluate.report.profile import profile
+from ncf_dist.evaluate.report.profile import Counted, profile
 from ncf_dist.files import exists, read_json
 from ncf_dist.manifests import Manifest
 
@@ -51,6 +51,7 @@ def report_data(
     prepare: Manifest,
     train: Manifest,
     metrics: Mapping[str, Any],
+    counted: Counted,
     *,
     run_key: str,
     config: Mapping[str, Any],
@@ -60,12 +61,12 @@ def report_data(
 ) -> dict[str, Any]:
     """`metrics` with the sections that they do not hold; a section without anything to say is left out.
 
-    run_key, config, seconds: of the evaluation at hand, which has no manifest yet. examples: from `examples.examples`.
-    peak_memory_bytes: what the driver's Python process took at most.
+    counted: of the interactions. run_key, config, seconds: of the evaluation at hand, which has no manifest yet.
+    examples: from `examples.examples`. peak_memory_bytes: what the driver's Python process took at most.
     """
     sections: dict[str, Any] = {
         "examples": list(examples),
-        "profile": profile(spark, prepare),
+        "profile": profile(spark, prepare, counted),
         "training": training(train),
         "resources": resources(prepare, train, metrics, seconds),
         "peak_memory_bytes": peak_memory_bytes,

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
+from ncf_dist.evaluate.report.profile import Counted
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_schema
+from ncf_dist.parquet import read_table as read_file
 from ncf_dist.sampling import Purpose, hash64_column
 from ncf_dist.spark_io import read_files, read_table
 
@@ -42,55 +47,48 @@ class Offer:
 
 
 def examples(
-    spark: SparkSession, prepare: Manifest, ranks: DataFrame, seed: int, k: int = 10, count: int = USERS
+    spark: SparkSession, prepare: Manifest, ranks: DataFrame, counted: Counted, seed: int, k: int = 10
 ) -> list[dict[str, Any]]:
     """The section `examples` of the report.
 
     ranks: one row a user, what evaluate saw of the model: user_idx, top (item indexes, best first), item_idx (held-out
     items), full_rank (of each of those).
     """
-    users = example_users(spark, prepare, seed, count)
-    return described(spark, prepare, histories(spark, prepare, users), offers(ranks, users, k))
+    offered = offers(ranks, seed, k)
+    return described(spark, prepare, histories(spark, prepare, counted, list(offered)), offered)
 
 
-def example_users(spark: SparkSession, prepare: Manifest, seed: int, count: int = USERS) -> list[int]:
-    """`count` user_idx of users with a test row, the first in the order of a hash (fewer where there are fewer)."""
-    users = read_table(spark, prepare, contracts.HISTORY).where(F.size("test_item_idx") > 0).select("user_idx")
-    first = users.orderBy(hash64_column(seed, int(Purpose.EXAMPLE), F.col("user_idx")), "user_idx").limit(count)
-    return [row["user_idx"] for row in first.collect()]
-
-
-def histories(spark: SparkSession, prepare: Manifest, users: Sequence[int]) -> dict[int, History]:
-    """What is shown of each user's past, in the order of `users`."""
-    every = read_table(spark, prepare, contracts.INTERACTIONS)
-    test = (F.col("split") == contracts.TEST_SPLIT).alias("test")
-    rows = every.where(F.col("user_idx").isin(list(users)) & (test | (F.col("rating") >= well_rated(every))))
-    best = F.when(~test, F.col("rating")).otherwise(0.0).desc()
-    place = F.row_number().over(Window.partitionBy("user_idx", test).orderBy(best, F.desc("timestamp"), "item_idx"))
-    shown = rows.select("user_idx", "item_idx", "rating", test, place.alias("place")).where(F.col("place") <= SHOWN)
-    found: dict[tuple[int, bool], list[tuple[int, float]]] = {}
-    for row in shown.orderBy("user_idx", "test", "place").collect():
-        found.setdefault((row["user_idx"], row["test"]), []).append((row["item_idx"], row["rating"]))
-    return {user: History(tuple(found.get((user, False), ())), tuple(found.get((user, True), ()))) for user in users}
-
-
-def well_rated(interactions: DataFrame) -> float:
-    """The least rating of train and validation that counts as liking: the middle of the scale in use, or the mean where
-    that is lower, as it is of counts with a long tail. Where all ratings are the same, that one."""
-    rating = F.col("rating")
-    learned = interactions.where(F.col("split") != contracts.TEST_SPLIT)
-    row = learned.select(F.min(rating), F.max(rating), F.avg(rating)).first()
-    lowest, highest, mean = row if row and row[0] is not None else (0.0, 0.0, 0.0)
-    return min((lowest + highest) / 2, round(mean, 3))  # A mean depends on the order of its sum in the last digits.
-
-
-def offers(ranks: DataFrame, users: Sequence[int], k: int) -> dict[int, Offer]:
-    """The first K items of each user's list, and the ranks of the held-out items."""
-    rows = ranks.where(F.col("user_idx").isin(list(users))).select("user_idx", "top", "item_idx", "full_rank").collect()
+def offers(ranks: DataFrame, seed: int, k: int, count: int = USERS) -> dict[int, Offer]:
+    """The first K items of each list, and the ranks of the held-out items, of `count` users: the first in the order of
+    a hash (fewer where there are fewer)."""
+    order = hash64_column(seed, int(Purpose.EXAMPLE), F.col("user_idx"))
+    rows = ranks.select("user_idx", "top", "item_idx", "full_rank").orderBy(order, "user_idx").limit(count).collect()
     return {
         row["user_idx"]: Offer(tuple(row["top"][:k]), dict(zip(row["item_idx"], row["full_rank"], strict=True)))
         for row in rows
     }
+
+
+def histories(spark: SparkSession, prepare: Manifest, counted: Counted, users: Sequence[int]) -> dict[int, History]:
+    """What is shown of each user's past, in the order of `users`."""
+    test = (F.col("split") == contracts.TEST_SPLIT).alias("test")
+    rows = read_table(spark, prepare, contracts.INTERACTIONS).where(F.col("user_idx").isin(list(users)))
+    best = F.when(~test, F.col("rating")).otherwise(0.0).desc()
+    place = F.row_number().over(Window.partitionBy("user_idx", test).orderBy(best, F.desc("timestamp"), "item_idx"))
+    shown = rows.select("user_idx", "item_idx", "rating", test, place.alias("place")).where(F.col("place") <= SHOWN)
+    found: dict[tuple[int, bool], list[tuple[int, float]]] = {}
+    for row in sorted(shown.collect(), key=itemgetter("place")):
+        # Whoever's best rated is not liked has none further down that is.
+        if row["test"] or row["rating"] >= well_rated(counted):
+            found.setdefault((row["user_idx"], row["test"]), []).append((row["item_idx"], row["rating"]))
+    return {user: History(tuple(found.get((user, False), ())), tuple(found.get((user, True), ()))) for user in users}
+
+
+def well_rated(counted: Counted) -> float:
+    """The least rating of train and validation that counts as liking: the middle of the scale in use, or the mean where
+    that is lower, as it is of counts with a long tail. Where all ratings are the same, that one."""
+    lowest, highest, mean = counted.rated or (0.0, 0.0, 0.0)
+    return min((lowest + highest) / 2, round(mean, 3))  # A mean depends on the order of its sum in the last digits.
 
 
 def described(
@@ -99,9 +97,9 @@ def described(
     """Indexes become the customer's ids and titles; ratings are given where the log has any."""
     items = {i for past in seen.values() for i, _ in (*past.liked, *past.held_out)}
     items |= {i for offer in offered.values() for i in offer.items}
-    user_ids = _column(spark, prepare, "user_index", "user_idx", "user_id", seen)
-    item_ids = _column(spark, prepare, "item_index", "item_idx", "item_id", items)
-    titles = _column(spark, prepare, "items", "item_idx", "title", items) if "items" in prepare.tables else {}
+    user_ids = _ids_of_users(spark, prepare, seen)
+    item_ids = _of_items(prepare, contracts.ITEM_INDEX, "item_id", items)
+    titles = _of_items(prepare, contracts.ITEMS, "title", items) if contracts.ITEMS in prepare.tables else {}
     rated = has_ratings(prepare)
 
     def item(index: int, **more: Any) -> dict[str, Any]:
@@ -124,10 +122,19 @@ def has_ratings(prepare: Manifest) -> bool:
     return str(given["format"]).startswith("movielens") or given["columns"]["rating"] is not None
 
 
-def _column(
-    spark: SparkSession, prepare: Manifest, table: str, key: str, value: str, wanted: Iterable[int]
-) -> dict[int, Any]:
-    """{key: value} of the wanted keys."""
-    files = prepare.files(table)
-    rows: DataFrame = read_files(spark, files, read_schema(files[0])).where(F.col(key).isin(sorted(wanted)))
-    return {row[key]: row[value] for row in rows.select(key, value).collect()}
+def _ids_of_users(spark: SparkSession, prepare: Manifest, wanted: Iterable[int]) -> dict[int, Any]:
+    files = prepare.files(contracts.USER_INDEX)
+    rows: DataFrame = read_files(spark, files, read_schema(files[0])).where(F.col("user_idx").isin(sorted(wanted)))
+    return {row["user_idx"]: row["user_id"] for row in rows.select("user_idx", "user_id").collect()}
+
+
+def _of_items(prepare: Manifest, table: str, column: str, wanted: Iterable[int]) -> dict[int, Any]:
+    """{item_idx: value of `column`} of the wanted items. Read here, a file at a time: less than a job of Spark's costs,
+    for the catalogue, which the driver counts anyway."""
+    found: dict[int, Any] = {}
+    for path in prepare.files(table):
+        rows = read_file(path, ["item_idx", column])
+        index = rows["item_idx"]
+        rows = rows.filter(pc.is_in(index, pa.array(sorted(wanted), index.type)))
+        found.update(zip(rows["item_idx"].to_pylist(), rows[column].to_pylist(), strict=True))
+    return found

@@ -6,20 +6,22 @@ interactions is counted by Spark.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
 from ncf_dist.contracts import DAY
+from ncf_dist.evaluate.lists import item_counts
 from ncf_dist.evaluate.periods import period_codes, period_name, unit_of
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import read_table as read_file
 from ncf_dist.spark_io import read_table
 
 TOP_PERCENTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 60, 80, 100)
@@ -30,7 +32,31 @@ EDGES = [m * 10**power for power in range(12) for m in (1, 2, 5)]
 """Bins of counts: 1, 2–4, 5–9, 10–19, …"""
 
 
-def profile(spark: SparkSession, prepare: Manifest) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Counted:
+    """by_day: interactions that have a time, by day since 1970; rated: the least, the greatest and the mean rating of
+    train and validation, None where there are none."""
+
+    by_day: Mapping[int, int]
+    rated: tuple[float, float, float] | None
+
+    @classmethod
+    def of(cls, interactions: DataFrame) -> Counted:
+        """One pass over the table: its driver holds a few numbers a day."""
+        day = F.when(F.col("timestamp") != 0, F.floor(F.col("timestamp") / F.lit(DAY)).cast("long"))
+        rating = F.when(F.col("split") != contracts.TEST_SPLIT, F.col("rating").cast("double"))
+        figures = {"least": F.min(rating), "most": F.max(rating), "total": F.sum(rating), "rated": F.count(rating)}
+        named = [F.count("*").alias("rows"), *(column.alias(name) for name, column in figures.items())]
+        days = interactions.groupBy(day.alias("day")).agg(*named).collect()
+        by_day = {row["day"]: row["rows"] for row in days if row["day"] is not None}
+        rated = [row for row in days if row["rated"]]
+        if not rated:
+            return cls(by_day, None)
+        mean = math.fsum(row["total"] for row in rated) / sum(row["rated"] for row in rated)
+        return cls(by_day, (min(row["least"] for row in rated), max(row["most"] for row in rated), mean))
+
+
+def profile(spark: SparkSession, prepare: Manifest, counted: Counted) -> dict[str, Any]:
     """The section `profile` of the report; users and items are those with interactions this night."""
     counts = item_counts(prepare)
     interactions = prepare.table(contracts.INTERACTIONS).rows
@@ -45,15 +71,9 @@ def profile(spark: SparkSession, prepare: Manifest) -> dict[str, Any]:
         "quarantine_samples": quarantine_samples(spark, prepare),
         "long_tail": long_tail(counts),
         "activity": activity(history),
-        "item_counts": _binned(counts),
-        "by_time": by_time(read_table(spark, prepare, contracts.INTERACTIONS)),
+        "item_counts": item_activity(counts),
+        "by_time": by_period(counted.by_day),
     }
-
-
-def item_counts(prepare: Manifest) -> npt.NDArray[np.int64]:
-    """(I,) train and validation interactions of every item."""
-    files = prepare.files(contracts.ITEM_STATS.name)
-    return np.concatenate([read_file(path, ["train_count"])["train_count"].to_numpy() for path in files])
 
 
 def long_tail(counts: npt.NDArray[np.int64]) -> list[list[float]]:
@@ -70,16 +90,16 @@ def activity(history: DataFrame) -> dict[str, list[int]]:
     """{"edges", "users"}: users by their number of interactions, train, validation and test together; bin i holds
     edges[i] up to, not including, edges[i + 1]."""
     size = F.size("item_idx") + F.size("test_item_idx")
-    rows = history.groupBy(_bin(size).alias("bin")).count().where("bin >= 0").collect()
-    edges, found = _trimmed({row["bin"]: row["count"] for row in rows})
-    return {"edges": edges, "users": found}
+    # N interactions have at most sqrt(2 N) different sizes.
+    rows = history.groupBy(size.alias("size")).agg(F.count("*").alias("users")).collect()
+    edges, users = binned([row["size"] for row in rows], [row["users"] for row in rows])
+    return {"edges": edges, "users": users}
 
 
-def by_time(interactions: DataFrame) -> dict[str, Any]:
-    """`by_period` of the log's interactions; {} where it has no times."""
-    day = F.floor(F.col("timestamp") / F.lit(DAY)).cast("long")
-    rows = interactions.where("timestamp != 0").groupBy(day.alias("day")).count().collect()
-    return by_period({row["day"]: row["count"] for row in rows})
+def item_activity(counts: npt.NDArray[np.int64]) -> dict[str, list[int]]:
+    """{"edges", "items"}: the same of items, by their train and validation interactions."""
+    edges, items = binned(*np.unique(counts, return_counts=True))
+    return {"edges": edges, "items": items}
 
 
 def by_period(by_day: Mapping[int, int]) -> dict[str, Any]:
@@ -107,21 +127,14 @@ def quarantine_samples(spark: SparkSession, prepare: Manifest) -> list[dict[str,
     return [row.asDict() for row in first.select(*contracts.QUARANTINE.columns).collect()]
 
 
-def _bin(value: Column) -> Column:
-    """Index of the last edge that is not above `value`; -1 below the first."""
-    return sum((value >= edge).cast("int") for edge in EDGES[1:]) + (value >= EDGES[0]).cast("int") - 1
-
-
-def _binned(counts: npt.NDArray[np.int64]) -> dict[str, list[int]]:
-    found = np.searchsorted(EDGES, counts[counts > 0], side="right") - 1
-    edges, items = _trimmed(dict(enumerate(np.bincount(found).tolist())))
-    return {"edges": edges, "items": items}
-
-
-def _trimmed(by_bin: dict[int, int]) -> tuple[list[int], list[int]]:
-    """(edges, counts) from the first bin to the last one that holds anything."""
-    filled = [number for number, count in by_bin.items() if count]
-    if not filled:
+def binned(values: npt.ArrayLike, weights: npt.ArrayLike) -> tuple[list[int], list[int]]:
+    """(edges, the sum of the weights in each bin) from the first bin to the last one that holds anything; values below
+    1 are in none."""
+    found = np.searchsorted(EDGES, np.asarray(values, dtype=np.int64), side="right") - 1
+    held = np.zeros(len(EDGES), dtype=np.int64)
+    np.add.at(held, found[found >= 0], np.asarray(weights, dtype=np.int64)[found >= 0])
+    filled = np.flatnonzero(held)
+    if not len(filled):
         return [], []
-    first, last = min(filled), max(filled)
-    return EDGES[first : last + 2], [by_bin.get(number, 0) for number in range(first, last + 1)]
+    first, last = int(filled[0]), int(filled[-1])
+    return EDGES[first : last + 2], held[first : last + 1].tolist()

@@ -1,16 +1,17 @@
-"""A rank on a CPU compiles nothing, so it does not load torch's compiler.
+"""A process that compiles nothing does not load torch's compiler.
 
-torch.optim and DistributedDataParallel import torch._dynamo to keep the compiler off functions of theirs. That takes
-longer than the import of torch itself: some two seconds of processor time in every rank. `leave_out` puts a module in
-its place which does for them what theirs does where nothing is compiled. Who asks for anything else gets the real one,
-which is then loaded.
+torch.optim, DistributedDataParallel and many operations on the device `meta` import torch._dynamo, to keep the compiler
+off functions of theirs. That takes longer than the import of torch itself: one to two seconds of processor time in
+every rank, and in every Python worker of Spark that loads a model. `leave_out` puts a module in its place which does
+for them what theirs does where nothing is compiled. Who asks for anything else gets the real one, which is then loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -25,6 +26,18 @@ def leave_out() -> None:
         sys.modules[NAME] = module = _Eager(NAME)
         module.__spec__, module.__path__ = ModuleSpec(NAME, None, is_package=True), []
         sys.meta_path.insert(0, _Parts())
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    """Inside, as after `leave_out`; afterwards as before."""
+    before = sys.modules.get(NAME)
+    leave_out()
+    try:
+        yield
+    finally:
+        if before is None:
+            _put_back()
 
 
 class _Eager(ModuleType):
@@ -72,7 +85,11 @@ class _Loaded(Loader):
 
 
 def _real() -> ModuleType:
+    _put_back()
+    return importlib.import_module(NAME)
+
+
+def _put_back() -> None:
     if isinstance(sys.modules.get(NAME), _Eager):
         del sys.modules[NAME]
         sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Parts)]
-    return importlib.import_module(NAME)
