@@ -57,13 +57,10 @@ _FILE = "_file"
 WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
 """What a writer says of each file: `written_batch` as Spark names its columns."""
 
-
 _SECRET = "spark.authenticate.secret"
 
 _open: list[SparkSession] = []
 """Sessions that `spark_session` has handed out, the innermost last."""
-
-
 _keeping: Callable[[SparkSession], bool] | None = None
 _kept: SparkSession | None = None
 

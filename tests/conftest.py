@@ -77,7 +77,7 @@ def few_files() -> Iterator[None]:
     a night's: each is a task, which loads the model."""
     with pytest.MonkeyPatch.context() as patch:
         for stage in (held_out, plan):
-            patch.setattr(stage, "MIN_FILES", 4)
+            patch.setattr(stage, "MIN_FILES", 6)
         yield
 
 
