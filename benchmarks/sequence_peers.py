@@ -7,10 +7,8 @@ of wall clock (with --ours for as long as ours took, if `minutes` are not given)
 but each user's latest item, in the order of the file; then it ranks the whole catalogue but what the user has seen.
 Settings are the libraries' own defaults, but for the length of histories: 200 items in RecTools, as published
 comparisons on MovieLens-1M have it. RecBole trains on a row an item, so its default of 50 is all that the minutes
-allow. RecTools is run with its default loss, which is over the whole catalogue, and with 256 negatives. HR@10 and
-NDCG@10 are counted here, from each one's ten items. --ours: the committed
-config, which takes as many minutes as it takes. Prints one table and writes benchmarks/results/sequence_peers.json,
-after each of them.
+allow. HR@10 and NDCG@10 are counted here, from each one's ten items. --ours: the committed config, which takes as many
+minutes as it takes. Prints one table and writes benchmarks/results/sequence_peers.json, after each of them.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,7 +44,7 @@ from pytorch_lightning import Trainer, seed_everything
 from rectools import Columns
 from rectools.dataset import Dataset
 from rectools.models import SASRecModel
-folder, minutes, seed, options = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+folder, minutes, seed = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 rows = pd.read_csv(folder + "/train.csv")
 rows = rows.rename(columns={"user": Columns.User, "item": Columns.Item, "place": Columns.Datetime})
 rows[Columns.Datetime] = pd.to_datetime(rows[Columns.Datetime], unit="s")
@@ -57,7 +54,7 @@ def trainer():
     return Trainer(max_time=datetime.timedelta(minutes=minutes), max_epochs=-1, logger=False, accelerator="cpu",
                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 dataset = Dataset.construct(rows)
-model = SASRecModel(session_max_len=200, get_trainer_func=trainer, **options)
+model = SASRecModel(session_max_len=200, get_trainer_func=trainer)
 start = time.monotonic()
 model.fit(dataset)
 seconds = time.monotonic() - start
@@ -76,12 +73,12 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.model.sequential_recommender import SASRec
 from recbole.utils import init_seed
-folder, minutes, seed, options = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+folder, minutes, seed = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 config = Config(model="SASRec", dataset="ml", config_dict={
     "data_path": folder, "load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "USER_ID_FIELD": "user_id",
     "ITEM_ID_FIELD": "item_id", "TIME_FIELD": "timestamp", "train_neg_sample_args": None, "use_gpu": False,
     "show_progress": False, "state": "ERROR", "seed": seed,
-    "eval_args": {"split": {"LS": "test_only"}, "group_by": "user", "order": "TO", "mode": "full"}, **options})
+    "eval_args": {"split": {"LS": "test_only"}, "group_by": "user", "order": "TO", "mode": "full"}})
 init_seed(seed, True)
 dataset = create_dataset(config)
 train, _, test = data_preparation(config, dataset)
@@ -119,13 +116,11 @@ pd.DataFrame(lists, columns=["user", "item", "rank"]).to_csv(folder + "/lists.cs
 print("RESULT" + json.dumps({"seconds": seconds, "epochs": steps / len(train)}))
 """
 
-SAMPLED = {"loss": "sampled_softmax", "n_negatives": 256}
-PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "RecTools SASRec, softmax": ("rectools", RECTOOLS, {}),
-    "RecBole SASRec": ("recbole", RECBOLE, {}),
-    "RecTools SASRec, 256 negatives": ("rectools", RECTOOLS, SAMPLED),
+PEERS: dict[str, tuple[str, str]] = {
+    "RecTools SASRec, softmax": ("rectools", RECTOOLS),
+    "RecBole SASRec": ("recbole", RECBOLE),
 }
-"""Name → (library, program, settings that are not its defaults)."""
+"""Name → (library, program)."""
 
 
 def split_of(ratings: Path) -> tuple[pd.DataFrame, dict[int, int]]:
@@ -169,7 +164,7 @@ def run_peer(
     name: str, python: str, rows: pd.DataFrame, minutes: float, seed: int
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """(its lists, seconds and epochs of its training)."""
-    _, program, options = PEERS[name]
+    _, program = PEERS[name]
     with tempfile.TemporaryDirectory() as folder:
         rows.to_csv(f"{folder}/train.csv", index=False)
         (Path(folder) / "ml").mkdir()
@@ -180,7 +175,7 @@ def run_peer(
         closing["place"] += 1
         inter = pd.concat([rows, closing]).rename(columns=named)
         inter.to_csv(f"{folder}/ml/ml.inter", sep="\t", index=False)
-        command = [python, "-c", program, folder, str(minutes), str(seed), json.dumps(options)]
+        command = [python, "-c", program, folder, str(minutes), str(seed)]
         done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
         line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
         return pd.read_csv(f"{folder}/lists.csv"), json.loads(line.removeprefix("RESULT"))
@@ -214,17 +209,21 @@ def main() -> None:
     print(f"{len(rows):,} train rows of {len(test):,} users, {rows['item'].nunique():,} items", file=sys.stderr)
     found: dict[str, dict[str, float]] = {}
     minutes: float = args.minutes or 14
-    if ours := run_ours(files, args.seed, test, args.ours):
-        found["ours"] = ours
-        minutes = args.minutes or ours["seconds"] / 60
     machine = f"{cores()} cores, {processor()}"
-    for name, (library, _, _) in PEERS.items():
+
+    def keep(name: str, values: dict[str, float]) -> None:
+        found[name] = values
+        body = {"machine": machine, "minutes": minutes, "seed": args.seed, "found": found}
+        RESULTS.write_text(json.dumps(body, indent=1) + "\n")
+        print(f"{name}: {values}", file=sys.stderr)
+
+    if ours := run_ours(files, args.seed, test, args.ours):
+        minutes = args.minutes or ours["seconds"] / 60
+        keep("ours", ours)
+    for name, (library, _) in PEERS.items():
         if python := getattr(args, library):
             lists, training = run_peer(name, python, rows, minutes, args.seed)
-            found[name] = figures(lists, test) | training
-            body = {"machine": machine, "minutes": minutes, "seed": args.seed, "found": found}
-            RESULTS.write_text(json.dumps(body, indent=1) + "\n")
-            print(f"{name}: {found[name]}", file=sys.stderr)
+            keep(name, figures(lists, test) | training)
     print(f"MovieLens-1M, 5-core, each user's latest item, whole catalogue, seed {args.seed}, {machine}")
     for name, values in found.items():
         print(f"{name:<32}" + "".join(f"{figure:>10} {value:8.4f}" for figure, value in values.items()))

@@ -21,6 +21,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from benchmarks.ncf import run
 from ncf_dist.machine import cores, processor
 
@@ -46,8 +49,26 @@ def settings_of(files: Path, lake: str, seed: int) -> dict[str, object]:
     }
 
 
+def held_out(ratings: Path) -> dict[str, float]:
+    """What the split holds out, counted from the raw file: users, those of them who have no row before the cut, the
+    median of a user's rows; and of the rows of users who have some, the days since the user's last row in train: their
+    median, and the share of more than 30."""
+    rows = pd.read_csv(ratings, sep="::", engine="python", names=["user", "item", "rating", "time"])
+    cut = np.sort(rows["time"].to_numpy())[-round(len(rows) * TEST)]
+    train, test = rows[rows["time"] < cut], rows[rows["time"] >= cut]
+    days = ((test["time"] - test["user"].map(train.groupby("user")["time"].max())) / 86_400).dropna()
+    return {
+        "rows": len(test),
+        "users": test["user"].nunique(),
+        "new users": test["user"].nunique() - int(test["user"].drop_duplicates().isin(train["user"]).sum()),
+        "median rows": float(test.groupby("user").size().median()),
+        "median days": float(days.median()),
+        "over 30 days": float((days > 30).mean()),
+    }
+
+
 def run_seed(files: Path, models: list[str], seed: int) -> dict[str, dict[str, float]]:
-    """Figures by model and baseline, the seconds of training among them, and how many users were judged."""
+    """Figures by model and baseline, the seconds of training among them."""
     found: dict[str, dict[str, float]] = {}
     for config in models:
         with tempfile.TemporaryDirectory() as lake:
@@ -84,7 +105,10 @@ def main() -> None:
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             line.append(f"{figure} {statistics.mean(values):.4f}{spread}")
         print(f"{name:<20} {'   '.join(line)}")
-    RESULTS.write_text(json.dumps({"seeds": args.seeds, "machine": machine, "runs": runs}, indent=1) + "\n")
+    split = held_out(files / "ratings.dat")
+    print(split)
+    body = {"seeds": args.seeds, "machine": machine, "held out": split, "runs": runs}
+    RESULTS.write_text(json.dumps(body, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,12 +25,14 @@ def leave_out() -> None:
     if NAME not in sys.modules:
         sys.modules[NAME] = module = _Eager(NAME)
         module.__spec__, module.__path__ = ModuleSpec(NAME, None, is_package=True), []
-        sys.meta_path.insert(0, _Parts())
+        # A list of its own: another thread may be going through the one that is there.
+        sys.meta_path = [_Parts(), *sys.meta_path]
 
 
 @contextlib.contextmanager
 def left_out() -> Iterator[None]:
-    """Inside, as after `leave_out`; afterwards as before."""
+    """Inside, as after `leave_out`. Afterwards the compiler is there for whoever asks; functions of torch that asked
+    inside never do again."""
     before = sys.modules.get(NAME)
     leave_out()
     try:
@@ -92,4 +94,4 @@ def _real() -> ModuleType:
 def _put_back() -> None:
     if isinstance(sys.modules.get(NAME), _Eager):
         del sys.modules[NAME]
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Parts)]
+        sys.meta_path = [finder for finder in sys.meta_path if not isinstance(finder, _Parts)]

@@ -49,7 +49,7 @@ LIST_BATCH_ROWS = 4_096
 BATCH_BYTES = 2**26
 """However long the histories are, a batch ends after the row that goes past this. (Spark 3.5 does not know it.)"""
 
-KEPT_CLASSES = ("spark.sql.codegen.cache.maxEntries", "2000")
+KEPT_CLASSES = ("spark.sql.codegen.cache.maxEntries", "1000")
 """How many of the classes that it generates from plans Spark keeps. A small night has 170; of Spark's own 100 none is
 left when the next one comes to the same plan."""
 

@@ -193,9 +193,11 @@ print(type(sys.modules["torch._dynamo"]).__name__)
 
 
 @pytest.mark.soak
-def test_a_process_that_left_the_compiler_out_may_still_compile() -> None:
+@pytest.mark.parametrize("how", ["no_compiler.leave_out()", "outline(Model(name='history'), 5, 7)"])
+def test_a_process_that_left_the_compiler_out_may_still_compile(how: str) -> None:
     program = (
-        "import torch; from ncf_dist import no_compiler; no_compiler.leave_out()\n"
+        "import torch; from ncf_dist import no_compiler; from ncf_dist.config import Model\n"
+        f"from ncf_dist.models import outline; {how}; no_compiler.leave_out()\n"
         "weight = torch.nn.Parameter(torch.ones(2)); torch.optim.SGD([weight], lr=1.0).step()\n"
         "assert 'torch._dynamo.eval_frame' not in sys.modules\n"
         "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())"
