@@ -123,10 +123,15 @@ PEERS: dict[str, tuple[str, str]] = {
 """Name → (library, program)."""
 
 
+def read_ratings(path: Path) -> pd.DataFrame:
+    """MovieLens-1M's file: (user, item, rating, time in s)."""
+    return pd.read_csv(path, sep="::", engine="python", names=["user", "item", "rating", "time"])
+
+
 def split_of(ratings: Path) -> tuple[pd.DataFrame, dict[int, int]]:
     """(user, item, place) of the train rows, and each user's test item, by the protocol itself: computed from the raw
     file, so that it also says whether prepare keeps to it."""
-    rows = pd.read_csv(ratings, sep="::", engine="python", names=["user", "item", "rating", "time"])
+    rows = read_ratings(ratings)
     before = 0
     while before != (before := len(rows)):
         for column in ("user", "item"):

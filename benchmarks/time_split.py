@@ -22,9 +22,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from benchmarks.ncf import run
+from benchmarks.sequence_peers import read_ratings
 from ncf_dist.machine import cores, processor
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def held_out(ratings: Path) -> dict[str, float]:
     """What the split holds out, counted from the raw file: users, those of them who have no row before the cut, the
     median of a user's rows; and of the rows of users who have some, the days since the user's last row in train: their
     median, and the share of more than 30."""
-    rows = pd.read_csv(ratings, sep="::", engine="python", names=["user", "item", "rating", "time"])
+    rows = read_ratings(ratings)
     cut = np.sort(rows["time"].to_numpy())[-round(len(rows) * TEST)]
     train, test = rows[rows["time"] < cut], rows[rows["time"] >= cut]
     days = ((test["time"] - test["user"].map(train.groupby("user")["time"].max())) / 86_400).dropna()

@@ -25,7 +25,7 @@ from ncf_dist.evaluate import segments
 from ncf_dist.evaluate.baselines import DotScorer
 from ncf_dist.evaluate.bootstrap import interval, p_value, poisson_weights
 from ncf_dist.evaluate.histogram import BINS, Histogram, on_common_bins
-from ncf_dist.evaluate.lists import list_metrics
+from ncf_dist.evaluate.lists import list_metrics, train_counts
 from ncf_dist.evaluate.periods import UNITS
 from ncf_dist.evaluate.ranks import Judged, Score, blocks, model_scores, popularity_scores, rank_users
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles, codes_of, name_of
@@ -512,7 +512,9 @@ def test_lists_of_all_users(spark: SparkSession, stored: tuple[FiguresPass, str]
     spec, stats = stored
     ranks = spark.read.parquet(*[file[0][2] for file in spec.files])
     frame = spark.read.parquet(stats)
-    popularity = np.unique(COUNTS, return_counts=True)
+    popularity = np.unique(train_counts([stats]), return_counts=True)
+    assert popularity[0].tolist() == [0, 1, 3, 5, 10, 30, 50]
+    assert popularity[1].tolist() == [1, 2, 1, 1, 1, 1, 1]
     found = list_metrics(ranks, frame, (2, 5), popularity)
     for scorer, k in (("model", 2), ("model", 5), ("popularity", 2)):
         shown = np.bincount(

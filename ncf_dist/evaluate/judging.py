@@ -9,7 +9,7 @@ import numpy as np
 from ncf_dist import contracts
 from ncf_dist.evaluate import ratings, summary
 from ncf_dist.evaluate.evaluation import Evaluation
-from ncf_dist.evaluate.lists import item_counts, list_metrics
+from ncf_dist.evaluate.lists import list_metrics, train_counts
 from ncf_dist.evaluate.report.page import headline_k
 from ncf_dist.evaluate.segments import KINDS, PopularityDeciles
 from ncf_dist.evaluate.spec import FiguresPass
@@ -24,13 +24,14 @@ def judge(job: Evaluation, ranks: TableInfo, other: Manifest | None, unit: str |
     settings = job.config.evaluate
     explicit = job.prepare.facts.get("feedback") == "explicit"
     stats = read_table(job.spark, job.prepare, contracts.ITEM_STATS)
-    popularity = np.unique(item_counts(job.prepare), return_counts=True)
+    stats_files = tuple(job.prepare.files(contracts.ITEM_STATS.name))
+    popularity = np.unique(train_counts(stats_files), return_counts=True)
     deciles = PopularityDeciles.of(*popularity)
     paths = ranks.paths(job.run)
     scorers = ["model", *job.scorers]
     spec = FiguresPass(
         files=tuple(tuple((name, name, path) for name in scorers) for path in paths),
-        stats_files=tuple(job.prepare.files(contracts.ITEM_STATS.name)),
+        stats_files=stats_files,
         deciles=deciles,
         ks=settings.ks,
         lead_k=headline_k({"ks": settings.ks}),

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from ncf_dist import metrics
-from ncf_dist.contracts import ITEM_STATS
 from ncf_dist.evaluate.segments import IntArray
-from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import read_table
 
 
-def item_counts(prepare: Manifest) -> IntArray:
-    """(I,) train and validation interactions of every item."""
-    files = prepare.files(ITEM_STATS.name)
-    return np.concatenate([read_table(path, ["train_count"])["train_count"].to_numpy() for path in files])
+def train_counts(stats_files: Sequence[str]) -> IntArray:
+    """(I,) train and validation interactions of every item, from the files of item_stats."""
+    return np.concatenate([read_table(path, ["train_count"])["train_count"].to_numpy() for path in stats_files])
 
 
 def list_metrics(

@@ -30,10 +30,10 @@ from ncf_dist.errors import ScoresNotFinite
 from ncf_dist.evaluate.baselines import LATEST, item_factors, item_to_item, item_weights, recent_counts
 from ncf_dist.evaluate.histogram import Histogram
 from ncf_dist.evaluate.known import known_users, where_known
+from ncf_dist.evaluate.lists import train_counts
 from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.models import Users
 from ncf_dist.models.latest import latest
-from ncf_dist.parquet import read_table
 from ncf_dist.recent import COLUMN, recent_rows
 from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, Scores, by_item, rank, scores_of
 from ncf_dist.scoring import blocks as kernel
@@ -237,11 +237,6 @@ BASELINES: dict[str, Callable[[EvaluationPass, tuple[str, ...]], Score]] = {
     "item_knn": _item_knn,
     "als": _als,
 }
-
-
-def train_counts(stats_files: tuple[str, ...]) -> np.ndarray:
-    """(I,) train and validation interactions by item_idx."""
-    return pa.concat_tables([read_table(path) for path in stats_files]).column("train_count").to_numpy()
 
 
 def rank_users(

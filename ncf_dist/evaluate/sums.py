@@ -21,6 +21,7 @@ from ncf_dist import metrics
 from ncf_dist.champion import CHAMPION
 from ncf_dist.evaluate import segments
 from ncf_dist.evaluate.bootstrap import poisson_weights
+from ncf_dist.evaluate.lists import train_counts
 from ncf_dist.evaluate.spec import FiguresPass
 from ncf_dist.parquet import read_table
 from ncf_dist.spark_io import Pass, map_in_arrow
@@ -78,7 +79,7 @@ def added_up(parts: DataFrame, partitions: int) -> Sums:
 
 def _file_sums(spec: FiguresPass) -> Pass:
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        counts = pa.concat_tables([read_table(path) for path in spec.stats_files]).column("train_count").to_numpy()
+        counts = train_counts(spec.stats_files)
         for batch in batches:
             for file in batch.column(0).to_pylist():
                 sums = file_sums(read_ranks(spec.files[file], spec.explicit), counts, spec)

@@ -141,10 +141,10 @@ def extend_index(
     firsts = accumulate(sizes, initial=start)
     # A table, not an array of literals: Spark would take minutes to plan and compile four thousand expressions. In a
     # small night few buckets have keys.
-    starts = [(bucket, number) for bucket, (number, size) in enumerate(zip(firsts, sizes, strict=False)) if size]
-    columns = {name: [pair[n] for pair in starts] for n, name in enumerate(("_bucket", "_first"))}
-    table = pa.table({name: pa.array(column, pa.int32()) for name, column in columns.items()})
-    first = F.broadcast(local_rows(spark, table))
+    numbered_from = zip(range(BUCKETS), firsts, sizes, strict=False)
+    starts = [{"_bucket": bucket, "_first": number} for bucket, number, size in numbered_from if size]
+    schema = pa.schema([("_bucket", pa.int32()), ("_first", pa.int32())])
+    first = F.broadcast(local_rows(spark, pa.Table.from_pylist(starts, schema)))
     position = F.row_number().over(Window.partitionBy("_bucket").orderBy(id_column)) - 1
     numbered = new.join(first, "_bucket").select(
         id_column, (F.col("_first") + position).cast("int").alias(index_column)

@@ -76,10 +76,11 @@ def histories(spark: SparkSession, prepare: Manifest, counted: Counted, users: S
     best = F.when(~test, F.col("rating")).otherwise(0.0).desc()
     place = F.row_number().over(Window.partitionBy("user_idx", test).orderBy(best, F.desc("timestamp"), "item_idx"))
     shown = rows.select("user_idx", "item_idx", "rating", test, place.alias("place")).where(F.col("place") <= SHOWN)
+    liked = well_rated(counted)
     found: dict[tuple[int, bool], list[tuple[int, float]]] = {}
     for row in sorted(shown.collect(), key=itemgetter("place")):
         # Whoever's best rated is not liked has none further down that is.
-        if row["test"] or row["rating"] >= well_rated(counted):
+        if row["test"] or row["rating"] >= liked:
             found.setdefault((row["user_idx"], row["test"]), []).append((row["item_idx"], row["rating"]))
     return {user: History(tuple(found.get((user, False), ())), tuple(found.get((user, True), ()))) for user in users}
 

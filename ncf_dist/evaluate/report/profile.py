@@ -19,7 +19,7 @@ from pyspark.sql import functions as F
 
 from ncf_dist import contracts
 from ncf_dist.contracts import DAY
-from ncf_dist.evaluate.lists import item_counts
+from ncf_dist.evaluate.lists import train_counts
 from ncf_dist.evaluate.periods import period_codes, period_name, unit_of
 from ncf_dist.manifests import Manifest
 from ncf_dist.spark_io import read_table
@@ -58,7 +58,7 @@ class Counted:
 
 def profile(spark: SparkSession, prepare: Manifest, counted: Counted) -> dict[str, Any]:
     """The section `profile` of the report; users and items are those with interactions this night."""
-    counts = item_counts(prepare)
+    counts = train_counts(prepare.files(contracts.ITEM_STATS.name))
     interactions = prepare.table(contracts.INTERACTIONS).rows
     users, items = int(prepare.facts["active_users"]), int((counts > 0).sum())
     history = read_table(spark, prepare, contracts.HISTORY)
