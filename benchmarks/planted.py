@@ -1,6 +1,7 @@
 """A synthetic log with planted order: what tables of order cost, and how near a model gets to the rule.
 
-    .venv/bin/python -m benchmarks.planted [--millions 5] [--rounds 1] [--models item_to_item history] [--set …]
+    .venv/bin/python -m benchmarks.planted [--millions 5] [--seeds 1 2 3] [--rounds 1] [--models item_to_item history]
+        [--set …]
 
 Items stand on a ring, in random order. Each user takes LENGTH of them: after an item comes with odds RULE one of the
 FOLLOWERS that follow it on the ring, the n-th with a weight of 1 / n, and else an item at random; what the user has had
@@ -12,9 +13,10 @@ user has not had: its HR@10 on each user's last item is the most that a model of
   wall clock, launcher and JVM included, MiB the largest resident size of any Python process; the median counts.
 - models: `prepare`, `train` and `evaluate`, with the settings of `--set` and those that a model gets in SETTINGS: as
   the rule looks back one item, so do counts; `history` has no item-to-item parts. HR@10 on the whole catalogue, and its
-  share of the oracle's.
+  share of the oracle's, of each seed: a ring, users and training of its own.
 
-Prints both and writes benchmarks/results/planted.json.
+Prints both and writes benchmarks/results/planted.json, in which the seeds and models that are not asked for stay, and
+the cost.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from benchmarks._job import job
 from ncf_dist.machine import cores, processor
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/planted.json"
 K = 10
 LENGTH, ITEMS, FOLLOWERS, RULE = 100, 5_000, 20, 0.6
 WINDOW, HEAP = 100, "2g"
@@ -106,7 +109,7 @@ def write_log(path: Path, taken: IntArray) -> None:
     pa.csv.write_csv(pa.table({name: column[mixed] for name, column in columns.items()}), path)
 
 
-def base(folder: Path) -> dict[str, Any]:
+def base(folder: Path, seed: int) -> dict[str, Any]:
     named = {"user": "user", "item": "item", "timestamp": "time"}
     return {
         "paths": {"lake": str(folder / "lake"), "work": str(folder / "work")},
@@ -115,6 +118,7 @@ def base(folder: Path) -> dict[str, Any]:
         },
         "negatives": {"per_positive": 4, "draws": 1, "candidates": 99},
         "sequences": {"length": 0},
+        "seed": seed,
         "spark": {"master": f"local[{min(2, cores())}]", "driver_memory": HEAP, "shuffle_partitions": 16},
     }  # fmt: skip
 
@@ -157,37 +161,45 @@ def judged(config: Path, model: str, settings: list[str]) -> dict[str, float]:
     return {"hr@10": found["metrics"]["full.hr@10"], "train_s": train["wall"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--millions", type=float, default=5)
-    parser.add_argument("--rounds", type=int, default=1, help="0 leaves the cost out")
-    parser.add_argument("--models", nargs="*", default=["item_to_item"])
-    parser.add_argument("--set", nargs="*", default=[], help="settings of train and evaluate: section.key=value …")
-    args = parser.parse_args()
-    rule = Rule(1)
-    taken = histories(rule, int(args.millions * 1e6) // LENGTH, 1)
+def run_seed(seed: int, users: int, rounds: int, models: list[str], settings: list[str]) -> None:
+    """Prints what it finds, and keeps it."""
+    rule = Rule(seed)
+    taken = histories(rule, users, seed)
     best = oracle(rule, taken)
     machine = f"{cores()} cores, {processor()}, Python {platform.python_version()}"
-    print(f"{taken.size:,} interactions, {ITEMS:,} items, oracle's HR@10 {best:.4f}; {machine}", flush=True)
-    body: dict[str, Any] = {"machine": machine, "interactions": taken.size, "items": ITEMS, "oracle": best}
+    print(f"{taken.size:,} interactions, {ITEMS:,} items, seed {seed}; {machine}")
+    print(f"oracle       HR@10 {best:.4f}", flush=True)
+    told: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seeds": {}}
+    told |= {"interactions": taken.size, "items": ITEMS}
+    of_seed = told["seeds"].setdefault(str(seed), {}) | {"oracle": best}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_log(folder / "log.csv", taken)
         config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(base(folder)))
-        if args.rounds:
-            body["cost"] = cost(config, args.rounds)
-            for way, each in body["cost"].items():
-                times = each["wall"] / body["cost"]["without"]["wall"]
+        config.write_text(yaml.safe_dump(base(folder, seed)))
+        if rounds:
+            told["cost"] = {"machine": machine, "rounds": rounds, "ways": cost(config, rounds)}
+            for way, each in told["cost"]["ways"].items():
+                times = each["wall"] / told["cost"]["ways"]["without"]["wall"]
                 print(f"{way:12} {each['wall']:8.1f} s {times:6.2f} × Python {each['python']:.0f} MiB", flush=True)
-        for model in args.models:
-            found = judged(config, model, args.set)
-            body[model] = {**found, "share": found["hr@10"] / best}
-            print(f"{model:12} HR@10 {found['hr@10']:.4f}, {body[model]['share']:.1%} of the oracle's", flush=True)
-    path = ROOT / "benchmarks/results/planted.json"
-    path.parent.mkdir(exist_ok=True)
-    old = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**old, **body}, indent=1) + "\n")
+        for model in models:
+            found = judged(config, model, settings)
+            of_seed[model] = {**found, "share": found["hr@10"] / best, "machine": machine}
+            print(f"{model:12} HR@10 {found['hr@10']:.4f}, {of_seed[model]['share']:.1%} of the oracle's", flush=True)
+    told["seeds"][str(seed)] = of_seed
+    RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--millions", type=float, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rounds", type=int, default=1, help="of the cost, on the first seed; 0 leaves it out")
+    parser.add_argument("--models", nargs="*", default=["item_to_item"])
+    parser.add_argument("--set", nargs="*", default=[], help="settings of train and evaluate: section.key=value …")
+    args = parser.parse_args()
+    for number, seed in enumerate(args.seeds):
+        run_seed(seed, int(args.millions * 1e6) // LENGTH, args.rounds * (number == 0), args.models, args.set)
 
 
 if __name__ == "__main__":

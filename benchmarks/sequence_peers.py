@@ -1,6 +1,7 @@
 """Other libraries' SASRec beside our model of histories, on the split of conf/ml-1m-5core-history.yaml.
 
-    .venv/bin/python -m benchmarks.sequence_peers [--minutes 14] [--rectools PYTHON] [--recbole PYTHON] [--ours]
+    .venv/bin/python -m benchmarks.sequence_peers [--seeds 1 2 3] [--minutes 14] [--rectools PYTHON] [--recbole PYTHON]
+        [--ours] [--add]
 
 PYTHON: the interpreter of an environment of its own, with rectools[torch] or RecBole 1.2.1. Each trains for `minutes`
 of wall clock (with --ours for as long as ours took, if `minutes` are not given) on all cores of this machine, from all
@@ -8,7 +9,8 @@ but each user's latest item, in the order of the file; then it ranks the whole c
 Settings are the libraries' own defaults, but for the length of histories: 200 items in RecTools, as published
 comparisons on MovieLens-1M have it. RecBole trains on a row an item, so its default of 50 is all that the minutes
 allow. HR@10 and NDCG@10 are counted here, from each one's ten items. --ours: the committed config, which takes as many
-minutes as it takes. Prints one table and writes benchmarks/results/sequence_peers.json, after each of them.
+minutes as it takes. Prints one table and writes benchmarks/results/sequence_peers.json, after each of them; --add keeps
+what the results have of other seeds and other models.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -202,36 +206,44 @@ def run_ours(files: Path, seed: int, test: dict[int, int], train: bool) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rectools", metavar="PYTHON")
     parser.add_argument("--recbole", metavar="PYTHON")
     parser.add_argument("--ours", action="store_true", help="train ours, too")
+    parser.add_argument("--add", action="store_true", help="keep the others that the results have")
     args = parser.parse_args()
     files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ml-1m"
     if not files.is_dir():
         sys.exit(f"{files} is not there; needed MovieLens-1M: set NCF_DATA_DIR")
     rows, test = split_of(files / "ratings.dat")
     print(f"{len(rows):,} train rows of {len(test):,} users, {rows['item'].nunique():,} items", file=sys.stderr)
-    found: dict[str, dict[str, float]] = {}
-    minutes: float = args.minutes or 14
     machine = f"{cores()} cores, {processor()}"
+    told: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text()) if args.add and RESULTS.exists() else {}
 
-    def keep(name: str, values: dict[str, float]) -> None:
-        found[name] = values
-        body = {"machine": machine, "minutes": minutes, "seed": args.seed, "found": found}
-        RESULTS.write_text(json.dumps(body, indent=1) + "\n")
-        print(f"{name}: {values}", file=sys.stderr)
+    def keep(seed: int, name: str, values: dict[str, float]) -> None:
+        told.setdefault(str(seed), {})[name] = {**values, "machine": machine}
+        RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+        print(f"seed {seed}, {name}: {values}", file=sys.stderr)
 
-    if ours := run_ours(files, args.seed, test, args.ours):
-        minutes = args.minutes or ours["seconds"] / 60
-        keep("ours", ours)
-    for name, (library, _) in PEERS.items():
-        if python := getattr(args, library):
-            lists, training = run_peer(name, python, rows, minutes, args.seed)
-            keep(name, figures(lists, test) | training)
-    print(f"MovieLens-1M, 5-core, each user's latest item, whole catalogue, seed {args.seed}, {machine}")
-    for name, values in found.items():
-        print(f"{name:<32}" + "".join(f"{figure:>10} {value:8.4f}" for figure, value in values.items()))
+    for number, seed in enumerate(args.seeds):
+        minutes: float = args.minutes or 14
+        # prepare holds out the same rows for every seed.
+        if (args.ours or number == 0) and (ours := run_ours(files, seed, test, args.ours)):
+            minutes = args.minutes or ours["seconds"] / 60
+            keep(seed, "ours", ours)
+        for name, (library, _) in PEERS.items():
+            if python := getattr(args, library):
+                lists, training = run_peer(name, python, rows, minutes, seed)
+                keep(seed, name, figures(lists, test) | training)
+    print(f"MovieLens-1M, 5-core, each user's latest item, whole catalogue, seeds {' '.join(told)}")
+    for name in dict.fromkeys(name for models in told.values() for name in models):
+        of_name = [models[name] for models in told.values() if name in models]
+        line = []
+        for figure in (key for key in of_name[0] if key != "machine"):
+            values = [model[figure] for model in of_name]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            line.append(f"{figure} {statistics.mean(values):.4f}{spread}")
+        print(f"{name:<26}{len(of_name)} seeds   {'   '.join(line)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One moment for all: MovieLens-1M cut by time, its last tenth the test, with every model side by side.
 
-    .venv/bin/python -m benchmarks.time_split [--seeds 1] [--models ncf-ml-1m-history …]
+    .venv/bin/python -m benchmarks.time_split [--seeds 1 2 3] [--models ncf-ml-1m-history …] [--add]
 
 A night knows nothing of the days after it; a split by each user's latest item does not say how a model does then, as it
 trains on what others did later. Here everything up to one moment is train, and what each user did after it and had not
@@ -8,7 +8,8 @@ done before is the test, ranked in the whole catalogue but what the user has see
 
 mf, NeuMF and the model of histories have the settings of conf/ncf-ml-1m-*.yaml, which were chosen on another split;
 item_to_item, EASE and the popularities are evaluate's baselines. Each job is run by itself. Prints one table, mean and
-standard deviation over seeds, and writes benchmarks/results/time_split.json. MovieLens comes from NCF_DATA_DIR/ml-1m.
+standard deviation over seeds, and writes benchmarks/results/time_split.json after each of them; --add keeps the other
+seeds that it has. MovieLens comes from NCF_DATA_DIR/ml-1m.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,15 +91,22 @@ def run_seed(files: Path, models: list[str], seed: int) -> dict[str, dict[str, f
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--add", action="store_true", help="keep the seeds that the results have")
     args = parser.parse_args()
     files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / "ml-1m"
     if not files.is_dir():
         sys.exit(f"{files} is not there; needed MovieLens-1M: set NCF_DATA_DIR")
-    runs = [run_seed(files, args.models, seed) for seed in args.seeds]
     machine = f"{cores()} cores, {processor()}"
-    print(f"MovieLens-1M, the last {TEST:.0%} by time held out, whole catalogue, seeds {args.seeds}, {machine}")
+    told: dict[str, Any] = json.loads(RESULTS.read_text()) if args.add and RESULTS.exists() else {"runs": {}}
+    told["held out"] = held_out(files / "ratings.dat")
+    for seed in args.seeds:
+        told["runs"][str(seed)] = {"machine": machine, "found": run_seed(files, args.models, seed)}
+        RESULTS.write_text(json.dumps(told, indent=1) + "\n")
+    machines = " and ".join(sorted({run["machine"] for run in told["runs"].values()}))
+    seeds, runs = " ".join(told["runs"]), [run["found"] for run in told["runs"].values()]
+    print(f"MovieLens-1M, the last {TEST:.0%} by time held out, whole catalogue, seeds {seeds}, {machines}")
     for name, figures in runs[0].items():
         line = []
         for figure in figures:
@@ -105,10 +114,7 @@ def main() -> None:
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             line.append(f"{figure} {statistics.mean(values):.4f}{spread}")
         print(f"{name:<20} {'   '.join(line)}")
-    split = held_out(files / "ratings.dat")
-    print(split)
-    body = {"seeds": args.seeds, "machine": machine, "held out": split, "runs": runs}
-    RESULTS.write_text(json.dumps(body, indent=1) + "\n")
+    print(told["held out"])
 
 
 if __name__ == "__main__":

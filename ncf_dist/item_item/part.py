@@ -69,7 +69,7 @@ def product_scores(part: Part, items: Tensor, length: Tensor) -> Tensor:
     worth = torch.zeros(len(items), rows.n_items)
     worth.index_put_((user, items[user, place]), part.decay[age[user, place]], accumulate=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
         matrix = torch.sparse_csr_tensor(
             rows.offsets, rows.items.long(), rows.values, (rows.n_items, rows.n_items), check_invariants=True
         )
