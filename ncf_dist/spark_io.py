@@ -17,12 +17,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from py4j.protocol import Py4JError
 from pyspark.errors import PySparkException
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from ncf_dist import config as settings
@@ -30,7 +28,6 @@ from ncf_dist import errors, gateway, spark_tables, urls
 from ncf_dist.contracts import Contract
 from ncf_dist.files import file_url
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import FileInfo, TableInfo, write_parquet
 from ncf_dist.spark_errors import from_executors
 from ncf_dist.spark_tasks import Pass as Pass
 from ncf_dist.spark_tasks import forget_archives as forget_archives
@@ -40,8 +37,6 @@ from ncf_dist.stopping import asked, handlers_kept
 
 log = logging.getLogger(__name__)
 
-ROWS_PER_FILE = 1_000_000
-"""Upper bound of what a writer holds in memory."""
 BATCH_ROWS = 65_536
 """Rows of an Arrow batch between the JVM and Python."""
 LIST_BATCH_ROWS = 4_096
@@ -52,10 +47,6 @@ BATCH_BYTES = 2**26
 KEPT_CLASSES = ("spark.sql.codegen.cache.maxEntries", "1000")
 """How many of the classes that it generates from plans Spark keeps. A small night has 170; of Spark's own 100 none is
 left when the next one comes to the same plan."""
-
-_FILE = "_file"
-WRITTEN = "path string, rows long, row_groups int, bytes long, sha256 string"
-"""What a writer says of each file: `written_batch` as Spark names its columns."""
 
 _SECRET = "spark.authenticate.secret"
 
@@ -231,6 +222,11 @@ def task_stats(frame: DataFrame, work: Pass) -> list[dict[str, Any]]:
     return [json.loads(row["stats"]) for row in map_in_arrow(frame, work, "stats string").collect()]
 
 
+def stats_batch(*stats: Mapping[str, Any]) -> pa.RecordBatch:
+    """What a pass for `task_stats` yields."""
+    return pa.RecordBatch.from_pydict({"stats": [json.dumps(each) for each in stats]})
+
+
 @contextlib.contextmanager
 def arrow_batches(spark: SparkSession, rows: int) -> Iterator[None]:
     """Inside, batches between the JVM and Python have `rows` rows: for few and large ones."""
@@ -299,102 +295,5 @@ def spark_path(path: str) -> str:
     return re.sub(r"([\\{}\[\]*?])", r"\\\1", file_url(path))
 
 
-def write_table(frame: DataFrame, run: str, contract: Contract, file: Column) -> TableInfo:
-    """Write `frame` as table `contract.name` under `run`.
-
-    `file`: the number of the file that a row belongs to, a function of the row alone. Rows of a file are
-    sorted by the contract's key (all columns where it has none). At most ROWS_PER_FILE rows a file: a longer
-    one goes on in a further part.
-    """
-    order = contract.key or tuple(contract.columns)
-    rows = frame.select(*contract.columns, file.cast("int").alias(_FILE))
-    rows = rows.repartition(_FILE).sortWithinPartitions(_FILE, *order)
-    written = map_in_arrow(rows, _writer(f"{run}/{contract.name}", contract.schema), WRITTEN).collect()
-    return table_info(contract, [FileInfo(**row.asDict()) for row in written], run)
-
-
-def table_info(contract: Contract, files: Iterable[FileInfo], run: str) -> TableInfo:
-    """A table's entry in the manifest; a table without rows still gets one (empty) file,
-    so that readers find its schema."""
-    found = sorted(files, key=lambda info: info.path)
-    if not found:
-        found = [write_parquet(contract.schema.empty_table(), f"{run}/{contract.name}", part_name(0, 0))]
-    return TableInfo(contract.name, contract.fingerprint, tuple(found))
-
-
-def part_name(file: int, part: int) -> str:
-    return f"part-{file:05d}-{part:03d}.parquet"
-
-
 def batch_of(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(rows, schema=schema)
-
-
-class FileSink:
-    """Collects tables a file number at a time and writes each file when the next one begins."""
-
-    def __init__(self, folder: str, schema: pa.Schema, rows_per_file: int = ROWS_PER_FILE) -> None:
-        self.folder, self.schema, self.rows_per_file = folder, schema, rows_per_file
-        self.files: list[FileInfo] = []
-        self._tables: list[pa.Table] = []
-        self._rows = self._part = 0
-        self._file = -1
-
-    def add(self, file: int, table: pa.Table) -> None:
-        """Append `table` to file number `file`. Numbers must not decrease."""
-        if file != self._file:
-            self.close()
-            self._file, self._part = file, 0
-        self._tables.append(table)
-        self._rows += table.num_rows
-        while self._rows >= self.rows_per_file:
-            merged = pa.concat_tables(self._tables)
-            self._write(merged.slice(0, self.rows_per_file))
-            self._tables = [merged.slice(self.rows_per_file)]
-            self._rows = self._tables[0].num_rows
-
-    def close(self) -> list[FileInfo]:
-        """Write what is left; returns every file written so far."""
-        if self._rows:
-            self._write(pa.concat_tables(self._tables))
-        self._tables, self._rows = [], 0
-        return self.files
-
-    def _write(self, table: pa.Table) -> None:
-        # One chunk a column: the bytes must not depend on how the rows arrived.
-        whole = table.cast(self.schema).combine_chunks()
-        self.files.append(write_parquet(whole, self.folder, part_name(self._file, self._part)))
-        self._part += 1
-
-
-def runs_of(values: npt.NDArray[Any]) -> Iterator[tuple[int, int, int]]:
-    """(value, start, end) of each run of equal neighbours."""
-    edges = np.flatnonzero(np.diff(values)) + 1
-    for start, end in zip([0, *edges], [*edges, len(values)], strict=True):
-        if end > start:
-            yield int(values[start]), int(start), int(end)
-
-
-def written_batch(files: list[FileInfo]) -> pa.RecordBatch:
-    schema = pa.schema(
-        [
-            ("path", pa.string()),
-            ("rows", pa.int64()),
-            ("row_groups", pa.int32()),
-            ("bytes", pa.int64()),
-            ("sha256", pa.string()),
-        ]
-    )
-    return batch_of([vars(info) for info in files], schema)
-
-
-def _writer(folder: str, schema: pa.Schema) -> Pass:
-    def write(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        sink = FileSink(folder, schema)
-        for batch in batches:
-            table = pa.Table.from_batches([batch])
-            for file, start, end in runs_of(table.column(_FILE).to_numpy()):
-                sink.add(file, table.slice(start, end - start).select(schema.names))
-        yield written_batch(sink.close())
-
-    return write

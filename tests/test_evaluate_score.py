@@ -36,7 +36,7 @@ from ncf_dist.score.items import ItemLists
 from ncf_dist.score.pipeline import score
 from ncf_dist.score.ranker import score_pass
 from ncf_dist.score.spec import ScorePass
-from ncf_dist.spark_io import table_info
+from ncf_dist.spark_files import table_info
 from ncf_dist.stage import Outcome, stored
 from ncf_dist.train.pipeline import train
 

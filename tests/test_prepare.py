@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
 from ncf_dist import contracts
+from ncf_dist.ancestry import DIGESTS, digest_of
 from ncf_dist.config import Config, Layout, Negatives, Split
 from ncf_dist.errors import ContractError, InputError
 from ncf_dist.inputs import Listing
@@ -412,6 +413,9 @@ def test_a_second_night_keeps_every_index_and_appends(night: Night) -> None:
         assert found.items() >= old.items()
         assert {found[key] for key in new} == set(range(len(old), len(old) + len(new)))
         assert found.keys() == old.keys() | new
+        said = after.manifest.facts[DIGESTS][f"{side}s"]
+        assert said == digest_of(after.manifest.files(f"{side}_index"), len(found)), "added up while it was written"
+        assert night.manifest.facts[DIGESTS][f"{side}s"] == digest_of(after.manifest.files(f"{side}_index"), len(old))
     assert after.rows("interactions") == by_hand([*GOOD, *grown], after.index("user"), after.index("item"))
 
     for config, ds, made in ((after.config, SECOND, after), (night.config, FIRST, night)):

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ncf_dist.config import Config
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
+from ncf_dist.prepare import bins
 from ncf_dist.prepare.profile import last_published
 from ncf_dist.publish.data import Profile
 from tests import nights
@@ -71,6 +74,38 @@ def test_the_profile_is_what_the_tables_say(tmp_path: Path, make_config: Callabl
     assert said.new_users_a_day == 2.0
     assert said.quarantine == 0, "what is after the window is for later nights"
     assert json.loads(json.dumps(second.manifest.facts["profile"])) == second.manifest.facts["profile"]
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=60), st.lists(st.integers(0, 60), max_size=5))
+def test_bins_are_of_each_row_alone_and_add_up(ratings: list[float], cuts: list[int]) -> None:
+    """Ratings against the formula that simulated nights have; and the rows may be cut into blocks in any way."""
+    rating = np.array(ratings, np.float32)
+    item, time = np.arange(len(rating)) * 37, np.arange(len(rating)) * 11 + 1
+    assert bins.rating_bins(rating).tolist() == rating_bins(rating.astype(np.float64)).tolist()
+    blocks = []
+    for rows in np.split(np.arange(len(rating)), sorted(cut for cut in cuts if cut <= len(rating))):
+        blocks.append(bins.Bins())
+        blocks[-1].add(item[rows], rating[rows], time[rows])
+    whole = bins.Bins.joined(json.loads(json.dumps([vars(block) for block in blocks])))
+    assert whole.ratings == counts(rating_bins(rating.astype(np.float64)))
+    assert whole.items == counts(item % 64)
+    assert whole.newest == time[-1]
+
+
+def test_bins_of_ratings_by_hand() -> None:
+    """⌊7 log2 4⌋ = 14, and 15 more; 0.25 and less is in the first bin, 65,536 and more in the last."""
+    assert bins.rating_bins(np.array([0, 4, -4, 1, 0.25, 0.001, 65_536, 1e9])).tolist() == [
+        0,
+        29,
+        -29,
+        15,
+        1,
+        1,
+        127,
+        127,
+    ]
+    halves = bins.rating_bins(np.arange(1, 11) / 2)
+    assert (np.diff(halves) > 0).all(), "half stars are told apart"
 
 
 def prepared(lake: Lake, ds: str, base: Manifest | None) -> Manifest:

@@ -39,22 +39,13 @@ from pyspark.sql import functions as F
 from ncf_dist import config, gateway, last_line
 from ncf_dist.cli import run_job
 from ncf_dist.config import Config
-from ncf_dist.contracts import INDEX_LIST, ITEM_STATS, QUARANTINE, Contract
+from ncf_dist.contracts import INDEX_LIST, ITEM_STATS, NEXT_TOTALS, QUARANTINE, Contract
 from ncf_dist.errors import ContractError, InputError, NcfError, WorkerKilled
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.spark_errors import from_executors
-from ncf_dist.spark_io import (
-    FileSink,
-    Pass,
-    guarded,
-    map_in_arrow,
-    part_name,
-    read_table,
-    runs_of,
-    spark_session,
-    write_table,
-)
+from ncf_dist.spark_files import FileSink, part_name, runs_of, write_table, write_tables
+from ncf_dist.spark_io import Pass, guarded, map_in_arrow, read_table, spark_session
 from ncf_dist.spark_tables import local_rows
 from ncf_dist.stage import Outcome
 
@@ -197,6 +188,19 @@ def test_partitions_and_order_change_no_byte(partitions: SparkSession, tmp_path:
         assert stored.read()["user_idx"].to_pylist() == list(range(file, ROWS, 3))
 
 
+def test_two_tables_of_one_pass_are_those_of_a_pass_each(spark: SparkSession, tmp_path: Path) -> None:
+    """And what is said of the pieces is said of each row once."""
+    columns = {"train_count": F.col("id") * 3, "train_rows": F.col("id") * 2, "weight": F.xxhash64("id")}
+    frame = spark.range(ROWS).select(
+        F.col("id").cast("int").alias("item_idx"), *[c.alias(n) for n, c in columns.items()]
+    )
+    both, file = (ITEM_STATS, NEXT_TOTALS), F.col("item_idx") % 3
+    found, said = write_tables(frame, str(tmp_path / "one"), both, file, lambda part: part["item_idx"].to_pylist())
+    assert found == [write_table(frame, str(tmp_path / "each"), contract, file) for contract in both]
+    assert sorted(item for part in said for item in part) == list(range(ROWS))
+    assert write_tables(frame, str(tmp_path / "none"), both, file) == (found, [])
+
+
 def test_equal_rows_are_all_kept_where_there_is_no_key(spark: SparkSession, tmp_path: Path) -> None:
     rows = [("f", 1, "r2", "b"), ("f", 1, "r1", "c"), ("f", 1, "r1", "c"), ("e", 2, "r9", "a")]
     frame = spark.createDataFrame(rows, "file string, place long, reason string, raw string")
@@ -218,24 +222,24 @@ DIES_ONCE = """
 import json, os, signal, sys
 from pathlib import Path
 from pyspark.sql import functions as F
-from ncf_dist import spark_io
+from ncf_dist import spark_files, spark_io
 from ncf_dist.config import Spark
 from ncf_dist.contracts import ITEM_STATS
 
 root = Path(sys.argv[1])
 
-class DiesOnce(spark_io.FileSink):
+class DiesOnce(spark_files.FileSink):
     def _write(self, table):
         super()._write(table)
         if len(self.files) == 2 and not (root / "died").exists():
             (root / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-spark_io.FileSink = DiesOnce
+spark_files.FileSink = DiesOnce
 with spark_io.spark_session("retried", Spark(master="local[2,3]", shuffle_partitions=2)) as spark:
     spark.sparkContext.setLogLevel("OFF")
     rows = spark.range(1000).select(F.col("id").cast("int").alias("item_idx"), F.xxhash64("id").alias("train_count"))
-    table = spark_io.write_table(rows, str(root / "bad"), ITEM_STATS, F.col("item_idx") % 5)
+    table = spark_files.write_table(rows, str(root / "bad"), ITEM_STATS, F.col("item_idx") % 5)
 print(json.dumps([vars(file) for file in table.files]))
 """
 

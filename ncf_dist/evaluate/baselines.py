@@ -11,7 +11,6 @@ Letters: U users, I items, D factors.
 from __future__ import annotations
 
 import contextlib
-import json
 import posixpath
 from collections.abc import Iterable, Iterator
 
@@ -35,7 +34,7 @@ from ncf_dist.parquet import read_table
 from ncf_dist.sampling import IntArray
 from ncf_dist.scoring import Lists, ModelScorer
 from ncf_dist.scoring import blocks as kernel
-from ncf_dist.spark_io import Pass
+from ncf_dist.spark_io import Pass, stats_batch
 from ncf_dist.stored import map_tensors, parse_tensors
 
 COUNTS, LATEST = "counts", 20
@@ -136,7 +135,7 @@ def fit(spec: Fit) -> Pass:
                 _save(path, rows.tensors(COUNTS))
             if spec.files.keys() & GRAM:
                 _fit_gram(spec)
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps({})]})
+        yield stats_batch({})
 
     return run
 

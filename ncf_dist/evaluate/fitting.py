@@ -19,7 +19,8 @@ from ncf_dist.evaluate.evaluation import Evaluation
 from ncf_dist.evaluate.spec import ALS_USER, COUNTED, GRAM, Fit
 from ncf_dist.item_item.memory import COPIES, bytes_to_fit
 from ncf_dist.parquet import TableInfo
-from ncf_dist.spark_io import ROWS_PER_FILE, on_executor, read_table, task_stats, write_table
+from ncf_dist.spark_files import ROWS_PER_FILE, write_table
+from ncf_dist.spark_io import on_executor, read_table, task_stats
 
 ITEM_FACTORS = Contract(
     "als_items",

@@ -17,7 +17,8 @@ from ncf_dist.evaluate.spec import ALS_USER, EvaluationPass
 from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.recent import recent_lists
-from ncf_dist.spark_io import on_executor, read_table, table_info, task_stats
+from ncf_dist.spark_files import table_info
+from ncf_dist.spark_io import on_executor, read_table, task_stats
 
 MIN_FILES = 16
 USERS_A_FILE = 25_000

@@ -13,7 +13,6 @@ rows to tasks.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +36,8 @@ from ncf_dist.models.latest import latest
 from ncf_dist.recent import COLUMN, recent_rows
 from ncf_dist.scoring import Lists, ModelScorer, PopularityScorer, Scores, by_item, rank, scores_of
 from ncf_dist.scoring import blocks as kernel
-from ncf_dist.spark_io import FileSink, Pass, runs_of
+from ncf_dist.spark_files import FileSink, runs_of
+from ncf_dist.spark_io import Pass, stats_batch
 
 Score = Callable[["Judged"], Scores]
 
@@ -116,7 +116,7 @@ def evaluation_pass(spec: EvaluationPass) -> Pass:
             "files": [vars(info) for info in sink.close()],
             "scores": {name: histogram.as_json() for name, histogram in histograms.items()},
         }
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
+        yield stats_batch(stats)
 
     return run
 

@@ -18,7 +18,8 @@ from pyspark.sql import functions as F
 
 from ncf_dist.fetch.delivery import DeliveredFile
 from ncf_dist.files import make_dirs, write_atomic
-from ncf_dist.spark_io import Pass, batch_of, map_in_arrow, runs_of
+from ncf_dist.spark_files import runs_of
+from ncf_dist.spark_io import Pass, batch_of, map_in_arrow
 
 LINES_PER_FILE = 1_000_000
 """About how many lines a file has (25 MB); a writer holds one file in memory."""

@@ -9,7 +9,7 @@ A number that was given to an id is never given to another one, even where that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,13 +22,13 @@ from ncf_dist.ancestry import INDEXES, Sizes, index_sizes, joined, partial_diges
 from ncf_dist.errors import InputError
 from ncf_dist.lake import Lake
 from ncf_dist.manifests import Manifest
-from ncf_dist.parquet import TableInfo, read_schema, read_table
+from ncf_dist.parquet import TableInfo, read_schema
 from ncf_dist.prepare.filters import Filtered
 from ncf_dist.prepare.forget import Forget
 from ncf_dist.prepare.id_types import IdTypes
 from ncf_dist.prepare.workspace import Workspace
-from ncf_dist.spark_io import ROWS_PER_FILE, map_in_arrow, read_files, write_table
-from ncf_dist.spark_io import read_table as table_frame
+from ncf_dist.spark_files import ROWS_PER_FILE, write_tables
+from ncf_dist.spark_io import read_files, read_table
 from ncf_dist.spark_tables import local_rows
 from ncf_dist.stage import production_runs
 
@@ -88,13 +88,13 @@ def extend_indexes(
     which are items that need a number too."""
     user_contract, item_contract = contracts.user_index(ids.user), contracts.item_index(ids.item)
     before = index_sizes(base) if base else Sizes(0, 0)
-    old_users = forget.leave_out(table_frame(space.spark, base, user_contract), "user_id") if base else None
-    old_items = table_frame(space.spark, base, item_contract) if base else None
+    old_users = forget.leave_out(read_table(space.spark, base, user_contract), "user_id") if base else None
+    old_items = read_table(space.spark, base, item_contract) if base else None
     item_ids = rows.item_ids
     if given is not None:
         item_ids = item_ids.union(given.select(F.col("candidate").alias("item_id")))
-    users, user_table, n_users = _write_index(space, rows.user_ids, old_users, before.users, user_contract)
-    items, item_table, n_items = _write_index(space, item_ids, old_items, before.items, item_contract)
+    users, user_table, n_users, user_digest = _write_index(space, rows.user_ids, old_users, before.users, user_contract)
+    items, item_table, n_items, item_digest = _write_index(space, item_ids, old_items, before.items, item_contract)
     log.info("user_index: %s, item_index: %s", f"{user_table.rows:,}", f"{item_table.rows:,}")
     tables = {user_contract.name: user_table, item_contract.name: item_table}
     known = base.tables[user_contract.name].rows if base else 0
@@ -103,19 +103,20 @@ def extend_indexes(
         items,
         tables,
         Sizes(n_users, n_items),
-        digests(space.spark, {name: space.files(tables[table]) for name, table in INDEXES.items()}),
+        dict(zip(INDEXES, (user_digest, item_digest), strict=True)),
         known + n_users - before.users - user_table.rows if base else 0,
     )
 
 
 def _write_index(
     space: Workspace, keys: DataFrame, old: DataFrame | None, start: int, contract: contracts.Contract
-) -> tuple[DataFrame, TableInfo, int]:
-    """(the extended index, its table, how many numbers have been given)."""
+) -> tuple[DataFrame, TableInfo, int, str]:
+    """(the extended index, its table, how many numbers have been given, its digest)."""
     id_column, index_column = contract.columns
     extended, size = extend_index(space.spark, keys, old, start, id_column, index_column)
-    table = write_table(extended, space.run, contract, F.floor(F.col(index_column) / F.lit(ROWS_PER_FILE)))
-    return read_files(space.spark, space.files(table), contract.schema), table, size
+    file = F.floor(F.col(index_column) / F.lit(ROWS_PER_FILE))
+    [table], digests = write_tables(extended, space.run, [contract], file, partial_digest)
+    return read_files(space.spark, space.files(table), contract.schema), table, size, joined(digests)
 
 
 def extend_index(
@@ -150,18 +151,3 @@ def extend_index(
         id_column, (F.col("_first") + position).cast("int").alias(index_column)
     )
     return (numbered if old is None else old.select(id_column, index_column).unionByName(numbered)), size
-
-
-def digests(spark: SparkSession, files: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """The digest of each index table by name, from its files."""
-    named = [(name, path) for name, paths in files.items() for path in paths]
-
-    def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for number in (number for batch in batches for number in batch.column(0).to_pylist()):
-            name, path = named[number]
-            entries, total = partial_digest(read_table(path))
-            yield pa.RecordBatch.from_pydict({"name": [name], "entries": [entries], "total": [str(total)]})
-
-    numbers = spark.range(0, len(named), 1, len(named))
-    rows = map_in_arrow(numbers, run, "name string, entries long, total string").collect()
-    return {name: joined((row["entries"], int(row["total"])) for row in rows if row["name"] == name) for name in files}

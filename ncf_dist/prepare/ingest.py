@@ -6,7 +6,6 @@ Workers read one unit at a time (`read_one`); the driver sees counts and the pat
 from __future__ import annotations
 
 import datetime as dt
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +34,8 @@ from ncf_dist.prepare.run_inputs import RunInputs
 from ncf_dist.prepare.source import Source, place_of
 from ncf_dist.prepare.values import YEAR_1995
 from ncf_dist.prepare.workspace import Workspace
-from ncf_dist.spark_io import ROWS_PER_FILE, FileSink, Pass, table_info, task_stats, write_table
+from ncf_dist.spark_files import ROWS_PER_FILE, FileSink, table_info, write_table
+from ncf_dist.spark_io import Pass, stats_batch, task_stats
 
 MAX_TASKS = 10_000
 ID_COLUMNS = ("user_id", "item_id")
@@ -184,7 +184,7 @@ def read_pass(spec: RowSpec) -> Pass:
 
     def run(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         stats = [read_one(spec, unit) for batch in batches for unit in batch.column(0).to_pylist()]
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(unit) for unit in stats]})
+        yield stats_batch(*stats)
 
     return run
 

@@ -13,7 +13,8 @@ from ncf_dist.parquet import TableInfo, read_table
 from ncf_dist.prepare.index import Indexes
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray
-from ncf_dist.spark_io import ROWS_PER_FILE, read_files, write_table
+from ncf_dist.spark_files import ROWS_PER_FILE, write_table, write_tables
+from ncf_dist.spark_io import read_files
 
 WEIGHT_TOTAL = 2**36
 """About what all items weigh together as negatives: fine enough for a long tail, and users times it fit 64 bits."""
@@ -41,16 +42,24 @@ def read_weights(files: Sequence[str], n_items: int) -> IntArray:
     return weights
 
 
-def write_item_stats(space: Workspace, indexes: Indexes, interactions: TableInfo) -> TableInfo:
-    """Write item_stats: how many train and validation rows each item has."""
+def write_item_tables(
+    space: Workspace, indexes: Indexes, interactions: TableInfo, followed: DataFrame | None
+) -> dict[str, TableInfo]:
+    """Write item_stats: how many train and validation rows each item has; and next_totals, where `followed` says how
+    much weight the pairs that begin with an item have: (item_idx, weight), none of items without pairs."""
     rows = read_files(space.spark, space.files(interactions), contracts.INTERACTIONS.schema)
-    counted = (
-        rows.where(F.col("split") != contracts.TEST_SPLIT).groupBy("item_idx").agg(F.count("*").alias("train_count"))
-    )
-    stats = indexes.items.join(counted, "item_idx", "left").select(
-        "item_idx", F.coalesce("train_count", F.lit(0)).cast("bigint").alias("train_count")
-    )
-    return write_table(stats, space.run, contracts.ITEM_STATS, file_of_item())
+    counts = [
+        F.count("*").alias("train_count"),
+        F.count_if(F.col("split") == contracts.TRAIN_SPLIT).alias("train_rows"),
+    ]
+    counted = rows.where(F.col("split") != contracts.TEST_SPLIT).groupBy("item_idx").agg(*counts)
+    every = indexes.items.select("item_idx").join(counted, "item_idx", "left")
+    tables, sums = [contracts.ITEM_STATS], ["train_count"]
+    if followed is not None:
+        every = every.join(followed, "item_idx", "left")
+        tables, sums = [*tables, contracts.NEXT_TOTALS], [*sums, "train_rows", "weight"]
+    every = every.select("item_idx", *[F.coalesce(name, F.lit(0)).cast("bigint").alias(name) for name in sums])
+    return {info.path: info for info in write_tables(every, space.run, tables, file_of_item())[0]}
 
 
 def file_of_item() -> Column:

@@ -19,13 +19,14 @@ from pyspark.sql import functions as F
 
 from ncf_dist.config import Config, Layout
 from ncf_dist.contracts import Contract, sequences
-from ncf_dist.parquet import FileInfo, TableInfo
+from ncf_dist.parquet import TableInfo
 from ncf_dist.prepare.sequences import staged_windows
 from ncf_dist.prepare.user_files import ORDER_BUCKETS
 from ncf_dist.prepare.user_tables import UserTables, staging_schema, train_contract
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray
-from ncf_dist.spark_io import WRITTEN, FileSink, Pass, map_in_arrow, runs_of, table_info, written_batch
+from ncf_dist.spark_files import FileSink, files_of, runs_of, said_of, table_info
+from ncf_dist.spark_io import Pass, stats_batch, task_stats
 from ncf_dist.spark_tables import local_rows
 
 
@@ -83,9 +84,8 @@ def write_in_hashed_order(
     # Sorted by one small number, which Spark does by radix; a file's own rows are sorted where they are written.
     placed = placed.repartition("_file").sortWithinPartitions("_file")
     starts = ranks[np.minimum(np.searchsorted(last, np.arange(files)), ORDER_BUCKETS - 1)]
-    writer = _writer(space.run, contract, starts, ends)
-    written = map_in_arrow(placed, writer, WRITTEN).collect()
-    return table_info(contract, [FileInfo(**row.asDict()) for row in written], space.run)
+    tasks = task_stats(placed, _writer(space.run, contract, starts, ends))
+    return table_info(contract, files_of(tasks, contract.name), space.run)
 
 
 def _writer(run: str, contract: Contract, starts: IntArray, ends: IntArray) -> Pass:
@@ -112,7 +112,7 @@ def _writer(run: str, contract: Contract, starts: IntArray, ends: IntArray) -> P
                     file = number
                 held.append(table.slice(start, end - start))
         flush()
-        yield written_batch(sink.close())
+        yield stats_batch({"files": said_of(**{contract.name: sink})})
 
     return write
 

@@ -9,32 +9,21 @@ Spark carries slices of many pairs, as bytes: with a row a pair this took more t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts
 from ncf_dist.config import Sequences
 from ncf_dist.parquet import FileInfo, TableInfo
-from ncf_dist.prepare.index import Indexes
-from ncf_dist.prepare.item_tables import file_of_item
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray
-from ncf_dist.spark_io import (
-    ROWS_PER_FILE,
-    FileSink,
-    Pass,
-    arrow_batches,
-    read_files,
-    runs_of,
-    table_info,
-    task_stats,
-    write_table,
-)
+from ncf_dist.spark_files import ROWS_PER_FILE, FileSink, files_of, runs_of, said_of, table_info
+from ncf_dist.spark_io import Pass, arrow_batches, stats_batch, task_stats
 
 HELD_PAIRS = 2**22
 """Pairs that a task holds, some 64 MB; more where more follow a single item."""
@@ -44,6 +33,8 @@ SLICES_A_FILE = 64
 MIN_FILES = 8
 PAIR = contracts.NEXT_ITEMS.schema
 TOTAL = pa.schema([contracts.NEXT_TOTALS.schema.field(name) for name in ("item_idx", "weight")])
+KEPT, TOTALS = "kept", "totals"
+"""What a task writes: pairs, and what all pairs of an item weigh together."""
 SLICE = pa.schema(
     [
         pa.field(name, kind, nullable=False)
@@ -145,24 +136,18 @@ def _table(pair: IntArray, weight: IntArray, n_items: int) -> pa.Table:
 
 
 def write_next_items(
-    space: Workspace, config: Sequences, indexes: Indexes, staged: Sequence[str], interactions: TableInfo
-) -> dict[str, TableInfo]:
-    """The tables next_items and next_totals, from the pairs that the pass over users staged."""
-    n_items = indexes.sizes.items
+    space: Workspace, config: Sequences, n_items: int, staged: Sequence[str]
+) -> tuple[TableInfo, DataFrame]:
+    """(the table next_items, (item_idx, weight) of all pairs that begin with an item), from the pairs that the pass
+    over users staged."""
     share = items_per_file(config, n_items)
     of_file = space.read(staged, SLICE).repartition(F.floor(F.col("item_idx") / F.lit(share)))
-    work = next_pass(space.run, space.staged("next_totals"), n_items, config.next_items, share)
+    totals = space.staged("next_totals")
+    work = next_pass(space.run, totals, n_items, config.next_items, share)
     with arrow_batches(space.spark, SLICES_A_FILE):
         tasks = task_stats(of_file.sortWithinPartitions("item_idx"), work)
-    kept = table_info(contracts.NEXT_ITEMS, [FileInfo(**info) for task in tasks for info in task["kept"]], space.run)
-    totals = space.read([path for task in tasks for path in task["totals"]], TOTAL)
-    rows = read_files(space.spark, space.files(interactions), contracts.INTERACTIONS.schema)
-    counted = rows.where(F.col("split") == contracts.TRAIN_SPLIT).groupBy("item_idx").agg(F.count("*").alias("_rows"))
-    every = indexes.items.select("item_idx").join(counted, "item_idx", "left").join(totals, "item_idx", "left")
-    columns = {"train_rows": F.coalesce("_rows", F.lit(0)), "weight": F.coalesce("weight", F.lit(0))}
-    every = every.select("item_idx", *[column.cast("bigint").alias(name) for name, column in columns.items()])
-    summed = write_table(every, space.run, contracts.NEXT_TOTALS, file_of_item())
-    return {kept.path: kept, summed.path: summed}
+    kept = table_info(contracts.NEXT_ITEMS, files_of(tasks, KEPT), space.run)
+    return kept, space.read([f"{totals}/{info.path}" for info in files_of(tasks, TOTALS)], TOTAL)
 
 
 # ---- on the workers
@@ -182,11 +167,7 @@ def next_pass(run: str, totals: str, n_items: int, keep: int, items_per_file: in
             for sink, table in ((kept, _table(pair[chosen], weight[chosen], n_items)), (summed, total)):
                 for file, start, end in runs_of(table.column("item_idx").to_numpy() // items_per_file):
                     sink.add(file, table.slice(start, end - start))
-        stats = {
-            "kept": [vars(info) for info in kept.close()],
-            "totals": [f"{totals}/{info.path}" for info in summed.close()],
-        }
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
+        yield stats_batch({"files": said_of(**{KEPT: kept, TOTALS: summed})})
 
     return work
 

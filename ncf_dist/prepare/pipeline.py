@@ -13,6 +13,8 @@ import posixpath
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyspark.sql import DataFrame
+
 from ncf_dist.config import Config
 from ncf_dist.contracts import INTERACTIONS, TEST, VALIDATION
 from ncf_dist.files import remove
@@ -26,7 +28,7 @@ from ncf_dist.prepare.given_candidates import given_candidates, with_candidates
 from ncf_dist.prepare.id_types import IdTypes, id_types
 from ncf_dist.prepare.index import Indexes, base_run, base_types, extend_indexes
 from ncf_dist.prepare.ingest import ingest
-from ncf_dist.prepare.item_tables import write_item_stats
+from ncf_dist.prepare.item_tables import write_item_tables
 from ncf_dist.prepare.layout import write_sequences_table, write_train_table
 from ncf_dist.prepare.next_items import write_next_items
 from ncf_dist.prepare.profile import PROFILE, last_published, profile
@@ -104,29 +106,29 @@ def make_tables(
     # Lay the train rows, and windows of the users' order, out in equal files, in hashed order.
     train = write_train_table(space, config, users)
     log.info("train: %s rows in %d files", f"{train.rows:,}", len(train.files))
-    ordered = write_order_tables(space, config, indexes, users)
+    ordered, followed = write_order_tables(space, config, indexes, users)
     # What belongs to items and users.
-    item_stats = write_item_stats(space, indexes, users.tables[INTERACTIONS.name])
+    items = write_item_tables(space, indexes, users.tables[INTERACTIONS.name], followed)
     sides = write_side_tables(space, config.input, inputs, indexes, ids, forget)
 
     made = {"quarantine": ingested.quarantine, **indexes.tables, **users.tables, "train": train, **ordered}
     facts = account(ingested, filtered, indexes, users, forget, config.input.feedback)
     facts |= sequence_facts(config.sequences, users.counts)
-    facts[PROFILE] = profile(space, ds, ingested, indexes, users.tables, base, before)
-    tables = {**made, "item_stats": item_stats, **sides.tables}
+    facts[PROFILE] = profile(space, ds, ingested, indexes, users, base, before)
+    tables = {**made, **items, **sides.tables}
     return tables, {**facts, **split_facts(rule), **sides.facts}, ingested.warnings
 
 
 def write_order_tables(
     space: Workspace, config: Config, indexes: Indexes, users: UserTables
-) -> Mapping[str, TableInfo]:
-    """What models of histories read beside `recent`; nothing where sequences.length is 0."""
+) -> tuple[Mapping[str, TableInfo], DataFrame | None]:
+    """(what models of histories read beside `recent`, how much follows each item where that is counted); nothing where
+    sequences.length is 0."""
     if not config.sequences.length:
-        return {}
+        return {}, None
     sequences = write_sequences_table(space, config, users)
     log.info("sequences: %s windows in %d files", f"{sequences.rows:,}", len(sequences.files))
-    tables = {sequences.path: sequences}
-    if config.sequences.next_items:
-        interactions = users.tables[INTERACTIONS.name]
-        tables |= write_next_items(space, config.sequences, indexes, users.pairs, interactions)
-    return tables
+    if not config.sequences.next_items:
+        return {sequences.path: sequences}, None
+    kept, followed = write_next_items(space, config.sequences, indexes.sizes.items, users.pairs)
+    return {sequences.path: sequences, kept.path: kept}, followed

@@ -28,7 +28,7 @@ from ncf_dist.prepare.splits import SplitRule
 from ncf_dist.prepare.user_blocks import Block
 from ncf_dist.prepare.user_files import StagingSink, UserSink, lists, offsets_of
 from ncf_dist.sampling import IntArray, Purpose, hash64
-from ncf_dist.spark_io import ROWS_PER_FILE
+from ncf_dist.spark_files import ROWS_PER_FILE
 
 WINDOWS, PAIRS = "windows", "pairs"
 """The names of the staged windows and pairs."""

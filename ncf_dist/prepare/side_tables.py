@@ -33,7 +33,8 @@ from ncf_dist.prepare.run_inputs import RunInputs
 from ncf_dist.prepare.source import Source
 from ncf_dist.prepare.values import floats, integers
 from ncf_dist.prepare.workspace import Workspace
-from ncf_dist.spark_io import ROWS_PER_FILE, Pass, map_in_arrow, write_table
+from ncf_dist.spark_files import ROWS_PER_FILE, write_table
+from ncf_dist.spark_io import Pass, map_in_arrow
 
 TYPES = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 log = logging.getLogger(__name__)

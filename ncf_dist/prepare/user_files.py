@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ncf_dist.sampling import IntArray
-from ncf_dist.spark_io import ROWS_PER_FILE, FileSink
+from ncf_dist.spark_files import ROWS_PER_FILE, FileSink
 
 ORDER_BUCKETS = 4096
 """Rows in hashed order are counted by the top bits of their hash, to cut them into equal files."""

@@ -11,7 +11,6 @@ it with NumPy; nothing here depends on which task has which users.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from pyspark.sql import functions as F
 from ncf_dist import contracts, sampling
 from ncf_dist.config import Config, Negatives, Sequences
 from ncf_dist.parquet import FileInfo, TableInfo
+from ncf_dist.prepare.bins import Bins
 from ncf_dist.prepare.index import Indexes
 from ncf_dist.prepare.item_tables import item_weights, read_weights
 from ncf_dist.prepare.sequences import PAIRS, WINDOWS, OrderSinks
@@ -34,7 +34,8 @@ from ncf_dist.prepare.user_blocks import Block, deduplicate, whole_users
 from ncf_dist.prepare.user_files import StagingSink, UserSink, lists, offsets_of
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray, Purpose, hash64
-from ncf_dist.spark_io import Pass, map_in_arrow, table_info, task_stats
+from ncf_dist.spark_files import files_of, table_info
+from ncf_dist.spark_io import Pass, map_in_arrow, stats_batch, task_stats
 
 ROWS_PER_FILE = 500_000
 MIN_FILES = 8
@@ -75,13 +76,14 @@ class Staged:
 class UserTables:
     """tables: those of `BY_USER`, recent where it is made, and item_weights where negatives are weighted; train,
     windows: rows for the tables train and sequences (None where it is not made); pairs: files of pairs of items;
-    counts: of rows and users, by name."""
+    counts: of rows and users, by name; bins: of the interactions."""
 
     tables: Mapping[str, TableInfo]
     train: Staged
     windows: Staged | None
     pairs: Sequence[str]
     counts: Counter[str]
+    bins: Bins
 
 
 def write_user_tables(
@@ -123,18 +125,15 @@ def write_user_tables(
         raise AssertionError(f"{totals['rows']:,} rows reached the users of {count:,}: rows were lost")
     ordered = config.sequences.length > 0
     for contract in (*BY_USER, contracts.RECENT) if ordered else BY_USER:
-        tables[contract.name] = table_info(contract, _files(tasks, contract.name), space.run)
+        tables[contract.name] = table_info(contract, files_of(tasks, contract.name), space.run)
     train, windows, pairs = (_staged(tasks, spec.staging, name) for name in (TRAIN_ROWS, WINDOWS, PAIRS))
-    return UserTables(tables, train, windows if ordered else None, pairs.files, totals)
-
-
-def _files(tasks: Sequence[Mapping[str, Any]], name: str) -> list[FileInfo]:
-    return [FileInfo(**info) for task in tasks for info in task["files"][name]]
+    bins = Bins.joined(task["bins"] for task in tasks)
+    return UserTables(tables, train, windows if ordered else None, pairs.files, totals, bins)
 
 
 def _staged(tasks: Sequence[Mapping[str, Any]], staging: str, name: str) -> Staged:
     folder = staging if name == TRAIN_ROWS else f"{staging}-{name}"
-    files = [f"{folder}/{info.path}" for info in _files(tasks, name)]
+    files = [f"{folder}/{info.path}" for info in files_of(tasks, name)]
     return Staged(files, np.sum([task["buckets"].get(name, 0) for task in tasks], axis=0))
 
 
@@ -167,8 +166,9 @@ def user_pass(spec: UserPass) -> Pass:
             "counts": counts,
             "files": {n: [vars(f) for f in files] for n, files in writers.close().items()},
             "buckets": writers.buckets,
+            "bins": vars(writers.bins),
         }
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
+        yield stats_batch(stats)
 
     return run
 
@@ -198,6 +198,7 @@ class _Writers:
         self.sinks = {c.name: UserSink(f"{spec.run}/{c.name}", c.schema, share) for c in BY_USER}
         self.staged = StagingSink(spec.staging, staging_schema(spec.negatives, spec.explicit), share)
         self.weights = read_weights(spec.weights, spec.n_items) if spec.weights else None
+        self.bins = Bins()
 
     def close(self) -> dict[str, list[FileInfo]]:
         """Files by the name of their table."""
@@ -214,6 +215,7 @@ class _Writers:
         row, users = block.row, len(block.offsets) - 1
         in_test = split == contracts.TEST_SPLIT
         counts.update(users=users, tied_users=tied, accepted=len(split))
+        self.bins.add(block.item, block.rating, block.timestamp)
 
         columns = [block.user, block.item, block.rating, block.timestamp, split]
         self._add(contracts.INTERACTIONS, block.user, columns)

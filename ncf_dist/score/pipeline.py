@@ -24,15 +24,8 @@ from ncf_dist.score import forecasting
 from ncf_dist.score.plan import STAGE, Plan
 from ncf_dist.score.task_rows import in_files, in_tasks, popularity, users_to_rank
 from ncf_dist.score.written import check_written
-from ncf_dist.spark_io import (
-    LIST_BATCH_ROWS,
-    ROWS_PER_FILE,
-    on_executor,
-    spark_session,
-    table_info,
-    task_stats,
-    write_table,
-)
+from ncf_dist.spark_files import ROWS_PER_FILE, table_info, write_table
+from ncf_dist.spark_io import LIST_BATCH_ROWS, on_executor, spark_session, task_stats
 from ncf_dist.stage import Outcome, StageRun, Upstream
 
 log = logging.getLogger(__name__)

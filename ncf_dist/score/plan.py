@@ -24,7 +24,8 @@ from ncf_dist.refits import REFIT, in_place_of, said_of
 from ncf_dist.score.items import ItemLists
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.score.task_rows import active_from
-from ncf_dist.spark_io import ROWS_PER_FILE, on_one_executor
+from ncf_dist.spark_files import ROWS_PER_FILE
+from ncf_dist.spark_io import on_one_executor
 from ncf_dist.stage import Upstream, find_upstream
 
 STAGE = "score"

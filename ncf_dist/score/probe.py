@@ -16,7 +16,7 @@ from ncf_dist.files import remove
 from ncf_dist.models import Sequences
 from ncf_dist.score.ranker import Ranker, score_pass
 from ncf_dist.score.spec import ScorePass
-from ncf_dist.spark_io import Pass
+from ncf_dist.spark_io import Pass, stats_batch
 
 
 def probe_pass(spec: ScorePass, seconds: float) -> Pass:
@@ -35,7 +35,7 @@ def probe_pass(spec: ScorePass, seconds: float) -> Pass:
         stats["reload_s"] = time.perf_counter() - loading
         stats["flops"] = flops_a_pair(spec)
         stats["task_s"] = time.perf_counter() - begun
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
+        yield stats_batch(stats)
 
     return run
 

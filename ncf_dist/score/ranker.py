@@ -6,7 +6,6 @@ None of it grows with the number of users.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -28,7 +27,8 @@ from ncf_dist.recent import COLUMN, recent_rows
 from ncf_dist.score.popular import Popular
 from ncf_dist.score.spec import ScorePass
 from ncf_dist.scoring import Lists, ModelScorer
-from ncf_dist.spark_io import FileSink, Pass, runs_of
+from ncf_dist.spark_files import FileSink, runs_of
+from ncf_dist.spark_io import Pass, stats_batch
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -64,7 +64,7 @@ def score_pass(spec: ScorePass) -> Pass:
         clock.add("write")
         stats = {"counts": counts, "files": files, "seconds": clock.seconds, "memory": clock.memory}
         stats["bits"] = products.check() if ranker else None
-        yield pa.RecordBatch.from_pydict({"stats": [json.dumps(stats)]})
+        yield stats_batch(stats)
 
     return run
 
