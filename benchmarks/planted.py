@@ -170,21 +170,25 @@ def run_seed(seed: int, users: int, rounds: int, models: list[str], settings: li
     print(f"{taken.size:,} interactions, {ITEMS:,} items, seed {seed}; {machine}")
     print(f"oracle       HR@10 {best:.4f}", flush=True)
     told: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seeds": {}}
-    told |= {"interactions": taken.size, "items": ITEMS}
-    of_seed = told["seeds"].setdefault(str(seed), {}) | {"oracle": best}
+    log = {"interactions": taken.size, "items": ITEMS, "oracle": best}
+    of_seed = told["seeds"].get(str(seed), {})
+    if {name: of_seed.get(name) for name in log} != log:
+        of_seed = log  # What models reached on another log says nothing of this one.
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_log(folder / "log.csv", taken)
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(base(folder, seed)))
         if rounds:
-            told["cost"] = {"machine": machine, "rounds": rounds, "ways": cost(config, rounds)}
+            told["cost"] = {
+                "machine": machine, "interactions": taken.size, "rounds": rounds, "ways": cost(config, rounds),
+            }  # fmt: skip
             for way, each in told["cost"]["ways"].items():
                 times = each["wall"] / told["cost"]["ways"]["without"]["wall"]
                 print(f"{way:12} {each['wall']:8.1f} s {times:6.2f} × Python {each['python']:.0f} MiB", flush=True)
         for model in models:
             found = judged(config, model, settings)
-            of_seed[model] = {**found, "share": found["hr@10"] / best, "machine": machine}
+            of_seed[model] = {**found, "share": found["hr@10"] / best, "settings": settings, "machine": machine}
             print(f"{model:12} HR@10 {found['hr@10']:.4f}, {of_seed[model]['share']:.1%} of the oracle's", flush=True)
     told["seeds"][str(seed)] = of_seed
     RESULTS.write_text(json.dumps(told, indent=1) + "\n")

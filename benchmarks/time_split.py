@@ -9,7 +9,7 @@ done before is the test, ranked in the whole catalogue but what the user has see
 mf, NeuMF and the model of histories have the settings of conf/ncf-ml-1m-*.yaml, which were chosen on another split;
 item_to_item, EASE and the popularities are evaluate's baselines. Each job is run by itself. Prints one table, mean and
 standard deviation over seeds, and writes benchmarks/results/time_split.json after each of them; --add keeps the other
-seeds that it has. MovieLens comes from NCF_DATA_DIR/ml-1m.
+seeds and models that it has. MovieLens comes from NCF_DATA_DIR/ml-1m.
 """
 
 from __future__ import annotations
@@ -102,15 +102,17 @@ def main() -> None:
     told: dict[str, Any] = json.loads(RESULTS.read_text()) if args.add and RESULTS.exists() else {"runs": {}}
     told["held out"] = held_out(files / "ratings.dat")
     for seed in args.seeds:
-        told["runs"][str(seed)] = {"machine": machine, "found": run_seed(files, args.models, seed)}
+        before = told["runs"].get(str(seed), {"found": {}})["found"]
+        told["runs"][str(seed)] = {"machine": machine, "found": before | run_seed(files, args.models, seed)}
         RESULTS.write_text(json.dumps(told, indent=1) + "\n")
     machines = " and ".join(sorted({run["machine"] for run in told["runs"].values()}))
     seeds, runs = " ".join(told["runs"]), [run["found"] for run in told["runs"].values()]
     print(f"MovieLens-1M, the last {TEST:.0%} by time held out, whole catalogue, seeds {seeds}, {machines}")
-    for name, figures in runs[0].items():
+    for name in dict.fromkeys(name for found in runs for name in found):
+        of_name = [found[name] for found in runs if name in found]
         line = []
-        for figure in figures:
-            values = [run[name][figure] for run in runs]
+        for figure in of_name[0]:
+            values = [found[figure] for found in of_name]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             line.append(f"{figure} {statistics.mean(values):.4f}{spread}")
         print(f"{name:<20} {'   '.join(line)}")

@@ -1,4 +1,9 @@
-"""Writing tables of the contracts from Spark: the files, and what tasks say of them."""
+"""Writing tables of the contracts from Spark.
+
+By our own Arrow writer, because the layout is part of what a table promises: a row's file is a function of the row,
+each file is sorted and has one row group, and the same rows give the same bytes with any number of partitions and after
+any retry.
+"""
 
 from __future__ import annotations
 

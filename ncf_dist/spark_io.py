@@ -1,8 +1,6 @@
-"""The shared pyspark module: session, reading and writing tables of the contracts.
+"""The shared pyspark module: the session, passes over rows, reading tables of the contracts.
 
-DataFrame API and mapInArrow only, so it also runs on Spark Connect. Tables are written by our own Arrow writer, because
-the layout is part of what a table promises: a row's file is a function of the row, each file is sorted and has one row
-group, and the same rows give the same bytes with any number of partitions and after any retry.
+DataFrame API and mapInArrow only, so it also runs on Spark Connect.
 """
 
 from __future__ import annotations
@@ -45,8 +43,8 @@ BATCH_BYTES = 2**26
 """However long the histories are, a batch ends after the row that goes past this. (Spark 3.5 does not know it.)"""
 
 KEPT_CLASSES = ("spark.sql.codegen.cache.maxEntries", "1000")
-"""How many of the classes that it generates from plans Spark keeps. A small night has 170; of Spark's own 100 none is
-left when the next one comes to the same plan."""
+"""How many of the classes that it generates from plans Spark keeps. A small night has more than the 100 of Spark's own
+choice, of which none is left when the next one comes to the same plan."""
 
 _SECRET = "spark.authenticate.secret"
 

@@ -33,6 +33,7 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from ncf_dist import contracts, gateway
+from ncf_dist.ancestry import DIGESTS
 from ncf_dist.config import Config, Input, Split
 from ncf_dist.errors import InputError, NcfError
 from ncf_dist.lake import Lake
@@ -41,6 +42,7 @@ from ncf_dist.prepare.forget import NOBODY
 from ncf_dist.prepare.id_types import IdTypes
 from ncf_dist.prepare.interactions import LATE
 from ncf_dist.prepare.pipeline import prepare
+from ncf_dist.prepare.profile import PROFILE
 from ncf_dist.prepare.run_inputs import RunInputs
 from ncf_dist.prepare.side_tables import write_side_tables
 from ncf_dist.prepare.splits import Cutoff, SplitRule, value_at
@@ -307,6 +309,8 @@ def test_killed_tasks_and_executors_change_no_byte(base: Night, tmp_path: Path, 
     for name, table in base.manifest.tables.items():
         if name != "quarantine":
             assert table == manifest.tables[name], name
+    for fact in (DIGESTS, PROFILE):
+        assert base.manifest.facts[fact] == manifest.facts[fact], "counted once, however often a task ran"
 
 
 # ---- bad rows ----------------------------------------------------------------------------------------------

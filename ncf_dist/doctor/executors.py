@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import posixpath
 import socket
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import SparkSession
 
-    from ncf_dist.spark_io import Pass, stats_batch
+    from ncf_dist.spark_io import Pass
 
 COME_S, QUIET_S = 60.0, 5.0
 """What executors have to come, and after how long without a new one they all have."""
@@ -85,11 +86,12 @@ def looking(lake: str, probe: str) -> Pass:
     """A pass that looks at its executor, and at the driver's probe in the lake; it leaves one of its own there."""
 
     def look(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        import pyarrow as pa
 
         for _ in batches:
             found = asdict(here()) | lake_seen(lake, probe)
             time.sleep(STAY_S)
-            yield stats_batch(found)
+            yield pa.RecordBatch.from_pydict({"stats": [json.dumps(found)]})
 
     return look
 

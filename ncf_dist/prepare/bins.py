@@ -37,9 +37,13 @@ class Bins:
 
     def add(self, item: IntArray, rating: npt.NDArray[np.floating[Any]], timestamp: IntArray) -> None:
         """(R,) of each."""
-        for counter, bins in ((self.ratings, rating_bins(rating)), (self.items, item % ITEM_BUCKETS)):
-            found, rows = np.unique(bins, return_counts=True)
-            counter.update(dict(zip(map(str, found.tolist()), rows.tolist(), strict=True)))
+        furthest = LARGEST + 1 - SMALLEST  # From 0, in both directions.
+        for counter, bins, lowest in (
+            (self.ratings, rating_bins(rating), -furthest),
+            (self.items, item % ITEM_BUCKETS, 0),
+        ):
+            rows = np.bincount(bins - lowest)
+            counter.update({str(place + lowest): int(rows[place]) for place in np.flatnonzero(rows)})
         self.newest = max(self.newest, int(timestamp.max(initial=0)))
 
     @classmethod

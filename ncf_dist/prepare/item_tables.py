@@ -1,4 +1,5 @@
-"""Tables about items, worked out from train rows: how often each is interacted with, and its weight as a negative."""
+"""Tables about items, worked out from train rows: how often each is interacted with, its weight as a negative, and how
+much follows it."""
 
 from __future__ import annotations
 
