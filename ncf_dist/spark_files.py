@@ -54,8 +54,8 @@ def files_of(tasks: Iterable[Mapping[str, Any]], name: str) -> list[FileInfo]:
     return [FileInfo(**info) for task in tasks for info in task["files"][name]]
 
 
-def said_of(**sinks: FileSink) -> dict[str, list[dict[str, Any]]]:
-    """The other half of `files_of`: closes the sinks."""
+def written_by(sinks: Mapping[str, FileSink]) -> dict[str, list[dict[str, Any]]]:
+    """What a task says in its stats' `files`, for `files_of`. Closes the sinks, each named by its table."""
     return {name: [vars(info) for info in sink.close()] for name, sink in sinks.items()}
 
 
@@ -128,6 +128,6 @@ def _writer(run: str, schemas: Mapping[str, pa.Schema], told: Callable[[pa.Table
                 for sink in sinks.values():
                     sink.add(file, part.select(sink.schema.names))
                 said += [] if told is None else [told(part)]
-        yield stats_batch({"files": said_of(**sinks), "told": said})
+        yield stats_batch({"files": written_by(sinks), "told": said})
 
     return write

@@ -25,7 +25,7 @@ from ncf_dist.prepare.user_files import ORDER_BUCKETS
 from ncf_dist.prepare.user_tables import UserTables, staging_schema, train_contract
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray
-from ncf_dist.spark_files import FileSink, files_of, runs_of, said_of, table_info
+from ncf_dist.spark_files import FileSink, files_of, runs_of, table_info, written_by
 from ncf_dist.spark_io import Pass, stats_batch, task_stats
 from ncf_dist.spark_tables import local_rows
 
@@ -112,7 +112,7 @@ def _writer(run: str, contract: Contract, starts: IntArray, ends: IntArray) -> P
                     file = number
                 held.append(table.slice(start, end - start))
         flush()
-        yield stats_batch({"files": said_of(**{contract.name: sink})})
+        yield stats_batch({"files": written_by({contract.name: sink})})
 
     return write
 

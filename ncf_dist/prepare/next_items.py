@@ -22,7 +22,7 @@ from ncf_dist.config import Sequences
 from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.prepare.workspace import Workspace
 from ncf_dist.sampling import IntArray
-from ncf_dist.spark_files import ROWS_PER_FILE, FileSink, files_of, runs_of, said_of, table_info
+from ncf_dist.spark_files import ROWS_PER_FILE, FileSink, files_of, runs_of, table_info, written_by
 from ncf_dist.spark_io import Pass, arrow_batches, stats_batch, task_stats
 
 HELD_PAIRS = 2**22
@@ -167,7 +167,7 @@ def next_pass(run: str, totals: str, n_items: int, keep: int, items_per_file: in
             for sink, table in ((kept, _table(pair[chosen], weight[chosen], n_items)), (summed, total)):
                 for file, start, end in runs_of(table.column("item_idx").to_numpy() // items_per_file):
                     sink.add(file, table.slice(start, end - start))
-        yield stats_batch({"files": said_of(**{KEPT: kept, TOTALS: summed})})
+        yield stats_batch({"files": written_by({KEPT: kept, TOTALS: summed})})
 
     return work
 
