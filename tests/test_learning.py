@@ -327,7 +327,9 @@ def test_nights_start_from_each_other_and_neumf_from_its_parts(tmp_path: Path) -
     first, second = train(config, "2026-01-30"), train(config, DS)
     stage = Lake(config.paths.lake).stage(DS, "train")
     assert stage.newest().inputs == {"prepare": "p1", "warm_start": first.extra["model_version"]}
-    assert train(config, DS).status == "already-done"
+    again = train(config, DS)
+    assert (again.status, again.outputs, again.extra) == ("already-done", second.outputs, second.extra)
+    assert sorted(again.outputs) == ["bundle", "history", "plot"]
     other = config.train.model_copy(update={"ranks": 7, "checkpoint_steps": 9})
     assert train(config.model_copy(update={"train": other}), DS).run_key == second.run_key
 

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 STAGE = "train"
 PLOT = "history.svg"
+LEFT = {"bundle": BUNDLE, "parts": PARTS, "history": HISTORY, "plot": PLOT}
+"""By output, what of it a run may leave; a bundle it always does."""
 FEW_STEPS = 200
 """In fewer a model has hardly left its start, at any usual learning rate."""
 
@@ -45,12 +47,10 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     stage = StageRun(STAGE, config, ds, inputs)
     if not config.train.lr_find and (done := stage.find()):
         log.info("already trained: %s", done.root)
-        return Outcome.of(done, "already-done", warnings=done.facts.get("warnings", []))
+        return outcome(done, "already-done")
     if not config.train.lr_find and (earlier := model_of_earlier_night(lake, config, prepare)):
         log.info("nothing is trained tonight (train.every %s): %s ranks", config.train.every, earlier.root)
-        bundle = read_bundle(posixpath.join(earlier.root, BUNDLE))
-        outputs = {"bundle": bundle.path}
-        return Outcome.of(earlier, "already-done", outputs, model_version=bundle.model_version, model_of=earlier.ds)
+        return outcome(earlier, "already-done", model_of=earlier.ds)
     if ease := config.item_parts.ease:
         check_gram(ease, index_sizes(prepare).items)
     if not config.model.trained:
@@ -64,9 +64,8 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     run_ranks(config, Spec(config.model_dump_json(by_alias=True), prepare.root, run, first), HISTORY)
     history = json.loads(read_bytes(posixpath.join(run, HISTORY)))
     write_atomic(posixpath.join(run, PLOT), history_figure(history))
-    outputs = {"history": posixpath.join(run, HISTORY), "plot": posixpath.join(run, PLOT)}
     facts = {"products": history["products"], "warnings": [warning] if warning else []}
-    return _finished(stage, run, prepare, facts, of_training(history), outputs)
+    return _finished(stage, run, prepare, facts, of_training(history))
 
 
 def _made_of_parts(stage: StageRun, config: Config, prepare: Manifest) -> Outcome:
@@ -76,28 +75,27 @@ def _made_of_parts(stage: StageRun, config: Config, prepare: Manifest) -> Outcom
     run = stage.begin()
     spec = Spec(config.model_dump_json(by_alias=True), prepare.root, run)
     run_ranks(config, spec, posixpath.join(BUNDLE, CARD))
-    return _finished(stage, run, prepare, {"trained": False, "warnings": []}, {}, {})
+    return _finished(stage, run, prepare, {"trained": False, "warnings": []}, {})
 
 
-def _finished(
-    stage: StageRun,
-    run: str,
-    prepare: Manifest,
-    facts: dict[str, Any],
-    metrics: dict[str, Any],
-    outputs: dict[str, str],
-) -> Outcome:
+def _finished(stage: StageRun, run: str, prepare: Manifest, facts: dict[str, Any], metrics: dict[str, Any]) -> Outcome:
     bundle = read_bundle(posixpath.join(run, BUNDLE))
     facts |= {"model_version": bundle.model_version, "sha256": bundle.sha256, "prepare_run": prepare.run_key}
     if exists(record := posixpath.join(run, PARTS)):
         chosen = json.loads(read_bytes(record))
         facts["parts"] = {"weights": chosen["weights"], "chosen_by": chosen["chosen_by"]}
         metrics |= of_parts(chosen)
-        outputs = {"parts": record, **outputs}
     manifest = stage.finish(facts=facts, metrics=metrics)
     log.info("made %s in %.1f s: %s", bundle.model_version, manifest.seconds, dict(manifest.metrics))
-    outputs = {"bundle": bundle.path, **outputs}
-    return Outcome.of(manifest, outputs=outputs, model_version=bundle.model_version, warnings=facts["warnings"])
+    return outcome(manifest)
+
+
+def outcome(run: Manifest, status: str = "done", **extra: Any) -> Outcome:
+    """What a train run left, whether it was made now or before."""
+    version, warnings = run.facts["model_version"], run.facts.get("warnings", [])
+    paths = {name: posixpath.join(run.root, left) for name, left in LEFT.items()}
+    outputs = {name: path for name, path in paths.items() if name == "bundle" or exists(path)}
+    return Outcome.of(run, status, outputs, model_version=version, warnings=warnings, **extra)
 
 
 def _find_rate(config: Config, prepare: Manifest, run: str, first: str | None) -> Outcome:
