@@ -1,10 +1,12 @@
 """Quality and speed of the model of histories on MovieLens-1M, by a committed config.
 
     .venv/bin/python -m benchmarks.history [--config ncf-ml-1m-history] [--seeds 1 2 3] [--set …] [--add]
-        [--shares-only]
+        [--shares-only] [--lakes FOLDER [--prepare-only]]
 
 ncf-ml-1m-history: the NCF paper's files (He et al. 2017), from NCF_DATA_DIR/ncf-ml-1m. ml-1m-5core-history: the
-protocol of the sequential papers, from NCF_DATA_DIR/ml-1m.
+protocol of the sequential papers, from NCF_DATA_DIR/ml-1m. ncf-ml-1m-history-long: the first's files, trained on a
+GPU: `--lakes FOLDER --prepare-only` prepares FOLDER/SEED and prints the command that trains a seed there, on this
+machine or, the folder carried along, on another one; then, with the same settings, `--lakes FOLDER` judges it.
 
 Each seed prepares the files and then trains and judges, each as its own job: each user's latest item is held out and
 ranked in the whole catalogue but what the user has seen, and among 99 others (the paper's, or drawn ones). The settings
@@ -20,9 +22,11 @@ both, mean and standard deviation over seeds, and writes benchmarks/results/hist
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -67,33 +71,46 @@ def sequential_places(files: Path, lake: str, seed: int) -> dict[str, object]:
     return {"paths.lake": lake, "paths.work": f"{lake}/work", **inputs, "seed": seed}
 
 
-DATA = {"ncf-ml-1m-history": ("ncf-ml-1m", places), "ml-1m-5core-history": ("ml-1m", sequential_places)}
+DATA = {
+    "ncf-ml-1m-history": ("ncf-ml-1m", places),
+    "ncf-ml-1m-history-long": ("ncf-ml-1m", places),
+    "ml-1m-5core-history": ("ml-1m", sequential_places),
+}
 """By config: the folder of NCF_DATA_DIR, and the settings that name its files."""
 
 
-def run_seed(config: str, files: Path, seed: int, more: dict[str, str], shares_only: bool) -> dict[str, Any]:
+def run_seed(config: str, files: Path, lake: str, seed: int, more: dict[str, str], shares_only: bool) -> dict[str, Any]:
     """Wall seconds by job, the figures with parts and without, and where a step's time goes."""
-    with tempfile.TemporaryDirectory() as lake:
-        settings = {**DATA[config][1](files, lake, seed), **more}
-        prepared = run("prepare", config, settings)
-        manifest = read_manifest(str(Path(lake) / prepared["runs"]["prepare"]))
-        given = [f"{name}={value}" for name, value in settings.items()]
-        tree = load_config(str(ROOT / f"conf/{config}.yaml"), given)
-        found: dict[str, Any] = {"prepare": {"wall": prepared["wall"]}, "step": step_shares(tree, manifest)}
-        if shares_only:
-            return found
-        trained = run("train", config, settings)
-        judged = run("evaluate", config, settings)
-        report = json.loads(Path(judged["outputs"]["metrics"]).read_text())
+    settings = {**DATA[config][1](files, lake, seed), **more}
+    prepared = run("prepare", config, settings)
+    manifest = read_manifest(str(Path(lake) / prepared["runs"]["prepare"]))
+    given = [f"{name}={value}" for name, value in settings.items()]
+    tree = load_config(str(ROOT / f"conf/{config}.yaml"), given)
+    if shares_only:
+        return {"prepare": {"wall": prepared["wall"]}, "step": step_shares(tree, manifest)}
+    trained = run("train", config, settings)
+    judged = run("evaluate", config, settings)
+    report = json.loads(Path(judged["outputs"]["metrics"]).read_text())
+    if trained["status"] == "already-done":  # elsewhere
+        seconds = read_manifest(str(Path(lake) / trained["runs"]["train"])).seconds
+        found: dict[str, Any] = {"train": {"wall": seconds}}
+    else:
+        found = {"prepare": {"wall": prepared["wall"]}, "step": step_shares(tree, manifest)}
         found["train"] = {"wall": trained["wall"]}
-        found["parts"] = json.loads(Path(trained["outputs"]["parts"]).read_text())["weights"]
-        found["with parts"] = {name: judged["metrics"][name] for name in FIGURES}
-        found["without parts"] = without_parts(manifest, trained["outputs"]["bundle"])
-        for other in report["baselines"]:
-            found[other] = {name: judged["metrics"][f"{other}.{name}"] for name in FIGURES}
-            found[other]["p"] = max(row["p"] for row in report["comparisons"] if compared(row, other))
-        print(f"seed {seed}: {found}", file=sys.stderr)
-        return found
+    found["parts"] = json.loads(Path(trained["outputs"]["parts"]).read_text())["weights"]
+    found["with parts"] = {name: judged["metrics"][name] for name in FIGURES}
+    found["without parts"] = without_parts(manifest, trained["outputs"]["bundle"])
+    for other in report["baselines"]:
+        found[other] = {name: judged["metrics"][f"{other}.{name}"] for name in FIGURES}
+        found[other]["p"] = max(row["p"] for row in report["comparisons"] if compared(row, other))
+    print(f"seed {seed}: {found}", file=sys.stderr)
+    return found
+
+
+def train_command(config: str, settings: dict[str, object]) -> str:
+    """For a machine that may have neither Spark nor Petastorm."""
+    command = ["python", "jobs/train.py", "--config", f"conf/{config}.yaml", "--ds", "2026-01-31"]
+    return shlex.join([*command, *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))])
 
 
 def compared(row: dict[str, Any], other: str) -> bool:
@@ -178,6 +195,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="default: benchmarks/results/history-CONFIG.json")
     parser.add_argument("--add", action="store_true", help="keep the seeds that the results have")
     parser.add_argument("--shares-only", action="store_true", help="measure a step, train nothing")
+    parser.add_argument("--lakes", type=Path, help="a seed's lake is the folder of its name here, and stays")
+    parser.add_argument("--prepare-only", action="store_true", help="with --lakes: train and judge nothing")
     args = parser.parse_args()
     files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / DATA[args.config][0]
     if not files.is_dir():
@@ -190,9 +209,20 @@ def main() -> None:
         sys.exit(f"{results} has runs with the settings {told['settings']}; needed {more} to add to them")
     machine = f"{cores()} cores, {processor()}"
     for seed in args.seeds:
-        told["runs"][str(seed)] = run_seed(args.config, files, seed, more, args.shares_only) | {"machine": machine}
+        with (
+            contextlib.nullcontext(str(args.lakes / str(seed))) if args.lakes else tempfile.TemporaryDirectory() as lake
+        ):
+            if args.prepare_only:
+                settings = {**DATA[args.config][1](files, lake, seed), **more}
+                run("prepare", args.config, settings)
+                print(train_command(args.config, settings))
+                continue
+            found = run_seed(args.config, files, lake, seed, more, args.shares_only)
+        told["runs"][str(seed)] = found | {"machine": machine}
         if not args.shares_only:
             results.write_text(json.dumps(told, indent=1) + "\n")
+    if args.prepare_only:
+        return
     runs = list(told["runs"].values())
     machines = " and ".join(sorted({run.pop("machine") for run in runs}))
     print(f"MovieLens-1M, conf/{args.config}.yaml {' '.join(args.set)}, seeds {' '.join(told['runs'])}, {machines}")

@@ -12,6 +12,8 @@ item-to-item parts at the weights that are the best there. No test row is read.
 - time: a block's kernels also weigh how long before position t the item at s was, from the coarse gaps between items of
   the history: w = softmax over s ≤ t of k_h(t - s) + Σ a_hf f(time from s to t), f: log2(1 + seconds) / 8, and whether
   it was less than a minute, an hour, a day, a week. Nothing reads the time of the item to be predicted
+- softmax, …: a softmax over all items with 34 epochs, and what else the name says: conf/ncf-ml-1m-history-long.yaml is
+  the best of these
 
 Prints one table and writes benchmarks/results/history_variants.json (--results).
 """
@@ -64,6 +66,16 @@ VARIANTS: dict[str, dict[str, object]] = {
     "softmax over all items": {"train.loss": "softmax"},
     "3,000 negatives": {"train.shared_negatives": 3000},
 }
+SOFTMAX: dict[str, dict[str, object]] = {
+    "34 epochs": {},
+    "50 epochs": {"train.epochs": 50},
+    "50 epochs, dropout .3": {"train.epochs": 50, "model.dropout": 0.3},
+    "50 epochs, 192 wide, dropout .3": {"train.epochs": 50, "model.factors": 192, "model.dropout": 0.3},
+    "four blocks": {"model.blocks": 4},
+    "four blocks, dropout .3": {"model.blocks": 4, "model.dropout": 0.3},
+    "four blocks, 192 wide, dropout .3": {"model.blocks": 4, "model.factors": 192, "model.dropout": 0.3},
+}
+VARIANTS |= {f"softmax, {name}": {"train.loss": "softmax", "train.epochs": 34, **it} for name, it in SOFTMAX.items()}
 
 
 # ---- what no setting says --------------------------------------------------------------------------------------------
@@ -208,7 +220,8 @@ def main() -> None:
     with ThreadPoolExecutor(args.at_once) as pool:
         found = dict(zip(args.variants, pool.map(one, args.variants), strict=True))
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{cores()} cores, {processor()}"
-    print(f"Each user's latest train row, {args.epochs} epochs, {args.at_once} at once, {machine}: HR@10 / NDCG@10")
+    epochs = f"{args.epochs} epochs or a variant's own, {args.at_once} at once"
+    print(f"Each user's latest train row, {epochs}, {machine}: HR@10 / NDCG@10")
     for variant, row in found.items():
         cells = [f"{row[who]['hr@10']:.4f} / {row[who]['ndcg@10']:.4f}" for who in ("alone", "with parts")]
         print(f"{variant:24}" + "".join(f"{cell:>20}" for cell in cells) + f"{row['seconds']:>8.0f} s")
