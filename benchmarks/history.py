@@ -91,9 +91,9 @@ def run_seed(config: str, files: Path, lake: str, seed: int, more: dict[str, str
     trained = run("train", config, settings)
     judged = run("evaluate", config, settings)
     report = json.loads(Path(judged["outputs"]["metrics"]).read_text())
-    if trained["status"] == "already-done":  # elsewhere
+    if trained["status"] == "already-done":
         seconds = read_manifest(str(Path(lake) / trained["runs"]["train"])).seconds
-        found: dict[str, Any] = {"train": {"wall": seconds}}
+        found: dict[str, Any] = {"trained before, maybe elsewhere": {"wall": seconds}}
     else:
         found = {"prepare": {"wall": prepared["wall"]}, "step": step_shares(tree, manifest)}
         found["train"] = {"wall": trained["wall"]}
@@ -198,6 +198,8 @@ def main() -> None:
     parser.add_argument("--lakes", type=Path, help="a seed's lake is the folder of its name here, and stays")
     parser.add_argument("--prepare-only", action="store_true", help="with --lakes: train and judge nothing")
     args = parser.parse_args()
+    if args.prepare_only and not args.lakes:
+        parser.error("--prepare-only without --lakes keeps nothing; needed --lakes FOLDER")
     files = Path(os.environ.get("NCF_DATA_DIR", ROOT / "../shared/data")).resolve() / DATA[args.config][0]
     if not files.is_dir():
         sys.exit(f"{files} is not there; needed the files that the top of this script names: set NCF_DATA_DIR")
@@ -209,9 +211,8 @@ def main() -> None:
         sys.exit(f"{results} has runs with the settings {told['settings']}; needed {more} to add to them")
     machine = f"{cores()} cores, {processor()}"
     for seed in args.seeds:
-        with (
-            contextlib.nullcontext(str(args.lakes / str(seed))) if args.lakes else tempfile.TemporaryDirectory() as lake
-        ):
+        kept = args.lakes and str(args.lakes.resolve() / str(seed))
+        with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory() as lake:
             if args.prepare_only:
                 settings = {**DATA[args.config][1](files, lake, seed), **more}
                 run("prepare", args.config, settings)
