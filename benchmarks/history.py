@@ -5,8 +5,9 @@
 
 ncf-ml-1m-history: the NCF paper's files (He et al. 2017), from NCF_DATA_DIR/ncf-ml-1m. ml-1m-5core-history: the
 protocol of the sequential papers, from NCF_DATA_DIR/ml-1m. ncf-ml-1m-history-long: the first's files, trained on a
-GPU: `--lakes FOLDER --prepare-only` prepares FOLDER/SEED and prints the command that trains a seed there, on this
-machine or, the folder carried along, on another one; then, with the same settings, `--lakes FOLDER` judges it.
+GPU: `--lakes FOLDER --prepare-only` prepares FOLDER/SEED and prints the command that trains a seed there. It needs
+neither Spark nor Petastorm, so the folder may be carried to another machine and back (there `paths.…` may be others;
+`input.…` and `split.…` name the tables, and stay). Then, with the same settings, `--lakes FOLDER` judges it.
 
 Each seed prepares the files and then trains and judges, each as its own job: each user's latest item is held out and
 ranked in the whole catalogue but what the user has seen, and among 99 others (the paper's, or drawn ones). The settings
@@ -15,8 +16,8 @@ is what counts); nothing but `evaluate` and the figures "without parts" read the
 without its item-to-item parts. "p" is the paired bootstrap's of "no difference", the largest of the full catalogue's
 HR@10 and NDCG@10.
 
-Then the share of padding, and where a step's time goes, from torch's profiler over some steps of one thread. Prints
-both, mean and standard deviation over seeds, and writes benchmarks/results/history-CONFIG.json.
+Where it trains here, the share of padding, and where a step's time goes, from torch's profiler over some steps of one
+thread. Prints mean and standard deviation over seeds, and writes benchmarks/results/history-CONFIG.json.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ DATA = {
 
 
 def run_seed(config: str, files: Path, lake: str, seed: int, more: dict[str, str], shares_only: bool) -> dict[str, Any]:
-    """Wall seconds by job, the figures with parts and without, and where a step's time goes."""
+    """The figures with parts and without; of a training here wall seconds by job and where a step's time goes."""
     settings = {**DATA[config][1](files, lake, seed), **more}
     prepared = run("prepare", config, settings)
     manifest = read_manifest(str(Path(lake) / prepared["runs"]["prepare"]))
@@ -93,10 +94,11 @@ def run_seed(config: str, files: Path, lake: str, seed: int, more: dict[str, str
     report = json.loads(Path(judged["outputs"]["metrics"]).read_text())
     if trained["status"] == "already-done":
         seconds = read_manifest(str(Path(lake) / trained["runs"]["train"])).seconds
-        found: dict[str, Any] = {"trained before, maybe elsewhere": {"wall": seconds}}
+        found: dict[str, Any] = {"trained before, maybe elsewhere": {"seconds": seconds}}
     else:
-        found = {"prepare": {"wall": prepared["wall"]}, "step": step_shares(tree, manifest)}
-        found["train"] = {"wall": trained["wall"]}
+        found = {"step": step_shares(tree, manifest), "train": {"wall": trained["wall"]}}
+        if prepared["status"] != "already-done":
+            found = {"prepare": {"wall": prepared["wall"]}, **found}
     found["parts"] = json.loads(Path(trained["outputs"]["parts"]).read_text())["weights"]
     found["with parts"] = {name: judged["metrics"][name] for name in FIGURES}
     found["without parts"] = without_parts(manifest, trained["outputs"]["bundle"])
@@ -108,8 +110,8 @@ def run_seed(config: str, files: Path, lake: str, seed: int, more: dict[str, str
 
 
 def train_command(config: str, settings: dict[str, object]) -> str:
-    """For a machine that may have neither Spark nor Petastorm."""
     command = ["python", "jobs/train.py", "--config", f"conf/{config}.yaml", "--ds", "2026-01-31"]
+    settings = {**settings, "loader.backend": "arrow"}
     return shlex.join([*command, *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))])
 
 
@@ -227,11 +229,10 @@ def main() -> None:
     runs = list(told["runs"].values())
     machines = " and ".join(sorted({run.pop("machine") for run in runs}))
     print(f"MovieLens-1M, conf/{args.config}.yaml {' '.join(args.set)}, seeds {' '.join(told['runs'])}, {machines}")
-    for part in runs[0]:
-        for name in runs[0][part]:
-            values = [run[part][name] for run in runs]
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            print(f"{part + ': ' + name:<48} {statistics.mean(values):>10.4f}{spread}")
+    for part, name in dict.fromkeys((said, figure) for found in runs for said in found for figure in found[said]):
+        values = [found[part][name] for found in runs if name in found.get(part, {})]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        print(f"{part + ': ' + name:<48} {statistics.mean(values):>10.4f}{spread}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ item-to-item parts at the weights that are the best there. No test row is read.
   the history: w = softmax over s ≤ t of k_h(t - s) + Σ a_hf f(time from s to t), f: log2(1 + seconds) / 8, and whether
   it was less than a minute, an hour, a day, a week. Nothing reads the time of the item to be predicted
 - softmax, …: a softmax over all items with 34 epochs, and what else the name says: conf/ncf-ml-1m-history-long.yaml is
-  the best of these
+  the best of these with parts (history_variants_softmax.json: --variants "softmax, 34 epochs" … --at-once 7)
 
 Prints one table and writes benchmarks/results/history_variants.json (--results).
 """
@@ -184,6 +184,7 @@ def train(variant: str, lake: Path, epochs: int, device: str) -> dict[str, Any]:
     figures = json.loads(record.read_text())["figures"]
     alone = next(row for row in figures if not row["counts"] and not row["ease"])
     return {
+        "epochs": config.train.epochs,
         "alone": alone,
         "with parts": max(figures, key=lambda row: row["ndcg@10"]),
         "seconds": sum(epoch["seconds"] for epoch in history.epochs),
@@ -220,12 +221,13 @@ def main() -> None:
     with ThreadPoolExecutor(args.at_once) as pool:
         found = dict(zip(args.variants, pool.map(one, args.variants), strict=True))
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{cores()} cores, {processor()}"
-    epochs = f"{args.epochs} epochs or a variant's own, {args.at_once} at once"
-    print(f"Each user's latest train row, {epochs}, {machine}: HR@10 / NDCG@10")
+    print(f"Each user's latest train row, {args.at_once} at once, {machine}: epochs, HR@10 / NDCG@10, seconds")
     for variant, row in found.items():
         cells = [f"{row[who]['hr@10']:.4f} / {row[who]['ndcg@10']:.4f}" for who in ("alone", "with parts")]
-        print(f"{variant:24}" + "".join(f"{cell:>20}" for cell in cells) + f"{row['seconds']:>8.0f} s")
-    body = {"machine": machine, "epochs": args.epochs, "at_once": args.at_once, "variants": found}
+        print(
+            f"{variant:42}{row['epochs']:>4}" + "".join(f"{cell:>20}" for cell in cells) + f"{row['seconds']:>8.0f} s"
+        )
+    body = {"machine": machine, "at_once": args.at_once, "variants": found}
     args.results.write_text(json.dumps(body, indent=1) + "\n")
 
 

@@ -213,7 +213,8 @@ def renamed(night: Night, key: str) -> None:
     runs = Path(night.lake.root, "runs", night.ds, "train")
     (runs / "t1").rename(runs / key)
     body = json.loads((runs / key / "manifest.json").read_text())
-    (runs / key / "manifest.json").write_text(json.dumps({**body, "run_key": key}))
+    named = {"run_key": key, "facts": {**body["facts"], "model_version": "m0"}}
+    (runs / key / "manifest.json").write_text(json.dumps({**body, **named}))
 
 
 def rewritten(night: Night, stage: str, key: str, train: str) -> None:
@@ -292,7 +293,9 @@ def test_the_champion_ranks_where_the_model_is_refused(
     gate = "champion" if finite else "scores"
     outcome = line.nightly(night.config, night.ds)
     assert {row[4] for row in night.read()} == {"m0"}, "the table says which model"
-    assert night.latest()["model_version"] == "m0"
+    assert night.latest()["model_version"] == outcome.extra["model_version"] == "m0"
+    assert outcome.extra["model_of"] == "2026-01-30"
+    assert outcome.outputs["bundle"] == f"{night.lake.stage('2026-01-30', 'train').run_path('t0')}/bundle"
     warnings = outcome.extra["warnings"]
     assert any("the model of this night is refused, and the champion of 2026-01-30 ranks" in text for text in warnings)
     assert any("ranked by the champion, train run t0 of 2026-01-30" in text for text in warnings)

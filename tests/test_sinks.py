@@ -3,6 +3,7 @@ without it."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import sys
@@ -19,6 +20,7 @@ from ncf_dist import attempts
 from ncf_dist.attempts import Listeners, Record
 from ncf_dist.errors import GateRefused, InputError
 from ncf_dist.lake import Lake
+from ncf_dist.manifests import Manifest
 from ncf_dist.nightly import pipeline
 from ncf_dist.nightly.pipeline import nightly
 from ncf_dist.stage import Outcome
@@ -174,31 +176,45 @@ def test_every_start_has_one_end(tmp_path_factory: pytest.TempPathFactory, ends:
 # ---- MLflow --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ranks", ["train", "refit"])
+@pytest.mark.parametrize("ranks", ["tonight's", "its refit", "an earlier night's"])
 def test_a_published_model_is_the_registered_champion(
     ranks: str, told: Any, shell: Shell, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """ranks: whose bundle the readers' lists are of."""
+    """ranks: whose bundle the readers' lists are of; tonight's stage train made `train-key` in any case."""
     pytest.importorskip("mlflow", reason=OPS)
     from mlflow import MlflowClient
 
     monkeypatch.chdir(tmp_path)  # Where MLflow puts its artifacts.
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    runs = shell.lake / "runs" / DS
-    for place, text in (
-        (f"{ranks}/{ranks}-key/bundle/bundle.json", "{}"),
-        ("evaluate/evaluate-key/report.html", "<p>"),
-    ):
-        (runs / place).parent.mkdir(parents=True)
-        (runs / place).write_text(text)
-    evaluated = made("evaluate")
+    lake = Lake(str(shell.lake))
+    for night, key in ((DS, "train-key"), (DS, "refit-key"), ("2026-01-30", "old-key")):
+        stage = lake.stage(night, "train")
+        bundle = Path(stage.begin(key), "bundle", "bundle.json")
+        bundle.parent.mkdir()
+        bundle.write_text(json.dumps({"of": key}))
+        root = stage.run_path(key)
+        stage.finish(Manifest(stage="train", ds=night, run_key=key, root=root, config={}, inputs={}))
+    report_file = shell.lake / "runs" / DS / "evaluate/evaluate-key/report.html"
+    report_file.parent.mkdir(parents=True)
+    report_file.write_text("<p>")
+    evaluated, scored = made("evaluate"), made("score", model_version="m1")
+    keys = {
+        "tonight's": {"train": "train-key"},
+        "its refit": {"train": "train-key", "refit": "refit-key"},
+        "an earlier night's": {"train": "old-key"},
+    }
 
     def with_metrics(*given: Any) -> Outcome:
         found = evaluated(*given)
-        return Outcome(found.status, found.run_key, {}, {"full.hr@10": 0.25}, {"model_version": "m1"}, found.manifest)
+        return Outcome(found.status, found.run_key, {}, {"full.hr@10": 0.25}, {"model_version": "m0"}, found.manifest)
 
-    sections = {"tracking": {"uri": uri}, "train": {"refit": ranks == "refit"}}
-    code, report = told(sections, {**STAGES, ranks: made(ranks), "evaluate": with_metrics})
+    def ranked(*given: Any) -> Outcome:
+        found = scored(*given)
+        assert found.manifest is not None
+        return dataclasses.replace(found, manifest=dataclasses.replace(found.manifest, inputs=keys[ranks]))
+
+    stages = {**STAGES, "refit": made("refit"), "evaluate": with_metrics, "score": ranked}
+    code, report = told({"tracking": {"uri": uri}, "train": {"refit": ranks == "its refit"}}, stages)
     assert (code, report["warnings"]) == (0, [])
     client = MlflowClient(uri)
     champion = client.get_model_version_by_alias("ncf-dist", "champion")
@@ -210,6 +226,8 @@ def test_a_published_model_is_the_registered_champion(
     assert run.info.status == "FINISHED"
     names = {file.path for folder in ("bundle", "report") for file in client.list_artifacts(champion.run_id, folder)}
     assert names == {"bundle/bundle.json", "report/report.html"}
+    copy = client.download_artifacts(champion.run_id, "bundle/bundle.json", str(tmp_path))
+    assert json.loads(Path(copy).read_text()) == {"of": keys[ranks].get("refit", keys[ranks]["train"])}
     told({"tracking": {"uri": uri}}, {"prepare": fails(InputError("no log"))})
     assert client.get_model_version_by_alias("ncf-dist", "champion").version == champion.version
     statuses = Counter(run.info.status for run in client.search_runs(["1"]))

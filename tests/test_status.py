@@ -111,6 +111,17 @@ def test_every_refusal_of_a_night_is_listed(tmp_path: Path) -> None:
     assert text_table([night]).splitlines()[-1].endswith("champion; earlier: age, volume, churn")
 
 
+def test_a_night_names_the_model_that_ranked(tmp_path: Path) -> None:
+    """Not one that was trained or judged by itself after it; before anybody is ranked, the one that will."""
+    lake, ds = Lake(str(tmp_path)), "2026-01-01"
+    ranked = {"train": Stage(status="done"), "score": Stage(status="done")}
+    for number, (version, ran, shown) in enumerate(
+        [("mf-1", {}, "mf-1"), ("mf-2", ranked, "mf-2"), ("mf-3", {}, "mf-2"), (None, ranked, "mf-2")]
+    ):
+        tried(lake, ds, number, model_version=version, stages=ran)
+        assert [night.model_version for night in last_nights(lake, "recommendations", 1)] == [shown]
+
+
 def test_the_table_tells_the_story_in_a_line_a_night(week: Night) -> None:
     lines = text_table(list(nights(week).values())).splitlines()
     assert [re.split(r"  +", line)[1] for line in lines] == [

@@ -24,7 +24,7 @@ from ncf_dist.refit.pipeline import refit
 from ncf_dist.score.pipeline import score
 from ncf_dist.spark_io import kept_session, lent_to_ranks
 from ncf_dist.stage import Outcome, Upstream
-from ncf_dist.train.pipeline import train
+from ncf_dist.train.pipeline import of_earlier_night, train
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +101,7 @@ class _Night:
 
     @contextlib.contextmanager
     def standing_in(self, name: str, config: Config, ds: str) -> Iterator[None]:
-        """Where a gate of the model refuses, the champion ranks, if gates.on_refusal says so and there is one that
-        may."""
+        """Where a gate refuses the model, the champion ranks, if gates.on_refusal says so and there is one that may."""
         try:
             yield
         except GateRefused as error:
@@ -112,7 +111,8 @@ class _Night:
             warning = f"the model of this night is refused, and the champion of {found.ds} ranks in its place: {error}"
             log.warning("%s", warning)
             self.warnings.append(warning)
-            self.extra |= self._gates(error.extra)
+            self.outputs |= of_earlier_night(found).outputs
+            self.extra |= {**of_earlier_night(found).extra, **self._gates(error.extra)}
             self.stages.setdefault(name, "refused")
             self.made["train"] = found
 

@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 from ncf_dist import contracts
 from ncf_dist.config import Config
 from ncf_dist.earlier import earlier_model, said
+from ncf_dist.manifests import Manifest
 from ncf_dist.parquet import FileInfo, TableInfo
 from ncf_dist.score import forecasting
 from ncf_dist.score.plan import STAGE, Plan
@@ -39,7 +40,7 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     stage = StageRun(STAGE, config, ds, plan.inputs)
     if before := stage.find():
         log.info("already scored: %s", before.root)
-        return Outcome.of(before, "already-done", **said(before))
+        return _outcome(before, "already-done")
 
     items, run = plan.count_items(), stage.begin()
     tables: dict[str, TableInfo] = {}
@@ -70,7 +71,12 @@ def score(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         *(f"{done[name]:,}" for name in ("users", "popular_users", "short_users")),
         config.score.k, manifest.seconds, manifest.table_path(plan.contract.name),
     )  # fmt: skip
-    return Outcome.of(manifest, **said(manifest))
+    return _outcome(manifest)
+
+
+def _outcome(run: Manifest, status: str = "done") -> Outcome:
+    """What it says of the model is of the one that ranked: the champion, a refit or that of an earlier night too."""
+    return Outcome.of(run, status, model_version=run.facts["model_version"], **said(run))
 
 
 def _account(

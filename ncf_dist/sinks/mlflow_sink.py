@@ -13,9 +13,12 @@ import tempfile
 from typing import Any
 
 from ncf_dist.attempts import Listener, Record
+from ncf_dist.bundle import BUNDLE
 from ncf_dist.config import Config
 from ncf_dist.files import exists, list_names, read_bytes
 from ncf_dist.lake import Lake
+from ncf_dist.refits import REFIT
+from ncf_dist.stage import load_run
 from ncf_dist.urls import real_url
 
 CHAMPION = "champion"
@@ -48,22 +51,23 @@ class Tracking(Listener):
             for key, value in record.metrics.items():
                 if isinstance(value, int | float):
                     self.client.log_metric(run_id, metric_name(key), float(value))
-            self._copy(run_id, record, "evaluate", "", "report", REPORTS)
-            refit = record.stages.get("refit")
-            model = "train" if refit is None or refit.run is None else "refit"
-            if "publish" in record.stages and ok and self._copy(run_id, record, model, "bundle", "bundle"):
+            if "evaluate" in record.stages and (judged := record.stages["evaluate"].run):
+                self._copy(run_id, posixpath.join(self.lake.root, judged), "report", REPORTS)
+            if "publish" in record.stages and ok and "score" in record.stages:
+                self._copy(run_id, self._ranked(record), "bundle")
                 self._register(run_id, f"{run.info.artifact_uri}/bundle", record)
         finally:
             self.client.set_terminated(run_id, "FINISHED" if ok else "FAILED")
 
-    def _copy(
-        self, run_id: str, record: Record, stage: str, folder: str, to: str, names: tuple[str, ...] | None = None
-    ) -> bool:
-        """Files of a stage's run, where it has any; whether there were some."""
-        where = record.stages[stage].run if stage in record.stages else None
-        if where is None:
-            return False
-        root = posixpath.join(self.lake.root, where, folder)
+    def _ranked(self, record: Record) -> str:
+        """The bundle that the readers' lists are of: tonight's, its refit, the champion's or another earlier night's.
+        Raises ContractError where its run is gone."""
+        made_from = record.stages["score"].inputs
+        key = made_from.get(REFIT) or made_from["train"]
+        return posixpath.join(load_run(self.lake, record.ds, "train", key).root, BUNDLE)
+
+    def _copy(self, run_id: str, root: str, to: str, names: tuple[str, ...] | None = None) -> None:
+        """Those files of a folder that are there."""
         present = [name for name in names or list_names(root) if exists(posixpath.join(root, name))]
         with tempfile.TemporaryDirectory(prefix="ncf-mlflow-") as scratch:
             for name in present:
@@ -71,7 +75,6 @@ class Tracking(Listener):
                 with open(local, "wb") as out:
                     out.write(read_bytes(posixpath.join(root, name)))
                 self.client.log_artifact(run_id, local, to)
-        return bool(present)
 
     def _register(self, run_id: str, source: str, record: Record) -> None:
         """The model that readers get tonight has the alias champion."""

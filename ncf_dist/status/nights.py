@@ -108,7 +108,8 @@ def _night(ds: str, records: Sequence[Record], shown: Published | None, undone: 
         night.attempts += 1
         if record.seconds is not None:
             night.seconds = (night.seconds or 0.0) + record.seconds
-        night.model_version = record.model_version or night.model_version
+        if night.model_version is None or "score" in record.stages:  # Who ranks, whatever was trained or judged after.
+            night.model_version = record.model_version or night.model_version
         night.undone |= record.run_key in undone
         if refused := _refused(record):
             night.refusals.append(Refusal(record.attempt, record.job, refused, record.error))

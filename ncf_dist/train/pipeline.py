@@ -50,7 +50,7 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
         return outcome(done, "already-done")
     if not config.train.lr_find and (earlier := model_of_earlier_night(lake, config, prepare)):
         log.info("nothing is trained tonight (train.every %s): %s ranks", config.train.every, earlier.root)
-        return outcome(earlier, "already-done", model_of=earlier.ds)
+        return of_earlier_night(earlier)
     if ease := config.item_parts.ease:
         check_gram(ease, index_sizes(prepare).items)
     if not config.model.trained:
@@ -90,12 +90,18 @@ def _finished(stage: StageRun, run: str, prepare: Manifest, facts: dict[str, Any
     return outcome(manifest)
 
 
-def outcome(run: Manifest, status: str = "done", **extra: Any) -> Outcome:
-    """What a train run left, whether it was made now or before."""
+def outcome(run: Manifest, status: str = "done") -> Outcome:
+    """What a run of this night left, whether it was made now or before."""
     version, warnings = run.facts["model_version"], run.facts.get("warnings", [])
     paths = {name: posixpath.join(run.root, left) for name, left in LEFT.items()}
     outputs = {name: path for name, path in paths.items() if name == "bundle" or exists(path)}
-    return Outcome.of(run, status, outputs, model_version=version, warnings=warnings, **extra)
+    return Outcome.of(run, status, outputs, model_version=version, warnings=warnings)
+
+
+def of_earlier_night(run: Manifest) -> Outcome:
+    """The model of a night before, which ranks tonight."""
+    outputs = {"bundle": posixpath.join(run.root, BUNDLE)}
+    return Outcome.of(run, "already-done", outputs, model_version=run.facts["model_version"], model_of=run.ds)
 
 
 def _find_rate(config: Config, prepare: Manifest, run: str, first: str | None) -> Outcome:
