@@ -80,11 +80,11 @@ DATA = {
 """By config: the folder of NCF_DATA_DIR, and the settings that name its files."""
 
 
-def run_seed(config: str, files: Path, lake: str, seed: int, more: dict[str, str], shares_only: bool) -> dict[str, Any]:
+def run_seed(config: str, settings: dict[str, object], shares_only: bool) -> dict[str, Any]:
     """The figures with parts and without; of a training here wall seconds by job and where a step's time goes."""
-    settings = {**DATA[config][1](files, lake, seed), **more}
+    lake = Path(str(settings["paths.lake"]))
     prepared = run("prepare", config, settings)
-    manifest = read_manifest(str(Path(lake) / prepared["runs"]["prepare"]))
+    manifest = read_manifest(str(lake / prepared["runs"]["prepare"]))
     given = [f"{name}={value}" for name, value in settings.items()]
     tree = load_config(str(ROOT / f"conf/{config}.yaml"), given)
     if shares_only:
@@ -92,20 +92,21 @@ def run_seed(config: str, files: Path, lake: str, seed: int, more: dict[str, str
     trained = run("train", config, settings)
     judged = run("evaluate", config, settings)
     report = json.loads(Path(judged["outputs"]["metrics"]).read_text())
-    if trained["status"] == "already-done":
-        seconds = read_manifest(str(Path(lake) / trained["runs"]["train"])).seconds
-        found: dict[str, Any] = {"trained before, maybe elsewhere": {"seconds": seconds}}
+    found: dict[str, Any] = {}
+    if prepared["status"] == "done":
+        found["prepare"] = {"wall": prepared["wall"]}
+    if trained["status"] == "done":
+        found |= {"step": step_shares(tree, manifest), "train": {"wall": trained["wall"]}}
     else:
-        found = {"step": step_shares(tree, manifest), "train": {"wall": trained["wall"]}}
-        if prepared["status"] != "already-done":
-            found = {"prepare": {"wall": prepared["wall"]}, **found}
+        seconds = read_manifest(str(lake / trained["runs"]["train"])).seconds
+        found["trained before, maybe elsewhere"] = {"seconds": seconds}
     found["parts"] = json.loads(Path(trained["outputs"]["parts"]).read_text())["weights"]
     found["with parts"] = {name: judged["metrics"][name] for name in FIGURES}
     found["without parts"] = without_parts(manifest, trained["outputs"]["bundle"])
     for other in report["baselines"]:
         found[other] = {name: judged["metrics"][f"{other}.{name}"] for name in FIGURES}
         found[other]["p"] = max(row["p"] for row in report["comparisons"] if compared(row, other))
-    print(f"seed {seed}: {found}", file=sys.stderr)
+    print(f"seed {settings['seed']}: {found}", file=sys.stderr)
     return found
 
 
@@ -215,12 +216,12 @@ def main() -> None:
     for seed in args.seeds:
         kept = args.lakes and str(args.lakes.resolve() / str(seed))
         with contextlib.nullcontext(kept) if kept else tempfile.TemporaryDirectory() as lake:
+            settings = {**DATA[args.config][1](files, lake, seed), **more}
             if args.prepare_only:
-                settings = {**DATA[args.config][1](files, lake, seed), **more}
                 run("prepare", args.config, settings)
                 print(train_command(args.config, settings))
                 continue
-            found = run_seed(args.config, files, lake, seed, more, args.shares_only)
+            found = run_seed(args.config, settings, args.shares_only)
         told["runs"][str(seed)] = found | {"machine": machine}
         if not args.shares_only:
             results.write_text(json.dumps(told, indent=1) + "\n")

@@ -352,6 +352,7 @@ def test_the_table_is_the_same_bytes_with_any_number_of_tasks_and_blocks(line: L
 def test_scoring_again_finds_it_done(line: Line, scored: Outcome) -> None:
     again = score(line.config(score={"tasks": 1, "users_per_block": 7}), DS)
     assert (again.status, again.run_key) == ("already-done", scored.run_key)
+    assert again.extra["model_version"] == scored.extra["model_version"] == line.current("train").facts["model_version"]
 
 
 def test_the_metric_is_about_what_ships(line: Line, evaluated: Outcome) -> None:

@@ -57,7 +57,7 @@ def test_the_champion_is_judged_beside_the_model_and_ranks_in_its_place(
     assert outcome.extra["version"] == 1
     latest = json.loads(Path(lake.root, "recommendations/latest.json").read_text())
     assert latest["ds"] == SECOND
-    assert latest["model_version"] == judged.facts["champion"]["model_version"]
+    assert latest["model_version"] == outcome.extra["model_version"] == judged.facts["champion"]["model_version"]
     again = nightly(config, SECOND)
     assert (again.extra["stages"]["score"], again.extra["stages"]["publish"]) == ("already-done", "already-done")
 

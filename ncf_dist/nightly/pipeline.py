@@ -111,8 +111,8 @@ class _Night:
             warning = f"the model of this night is refused, and the champion of {found.ds} ranks in its place: {error}"
             log.warning("%s", warning)
             self.warnings.append(warning)
-            self.outputs |= of_earlier_night(found).outputs
-            self.extra |= {**of_earlier_night(found).extra, **self._gates(error.extra)}
+            self.outputs |= (ranks := of_earlier_night(found)).outputs
+            self.extra |= {**ranks.extra, **self._gates(error.extra)}
             self.stages.setdefault(name, "refused")
             self.made["train"] = found
 

@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 STAGE = "train"
 PLOT = "history.svg"
-LEFT = {"bundle": BUNDLE, "parts": PARTS, "history": HISTORY, "plot": PLOT}
-"""By output, what of it a run may leave; a bundle it always does."""
 FEW_STEPS = 200
 """In fewer a model has hardly left its start, at any usual learning rate."""
 
@@ -47,7 +45,7 @@ def train(config: Config, ds: str, given: Upstream | None = None) -> Outcome:
     stage = StageRun(STAGE, config, ds, inputs)
     if not config.train.lr_find and (done := stage.find()):
         log.info("already trained: %s", done.root)
-        return outcome(done, "already-done")
+        return _outcome(done, "already-done")
     if not config.train.lr_find and (earlier := model_of_earlier_night(lake, config, prepare)):
         log.info("nothing is trained tonight (train.every %s): %s ranks", config.train.every, earlier.root)
         return of_earlier_night(earlier)
@@ -87,15 +85,16 @@ def _finished(stage: StageRun, run: str, prepare: Manifest, facts: dict[str, Any
         metrics |= of_parts(chosen)
     manifest = stage.finish(facts=facts, metrics=metrics)
     log.info("made %s in %.1f s: %s", bundle.model_version, manifest.seconds, dict(manifest.metrics))
-    return outcome(manifest)
+    return _outcome(manifest)
 
 
-def outcome(run: Manifest, status: str = "done") -> Outcome:
+def _outcome(run: Manifest, status: str = "done") -> Outcome:
     """What a run of this night left, whether it was made now or before."""
-    version, warnings = run.facts["model_version"], run.facts.get("warnings", [])
-    paths = {name: posixpath.join(run.root, left) for name, left in LEFT.items()}
-    outputs = {name: path for name, path in paths.items() if name == "bundle" or exists(path)}
-    return Outcome.of(run, status, outputs, model_version=version, warnings=warnings)
+    facts, left = run.facts, {"bundle": BUNDLE}
+    left |= {"parts": PARTS} if "parts" in facts else {}
+    left |= {"history": HISTORY, "plot": PLOT} if facts.get("trained", True) else {}
+    outputs = {name: posixpath.join(run.root, file) for name, file in left.items()}
+    return Outcome.of(run, status, outputs, model_version=facts["model_version"], warnings=facts.get("warnings", []))
 
 
 def of_earlier_night(run: Manifest) -> Outcome:
